@@ -1,0 +1,68 @@
+"""Bounds and timeouts that more than one process relies on. Everything has one; units last. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Liveness (design, section 5, rule 3).
+HEARTBEAT_INTERVAL_S: Final = 5.0
+HEARTBEATS_MISSED_MAX: Final = 3  # then UNKNOWN
+LOST_AFTER_S: Final = 60.0  # then its runners are replaced
+DOMAIN_MASS_NODES_MIN: Final = 5  # a smaller domain is never "mass" by one node
+KEEPALIVE_TIME_S: Final = 30  # under any cloud NAT's idle limit
+KEEPALIVE_TIMEOUT_S: Final = 10
+
+# Coalescing windows; the first message goes at once (leading edge).
+DELTA_WINDOW_S: Final = 0.025
+REPORT_WINDOW_S: Final = 0.100
+WANT_WINDOW_S: Final = 0.002
+
+# Store (etcd refuses the 129th operation; a request holds 1.5 MiB).
+COMMIT_OPERATIONS_MAX: Final = 100
+COMMIT_BYTES_MAX: Final = 1 << 20
+COMMIT_TIMEOUT_S: Final = 30.0
+
+# Wire.
+MESSAGE_BYTES_MAX: Final = 4 << 20
+RPC_TIMEOUT_S: Final = 30.0
+STREAM_QUEUE_MESSAGES_MAX: Final = 1024
+
+# Names and sizes.
+NAME_CHARS_MAX: Final = 63
+LABELS_MAX: Final = 64
+LABEL_CHARS_MAX: Final = 256
+MANIFEST_BYTES_MAX: Final = 256 << 10
+ENV_VARS_MAX: Final = 128
+GPUS_PER_RUNNER_MAX: Final = 16
+RUNNERS_PER_APP_MAX: Final = 10_000
+NODES_MAX: Final = 20_000
+LOG_TAIL_LINES_MAX: Final = 50
+LOG_LINE_BYTES_MAX: Final = 4096
+
+# Runners.
+REQUEST_TIMEOUT_S: Final = 3600.0
+STARTUP_TIMEOUT_S: Final = 600.0
+TERMINATION_GRACE_S: Final = 5.0
+CRASH_BACKOFF_STEP_S: Final = 30.0
+CRASH_BACKOFF_MAX_S: Final = 600.0
+
+# Serving.
+LEASE_TTL_S: Final = 30.0
+BUSY_RETRY_MAX: Final = 8
+REQUEST_HEAD_BYTES_MAX: Final = 32 << 10
+TUNNEL_PING_S: Final = 10.0
+
+# Reconnects: full jitter between 0 and min(cap, base * 2**n).
+RECONNECT_BASE_S: Final = 0.2
+RECONNECT_CAP_S: Final = 15.0
+
+# Stops that no operator asked for, of more than this share of all runners at once, wait for a confirm.
+MASS_STOP_SHARE: Final = 0.1
+MASS_STOP_RUNNERS_MIN: Final = 3
+FAILOVER_GRACE_S: Final = 300.0
+
+# Identity.
+CERTIFICATE_TTL_S: Final = 24 * 3600.0
+CERTIFICATE_BACKDATE_S: Final = 300.0
+REVOCATION_SWEEP_S: Final = 2.0  # an open stream of a revoked certificate ends within 5 s
+TOKEN_TTL_MAX_S: Final = 30 * 86400.0
