@@ -21,6 +21,8 @@ WANT_WINDOW_S: Final = 0.002
 COMMIT_OPERATIONS_MAX: Final = 100
 COMMIT_BYTES_MAX: Final = 1 << 20
 COMMIT_TIMEOUT_S: Final = 30.0
+STORE_KEY_BYTES_MAX: Final = 512
+STORE_LEASE_TTL_S: Final = 10.0  # a leader that the store has not heard for so long is deposed
 
 # Wire.
 MESSAGE_BYTES_MAX: Final = 4 << 20
@@ -32,6 +34,7 @@ NAME_CHARS_MAX: Final = 63
 LABELS_MAX: Final = 64
 LABEL_CHARS_MAX: Final = 256
 MANIFEST_BYTES_MAX: Final = 256 << 10
+CONFIG_BYTES_MAX: Final = 1 << 20
 ENV_VARS_MAX: Final = 128
 GPUS_PER_RUNNER_MAX: Final = 16
 RUNNERS_PER_APP_MAX: Final = 10_000
@@ -66,3 +69,7 @@ CERTIFICATE_TTL_S: Final = 24 * 3600.0
 CERTIFICATE_BACKDATE_S: Final = 300.0
 REVOCATION_SWEEP_S: Final = 2.0  # an open stream of a revoked certificate ends within 5 s
 TOKEN_TTL_MAX_S: Final = 30 * 86400.0
+CSR_BYTES_MAX: Final = 8 << 10
+CERTIFICATE_SKEW_S: Final = 300.0  # clocks of two machines may differ by this much
+JOIN_TIMEOUT_S: Final = 15.0
+JOIN_ATTEMPTS_PER_MINUTE_MAX: Final = 60  # per address; a secret has 130 bits, this bounds the work
