@@ -1,0 +1,364 @@
+"""App and pool manifests: what an operator writes, checked before anything changes.
+
+falctl reads a TOML or YAML file into these models; the scheduler builds them again from the message and so applies
+the very same checks (`AppManifest.from_proto`). Unknown keys are refused. Every field's `description` is its
+documentation (`falctl init` writes it, ops/docs/manifest.md is made from it). No I/O but `read_manifest`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from fal_contract import limits
+from fal_contract.config import pydantic_error
+from fal_contract.errors import FalError, invalid
+from fal_contract.ids import DEFAULT_TEAM, check_name, qualify
+from fal_contract.units import parse_bytes
+from fal_contract.v1 import state_pb2
+
+GIB: Final = 1 << 30
+
+Name = Annotated[str, AfterValidator(lambda value: _name(value))]
+OwnedName = Annotated[str, AfterValidator(lambda value: _owned(value))]
+LabelText = Annotated[str, StringConstraints(max_length=limits.LABEL_CHARS_MAX)]
+Labels = Annotated[dict[LabelText, LabelText], Field(max_length=limits.LABELS_MAX)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=limits.LABEL_CHARS_MAX)]
+
+
+def _name(value: str) -> str:
+    try:
+        return check_name(value, field="name")
+    except FalError as error:
+        raise ValueError(f"not a name. {error.remedy}") from None
+
+
+def _owned(value: str) -> str:
+    team, slash, name = value.partition("/")
+    if slash:
+        _name(team)
+        _name(name)
+    else:
+        _name(value)
+    return value
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class ResourcesManifest(_Manifest):
+    """What the container may use besides GPUs."""
+
+    cpu: float = Field(default=1.0, ge=0, le=1024, description="cores; 0: no limit")
+    memory_gib: float = Field(default=4.0, ge=0, le=16384, description="GiB of memory; 0: no limit")
+    pids: int = Field(default=512, ge=1, le=1_000_000, description="processes and threads")
+    shm_gib: float = Field(default=0.0625, ge=0, le=1024, description="GiB of /dev/shm")
+
+
+class ProbeManifest(_Manifest):
+    """How the worker is asked whether it lives and is ready (fal's defaults)."""
+
+    ready_path: Annotated[str, StringConstraints(pattern=r"^/[!-~]*$", max_length=256)] = Field(
+        default="/readyz", description="HTTP path that answers 200 when requests may be sent"
+    )
+    live_path: Annotated[str, StringConstraints(pattern=r"^/[!-~]*$", max_length=256)] = Field(
+        default="/livez", description="HTTP path that answers 200 while the process is sane"
+    )
+    interval_s: float = Field(default=15.0, ge=0.1, le=3600, description="seconds between probes once ready")
+    timeout_s: float = Field(default=5.0, ge=0.1, le=60, description="seconds one probe may take")
+    failures_max: int = Field(default=3, ge=1, le=100, description="failed probes in a row that make it unhealthy")
+
+
+class AppManifest(_Manifest):
+    """One app. Scaling knobs keep fal's names, defaults and rules."""
+
+    name: Name = Field(description="name of the app, unique in its team")
+    team: Name = Field(default=DEFAULT_TEAM, description="tenant that owns it")
+    image: Literal["host"] = Field(
+        default="host", description="\"host\": the node's own system, read-only, with the worker's environment"
+    )
+    command: Annotated[
+        list[Annotated[str, StringConstraints(min_length=1, max_length=4096)]], Field(max_length=256)
+    ] = Field(default_factory=list, description="command and arguments; empty: our diffusers worker")
+    env: Annotated[
+        dict[
+            Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)],
+            Annotated[str, StringConstraints(max_length=8192)],
+        ],
+        Field(max_length=limits.ENV_VARS_MAX),
+    ] = Field(default_factory=dict, description="environment of the container; no secrets here")
+    model: OwnedName | Literal[""] = Field(default="", description="model that is mounted and loaded")
+    loras: Annotated[list[OwnedName], Field(max_length=64)] = Field(
+        default_factory=list, description="LoRAs that requests may name"
+    )
+    machine_type: Annotated[list[Text], Field(max_length=32)] = Field(
+        default_factory=list,
+        description='GPU models that will do, the preferred first, such as "H100-80GB"; empty: any',
+    )
+    num_gpus: int = Field(
+        default=1, ge=0, le=limits.GPUS_PER_RUNNER_MAX, description="whole GPUs of one node for each runner"
+    )
+    gpu_memory_gib_min: float = Field(default=0.0, ge=0, le=4096, description="least memory of each GPU in GiB")
+    resources: ResourcesManifest = Field(default_factory=ResourcesManifest, description="CPU, memory, processes")
+    pools: Annotated[list[Name], Field(max_length=64)] = Field(
+        default_factory=list, description="pools that will do; empty: any"
+    )
+    labels: Labels = Field(default_factory=dict, description="labels that the node must carry")
+    network: Literal["none", "egress", "host"] = Field(
+        default="none", description="network of the container; requests come over a socket, so none is needed to serve"
+    )
+    keep_alive: float = Field(default=60.0, ge=0, le=604800, description="seconds an idle runner is kept")
+    min_concurrency: int = Field(
+        default=0, ge=0, le=limits.RUNNERS_PER_APP_MAX, description="runners that are always there"
+    )
+    max_concurrency: int = Field(
+        default=2, ge=0, le=limits.RUNNERS_PER_APP_MAX, description="runners that are never exceeded"
+    )
+    concurrency_buffer: int = Field(
+        default=0, ge=0, le=limits.RUNNERS_PER_APP_MAX, description="spare runners above demand"
+    )
+    concurrency_buffer_perc: int = Field(default=0, ge=0, le=1000, description="spare runners in percent of demand")
+    scaling_delay: float = Field(default=0.0, ge=0, le=3600, description="seconds to wait before scaling up")
+    max_multiplexing: int = Field(default=1, ge=1, le=1024, description="requests that one runner handles at once")
+    request_timeout: float = Field(
+        default=limits.REQUEST_TIMEOUT_S, gt=0, le=86400, description="seconds one request may take"
+    )
+    startup_timeout: float = Field(
+        default=limits.STARTUP_TIMEOUT_S, gt=0, le=86400, description="seconds from start to ready"
+    )
+    termination_grace_period: float = Field(
+        default=limits.TERMINATION_GRACE_S, ge=0, le=3600, description="seconds between SIGTERM and SIGKILL"
+    )
+    health_check: ProbeManifest = Field(default_factory=ProbeManifest, description="probes of the worker")
+    share_group: Name | Literal[""] = Field(
+        default="", description="apps of one team and one group may share runners; empty: the app alone"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AppManifest:
+        if self.min_concurrency > self.max_concurrency:
+            raise ValueError(
+                f"min_concurrency = {self.min_concurrency} is above max_concurrency = {self.max_concurrency}; "
+                "raise max_concurrency"
+            )
+        for field, named in (("model", [self.model] if self.model else []), ("loras", self.loras)):
+            for one in named:
+                if "/" in one and one.split("/", 1)[0] != self.team:
+                    raise ValueError(f"{field} = {one!r} belongs to another team; register it in team {self.team!r}")
+        if not self.command and not self.model:
+            raise ValueError("model is missing: without a command the app is our worker, which needs a model")
+        if len(set(self.machine_type)) != len(self.machine_type):
+            raise ValueError("machine_type names a GPU model twice; name each once")
+        return self
+
+    @property
+    def id(self) -> str:
+        """`team/name`."""
+        return f"{self.team}/{self.name}"
+
+    def to_proto(self) -> state_pb2.AppSpec:
+        """The message that travels and is stored."""
+        return state_pb2.AppSpec(
+            image=self.image,
+            command=self.command,
+            env=self.env,
+            model=qualify(self.model, team=self.team, field="model") if self.model else "",
+            loras=[qualify(one, team=self.team, field="loras") for one in self.loras],
+            machine_type=self.machine_type,
+            num_gpus=self.num_gpus,
+            gpu_memory_bytes_min=round(self.gpu_memory_gib_min * GIB),
+            resources=state_pb2.Resources(
+                cpu_milli=round(self.resources.cpu * 1000),
+                memory_bytes=round(self.resources.memory_gib * GIB),
+                pids_max=self.resources.pids,
+                shm_bytes=round(self.resources.shm_gib * GIB),
+            ),
+            pools=self.pools,
+            labels=self.labels,
+            network=self.network,
+            scaling=state_pb2.Scaling(
+                keep_alive_s=self.keep_alive,
+                min_concurrency=self.min_concurrency,
+                max_concurrency=self.max_concurrency,
+                concurrency_buffer=self.concurrency_buffer,
+                concurrency_buffer_perc=self.concurrency_buffer_perc,
+                scaling_delay_s=self.scaling_delay,
+                max_multiplexing=self.max_multiplexing,
+                request_timeout_s=self.request_timeout,
+                startup_timeout_s=self.startup_timeout,
+            ),
+            probe=state_pb2.Probe(
+                ready_path=self.health_check.ready_path,
+                live_path=self.health_check.live_path,
+                interval_s=self.health_check.interval_s,
+                timeout_s=self.health_check.timeout_s,
+                failures_max=self.health_check.failures_max,
+            ),
+            termination_grace_s=self.termination_grace_period,
+            share_group=self.share_group,
+        )
+
+    @classmethod
+    def from_proto(cls, app: str, spec: state_pb2.AppSpec) -> AppManifest:
+        """Check a message as strictly as a file. Raises FalError(INVALID) naming field, value and remedy."""
+        team, _, name = app.partition("/")
+        scaling, probe, resources = spec.scaling, spec.probe, spec.resources
+        return _validated(
+            cls,
+            {
+                "name": name,
+                "team": team,
+                "image": spec.image,
+                "command": list(spec.command),
+                "env": dict(spec.env),
+                "model": spec.model,
+                "loras": list(spec.loras),
+                "machine_type": list(spec.machine_type),
+                "num_gpus": spec.num_gpus,
+                "gpu_memory_gib_min": spec.gpu_memory_bytes_min / GIB,
+                "resources": {
+                    "cpu": resources.cpu_milli / 1000,
+                    "memory_gib": resources.memory_bytes / GIB,
+                    "pids": resources.pids_max,
+                    "shm_gib": resources.shm_bytes / GIB,
+                },
+                "pools": list(spec.pools),
+                "labels": dict(spec.labels),
+                "network": spec.network,
+                "keep_alive": scaling.keep_alive_s,
+                "min_concurrency": scaling.min_concurrency,
+                "max_concurrency": scaling.max_concurrency,
+                "concurrency_buffer": scaling.concurrency_buffer,
+                "concurrency_buffer_perc": scaling.concurrency_buffer_perc,
+                "scaling_delay": scaling.scaling_delay_s,
+                "max_multiplexing": scaling.max_multiplexing,
+                "request_timeout": scaling.request_timeout_s,
+                "startup_timeout": scaling.startup_timeout_s,
+                "termination_grace_period": spec.termination_grace_s,
+                "health_check": {
+                    "ready_path": probe.ready_path,
+                    "live_path": probe.live_path,
+                    "interval_s": probe.interval_s,
+                    "timeout_s": probe.timeout_s,
+                    "failures_max": probe.failures_max,
+                },
+                "share_group": spec.share_group,
+            },
+            source=f"app {app}",
+        )
+
+
+class PoolManifest(_Manifest):
+    """A group of nodes with one answer to: which cloud, region, failure domain, price, networks."""
+
+    name: Name = Field(description="name of the pool")
+    cloud: Text = Field(default="metal", description='cloud or machine room, such as "aws", "gcp", "metal"')
+    region: Annotated[str, StringConstraints(max_length=limits.LABEL_CHARS_MAX)] = Field(
+        default="", description="region of the cloud"
+    )
+    zone: Annotated[str, StringConstraints(max_length=limits.LABEL_CHARS_MAX)] = Field(
+        default="", description="failure domain; empty: the pool itself"
+    )
+    gpu_hour_price: float = Field(default=0.0, ge=0, le=100_000, description="US dollars for one GPU for one hour")
+    egress_gib_price: float = Field(default=0.0, ge=0, le=1000, description="US dollars for one GiB that leaves")
+    networks: Annotated[list[Name], Field(max_length=16)] = Field(
+        default_factory=list, description="networks on which its nodes have an address"
+    )
+    spot: bool = Field(default=False, description="the cloud may take nodes back at short notice")
+    cache_size: str | int = Field(
+        default=0, description='weight cache of each node, such as "2TiB"; 0: its own setting'
+    )
+    trusted_network: bool = Field(default=False, description="weights may travel in clear text inside the pool")
+    labels: Labels = Field(default_factory=dict, description="labels that every node of the pool carries")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> PoolManifest:
+        parse_bytes(self.cache_size)
+        return self
+
+    def to_proto(self) -> state_pb2.Pool:
+        """The message that travels and is stored."""
+        return state_pb2.Pool(
+            name=self.name,
+            cloud=self.cloud,
+            region=self.region,
+            zone=self.zone,
+            gpu_hour_price_micros=round(self.gpu_hour_price * 1_000_000),
+            egress_gib_price_micros=round(self.egress_gib_price * 1_000_000),
+            networks=self.networks,
+            spot=self.spot,
+            cache_bytes=parse_bytes(self.cache_size),
+            trusted_network=self.trusted_network,
+            labels=self.labels,
+        )
+
+    @classmethod
+    def from_proto(cls, pool: state_pb2.Pool) -> PoolManifest:
+        """Check a message as strictly as a file. Raises FalError(INVALID)."""
+        return _validated(
+            cls,
+            {
+                "name": pool.name,
+                "cloud": pool.cloud,
+                "region": pool.region,
+                "zone": pool.zone,
+                "gpu_hour_price": pool.gpu_hour_price_micros / 1_000_000,
+                "egress_gib_price": pool.egress_gib_price_micros / 1_000_000,
+                "networks": list(pool.networks),
+                "spot": pool.spot,
+                "cache_size": pool.cache_bytes,
+                "trusted_network": pool.trusted_network,
+                "labels": dict(pool.labels),
+            },
+            source=f"pool {pool.name}",
+        )
+
+
+ManifestT = TypeVar("ManifestT", bound=_Manifest)
+
+
+def _validated(cls: type[ManifestT], data: Mapping[str, Any], *, source: str) -> ManifestT:
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise pydantic_error(error, source, model=cls) from None
+
+
+def parse_manifest(cls: type[ManifestT], text: str, *, source: str, yaml_syntax: bool) -> ManifestT:
+    """Read one manifest from TOML or YAML text. Raises FalError(INVALID) naming `source`, field, value, remedy."""
+    if len(text) > limits.MANIFEST_BYTES_MAX:
+        raise invalid(
+            "file", source, "is too large", remedy=f"A manifest has at most {limits.MANIFEST_BYTES_MAX} bytes."
+        )
+    try:
+        data = yaml.safe_load(text) if yaml_syntax else tomllib.loads(text)
+    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise invalid("file", source, f"cannot be parsed: {detail}", remedy="Correct the syntax.") from None
+    if not isinstance(data, dict):
+        raise invalid("file", source, "holds no table", remedy="Write `key = value` lines; see `falctl init NAME`.")
+    return _validated(cls, data, source=source)
+
+
+def read_manifest(cls: type[ManifestT], path: Path) -> ManifestT:
+    """Read a manifest file: `.toml`, `.yaml` or `.yml`."""
+    suffix = path.suffix.lower()
+    if suffix not in (".toml", ".yaml", ".yml"):
+        raise invalid("file", str(path), "is neither TOML nor YAML", remedy="Name it .toml, .yaml or .yml.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise invalid("file", str(path), f"cannot be read: {error}", remedy="Name a readable UTF-8 file.") from None
+    return parse_manifest(cls, text, source=str(path), yaml_syntax=suffix != ".toml")
+
+
+def spec_digest(spec: state_pb2.AppSpec) -> str:
+    """SHA-256 of the spec's canonical form, hexadecimal. Equal specs have equal digests whatever order maps came in."""
+    return hashlib.sha256(spec.SerializeToString(deterministic=True)).hexdigest()

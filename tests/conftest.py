@@ -1,0 +1,89 @@
+"""Options and fixtures of the whole suite.
+
+`--all` runs the counts that were promised (200 crash points, 100 simulation seeds …); without it a tenth of them runs,
+with seeds that rotate by the day, and the session ends with both numbers. `--seed N` repeats a run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+_COUNTS: dict[str, tuple[int, int]] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the full counts instead of a tenth")
+    parser.addoption("--seed", type=int, default=None, help="base seed; default: the number of today")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--seed") is None:
+        # The same for every worker process of one run, another one tomorrow.
+        today = datetime.now(UTC).toordinal()  # noqa: TID251  (rotation of seeds, nothing that is decided)
+        config.option.seed = int(os.environ.setdefault("FAL_TEST_SEED", str(today)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot do."""
+    lacking = {
+        "root": None if os.geteuid() == 0 else "needs root",
+        "oci": _missing("conmon") or (None if shutil.which("runc") or shutil.which("crun") else "needs runc or crun"),
+        "etcd": _missing("etcd"),
+        "netns": _missing("ip") if os.geteuid() == 0 else "needs root",
+        "gpu": None if Path("/dev/nvidiactl").exists() else "needs an NVIDIA GPU",
+    }
+    for item in items:
+        for marker, why in lacking.items():
+            if why is not None and item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+def _missing(program: str) -> str | None:
+    return None if shutil.which(program) else f"needs {program}"
+
+
+@pytest.fixture
+def base_seed(request: pytest.FixtureRequest) -> int:
+    """First seed of this run."""
+    return int(request.config.getoption("--seed"))
+
+
+@pytest.fixture
+def scale(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """How many of `full` cases this run does: all with --all, else a tenth (at least one)."""
+
+    def count(full: int) -> int:
+        run = full if request.config.getoption("--all") else max(1, full // 10)
+        request.node.user_properties.append(("scaled", (run, full)))
+        return run
+
+    return count
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call":
+        for key, value in report.user_properties:
+            if key == "scaled":
+                _COUNTS[report.nodeid] = tuple(value)  # type: ignore[assignment]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if _COUNTS:
+        terminalreporter.section(f"scaled counts (base seed {config.getoption('--seed')})")
+        for nodeid, (run, full) in sorted(_COUNTS.items()):
+            terminalreporter.write_line(f"{run:>5} of {full:<5} {nodeid}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_leaked_environment() -> Iterator[None]:
+    """Tests start from an environment without falctl's own variables."""
+    kept = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith("FAL_") and key != "FAL_TEST_SEED"}
+    yield
+    os.environ.update(kept)
