@@ -73,3 +73,16 @@ CSR_BYTES_MAX: Final = 8 << 10
 CERTIFICATE_SKEW_S: Final = 300.0  # clocks of two machines may differ by this much
 JOIN_TIMEOUT_S: Final = 15.0
 JOIN_ATTEMPTS_PER_MINUTE_MAX: Final = 60  # per address; a secret has 130 bits, this bounds the work
+
+# Models.
+MODEL_FILES_MAX: Final = 4096
+MODEL_PATH_BYTES_MAX: Final = 1024
+STAGE_TIMEOUT_S: Final = 6 * 3600.0
+
+# Agent.
+ASSIGNMENTS_PER_NODE_MAX: Final = 1024
+JOURNAL_BYTES_MAX: Final = 64 << 20
+JOURNAL_RECORD_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 4096
+NODE_EVENTS_MAX: Final = 256  # kept for the scheduler while it is away; the oldest go first
+GPU_IDLE_MEMORY_BYTES_MAX: Final = 768 << 20  # a GPU without a process shows less than this
+GPU_RELEASE_TIMEOUT_S: Final = 30.0  # then it is quarantined
