@@ -1,0 +1,172 @@
+"""Container logs on disk: the line format that conmon calls k8s-file, read back by tail and follow.
+
+    2026-11-21T00:06:35.123456789+00:00 stdout F the text
+
+F ends a line, P is a part of a longer one. Invariant: a reader never blocks the writer, survives rotation (the file is
+replaced by a new one under the same name; an older one may stay as NAME.1), and returns lines of bounded length.
+Written by conmon and by `fal_runtime.process_supervisor`; read by the drivers. Nothing here writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from fal_contract.limits import LOG_LINE_BYTES_MAX
+
+from fal_runtime.driver import LogLine, Stream
+from fal_runtime.watch import Watcher
+
+_BLOCK_BYTES: Final = 64 << 10
+_RECORD_BYTES_MAX: Final = 1 << 20  # a record without a newline of this size is dropped
+
+
+def _time_s(stamp: str) -> float:
+    """RFC 3339 with nanoseconds → seconds since 1970 (Python reads at most microseconds)."""
+    head, dot, rest = stamp.partition(".")
+    if not dot:
+        return datetime.fromisoformat(stamp).timestamp()
+    digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+    whole = datetime.fromisoformat(head + rest[len(digits) :])
+    return whole.timestamp() + float(f"0.{digits or '0'}")
+
+
+class LineAssembler:
+    """Turns raw bytes of a log file into lines: keeps an unfinished record and unfinished parts between calls."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._parts: dict[str, bytes] = {}
+
+    def feed(self, data: bytes) -> Iterator[LogLine]:
+        *records, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _RECORD_BYTES_MAX:
+            self._rest = b""
+        for record in records:
+            line = self._take(record)
+            if line is not None:
+                yield line
+
+    def _take(self, record: bytes) -> LogLine | None:
+        fields = record.split(b" ", 3)
+        if len(fields) != 4 or fields[1] not in (b"stdout", b"stderr") or fields[2] not in (b"F", b"P"):
+            return None  # the cut first record of a block, or a damaged one
+        stream: Stream = "stdout" if fields[1] == b"stdout" else "stderr"
+        text = (self._parts.pop(stream, b"") + fields[3])[: LOG_LINE_BYTES_MAX + 1]
+        if fields[2] == b"P":
+            self._parts[stream] = text
+            return None
+        try:
+            time_s = _time_s(fields[0].decode("ascii"))
+        except ValueError:
+            return None
+        cut = "…" if len(text) > LOG_LINE_BYTES_MAX else ""
+        return LogLine(time_s, stream, text[:LOG_LINE_BYTES_MAX].decode("utf-8", "replace").rstrip("\r") + cut)
+
+
+def _tail_bytes(file: BinaryIO, tail_lines: int) -> bytes:
+    """The end of `file` holding at least `tail_lines` finished lines, or all of it. Leaves the position at the end."""
+    at = file.seek(0, os.SEEK_END)
+    data = b""
+    while at > 0 and data.count(b" F ") <= tail_lines:
+        size = min(_BLOCK_BYTES, at)
+        at -= size
+        file.seek(at)
+        data = file.read(size) + data
+    file.seek(0, os.SEEK_END)
+    return data
+
+
+def _open(path: Path) -> BinaryIO | None:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        return None
+
+
+def tail(path: Path, tail_lines: int) -> list[LogLine]:
+    """The last lines of the log and, if it was just rotated, of NAME.1 before it."""
+    if tail_lines <= 0:
+        return []
+    lines: list[LogLine] = []
+    assembler = LineAssembler()
+    for name in (path.with_name(path.name + ".1"), path):
+        file = _open(name)
+        if file is not None:
+            with file:
+                lines.extend(assembler.feed(_tail_bytes(file, tail_lines)))
+    return lines[-tail_lines:]
+
+
+class Follower:
+    """Reads what is appended to a log from its end on, across rotations."""
+
+    def __init__(self, path: Path, *, tail_lines: int) -> None:
+        self._path = path
+        self._assembler = LineAssembler()
+        self._file = _open(path)
+        self.first: list[LogLine] = []
+        if self._file is not None:
+            older = tail(path.with_name(path.name + ".1"), tail_lines)
+            if tail_lines > 0:
+                self.first = list(self._assembler.feed(_tail_bytes(self._file, tail_lines)))
+            else:
+                self._file.seek(0, os.SEEK_END)
+            self.first = (older + self.first)[-tail_lines:] if tail_lines > 0 else []
+
+    def read(self) -> list[LogLine]:
+        """Everything new since the last call."""
+        lines: list[LogLine] = []
+        while True:
+            if self._file is None:
+                self._file = _open(self._path)
+            if self._file is None:
+                return lines
+            # Look for a successor before reading: what is in the old file when the new one exists is all of it.
+            replaced = self._replaced()
+            while data := self._file.read(_BLOCK_BYTES):
+                lines.extend(self._assembler.feed(data))
+            if not replaced:
+                return lines
+            self.close()
+
+    def _replaced(self) -> bool:
+        assert self._file is not None
+        here = os.fstat(self._file.fileno())
+        try:
+            there = self._path.stat()
+        except FileNotFoundError:
+            return False
+        return (here.st_ino, here.st_dev) != (there.st_ino, there.st_dev)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+async def read_log(
+    path: Path, watcher: Watcher, ended: Callable[[], Awaitable[bool]], *, tail_lines: int, follow: bool
+) -> AsyncIterator[LogLine]:
+    """Tail, then follow until `ended()` says that nothing more will be written."""
+    if not follow:
+        for line in tail(path, tail_lines):
+            yield line
+        return
+    with watcher.subscribe(path.parent) as subscription:
+        follower = Follower(path, tail_lines=tail_lines)
+        try:
+            for line in follower.first:
+                yield line
+            while True:
+                last = await ended()  # before reading: what was written before the end is then read
+                for line in follower.read():
+                    yield line
+                if last:
+                    return
+                await subscription.changed()
+        finally:
+            follower.close()
