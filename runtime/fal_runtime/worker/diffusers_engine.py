@@ -1,0 +1,279 @@
+"""A diffusers pipeline as an `Engine`. The only module of the worker that imports torch, and only when it loads.
+
+Any text-to-picture pipeline folder will do whose `model_index.json` names classes of diffusers and transformers
+and whose weights are safetensors; code in the folder is never run, nothing is downloaded. An optional `fal.json`
+beside it, `{"steps": 12, "guidance": 3.0}`, says what requests get that leave these out. Runs in the lane's
+thread; never touches the event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from fal_contract.errors import Code, FalError, invalid
+
+from fal_runtime.worker.engine import DeviceFailed, OnStep, OutOfMemory, Output, Stopped
+from fal_runtime.worker.request import GUIDANCE_MAX, STEPS_MAX, InferRequest, ModelInfo
+
+_STEPS_DEFAULT: Final = 50
+_GUIDANCE_DEFAULT: Final = 7.5
+_WARM_STEPS: Final = 2
+# Request field → argument of the pipeline's __call__ that obeys it.
+_ARGUMENTS: Final = {"steps": "num_inference_steps", "guidance": "guidance_scale", "width": "width", "height": "height"}
+
+
+class DiffusersEngine:
+    """Loads `model` (a folder) and its `loras` (name and folder each) onto the GPU if there is one, else the CPU."""
+
+    def __init__(
+        self, model: Path, *, loras: tuple[tuple[str, Path], ...] = (), threads: int = 0, dtype: str = "auto"
+    ) -> None:
+        self._folder = model
+        self._lora_folders = loras
+        self._threads = threads
+        self._dtype = dtype
+        self._torch: Any = None
+        self._pipeline: Any = None
+        self._accepted: frozenset[str] = frozenset()
+        self._info: ModelInfo | None = None
+
+    def load(self, on_phase: Callable[[str], None]) -> ModelInfo:
+        """Import, read, move to the device. Raises FalError NOT_FOUND, INVALID or RUNNER_FAILED."""
+        if not (self._folder / "model_index.json").is_file():
+            what = f"{self._folder} is no pipeline folder: it has no model_index.json"
+            raise FalError(Code.NOT_FOUND, what, remedy="Give the folder that save_pretrained wrote.")
+        defaults = _read_defaults(self._folder / "fal.json")
+        on_phase("import")
+        diffusers = self._import()
+        on_phase("load")
+        try:
+            self._pipeline = self._read(diffusers)
+            for number, (_, folder) in enumerate(self._lora_folders):
+                self._pipeline.load_lora_weights(
+                    str(folder), weight_name=_weights(folder), adapter_name=_adapter(number)
+                )
+        except FalError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:400]
+            what = f"cannot load the pipeline in {self._folder}: {type(error).__name__}: {reason}"
+            raise FalError(Code.RUNNER_FAILED, what, remedy="Check the folder's files and their versions.") from error
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._accepted = frozenset(inspect.signature(self._pipeline.__call__).parameters)
+        self._info = self._describe(defaults)
+        return self._info
+
+    def warm(self) -> None:
+        """A short run at the model's own size, without any adapter."""
+        info = self._loaded()
+        request = InferRequest(prompt="warm up", seed=0, steps=min(_WARM_STEPS, info.steps), guidance=info.guidance)
+        self.infer(request, lambda done, steps: None)
+
+    def infer(self, request: InferRequest, on_step: OnStep) -> Output:
+        """Draw one picture; see `Engine`."""
+        began_s = time.monotonic()
+        try:
+            picture = self._draw(request, on_step)
+            drawn_s = time.monotonic()
+            buffer = io.BytesIO()
+            picture.save(buffer, format="PNG")
+        except (FalError, Stopped):
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
+        finally:
+            self._pipeline.maybe_free_model_hooks()
+        return Output(
+            png=buffer.getvalue(),
+            width_px=picture.width,
+            height_px=picture.height,
+            infer_s=drawn_s - began_s,
+            encode_s=time.monotonic() - drawn_s,
+        )
+
+    def _import(self) -> Any:
+        """Import torch and diffusers, kept away from the network and from folders that cannot be written."""
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TQDM_DISABLE"):
+            os.environ.setdefault(name, "1")
+        if "HF_HOME" not in os.environ:
+            os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "hf")
+        self._torch = importlib.import_module("torch")
+        if self._threads:
+            self._torch.set_num_threads(self._threads)
+        diffusers = importlib.import_module("diffusers")
+        transformers = importlib.import_module("transformers")
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        return diffusers
+
+    def _read(self, diffusers: Any) -> Any:
+        torch = self._torch
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = self._dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device == "cuda" else "float32"
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            str(self._folder),
+            torch_dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        return pipeline.to(device)
+
+    def _describe(self, defaults: dict[str, float]) -> ModelInfo:
+        pipeline = self._pipeline
+        parameters = inspect.signature(pipeline.__call__).parameters
+        options = {field for field, argument in _ARGUMENTS.items() if argument in parameters}
+        if self._lora_folders:
+            options.add("lora")
+        steps = defaults.get("steps") or _default(parameters.get("num_inference_steps"), _STEPS_DEFAULT)
+        guidance = defaults.get("guidance")
+        if guidance is None:
+            guidance = _default(parameters.get("guidance_scale"), _GUIDANCE_DEFAULT)
+        multiple = int(getattr(pipeline, "vae_scale_factor", 8) or 8)
+        side = _own_side(pipeline)
+        return ModelInfo(
+            pipeline=type(pipeline).__name__,
+            options=frozenset(options),
+            steps=int(steps),
+            guidance=float(guidance),
+            width_px=side * multiple,
+            height_px=side * multiple,
+            side_multiple_px=max(8, multiple),
+            loras=tuple(name for name, _ in self._lora_folders),
+        )
+
+    def _loaded(self) -> ModelInfo:
+        if self._info is None:
+            raise FalError(Code.FAILED_PRECONDITION, "the model is not loaded", remedy="Call load first.")
+        return self._info
+
+    def _draw(self, request: InferRequest, on_step: OnStep) -> Any:
+        pipeline, torch = self._pipeline, self._torch
+        self._choose_adapter(request)
+        wished = {
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "width": request.width_px or None,
+            "height": request.height_px or None,
+            # On the CPU whatever the device, so that a seed means the same picture everywhere.
+            "generator": torch.Generator("cpu").manual_seed(request.seed),
+            "output_type": "pil",
+        }
+        arguments = {k: v for k, v in wished.items() if k in self._accepted and v is not None}
+        with self._told_of_steps(arguments, request.steps, on_step):
+            result = pipeline(prompt=request.prompt, **arguments)
+        images = getattr(result, "images", None)
+        if not images:
+            what = f"{type(pipeline).__name__} makes no pictures"
+            raise FalError(Code.RUNNER_FAILED, what, remedy="Deploy a text-to-picture pipeline.")
+        return images[0]
+
+    def _choose_adapter(self, request: InferRequest) -> None:
+        if not self._lora_folders:
+            return
+        if request.lora is None:
+            self._pipeline.disable_lora()
+            return
+        number = self._loaded().loras.index(request.lora.name)
+        self._pipeline.enable_lora()
+        self._pipeline.set_adapters([_adapter(number)], [request.lora.scale])
+
+    @contextlib.contextmanager
+    def _told_of_steps(self, arguments: dict[str, Any], steps: int, on_step: OnStep) -> Iterator[None]:
+        """Call `on_step` after each step: by the pipeline's callback, or around its scheduler where it has none."""
+        if "callback_on_step_end" in self._accepted:
+
+            def on_step_end(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                on_step(step + 1, int(getattr(pipeline, "num_timesteps", 0) or steps))
+                return tensors
+
+            arguments["callback_on_step_end"] = on_step_end
+            yield
+            return
+        scheduler, done = self._pipeline.scheduler, 0
+        original = scheduler.step
+
+        def step(*positional: Any, **named: Any) -> Any:
+            nonlocal done
+            result = original(*positional, **named)
+            done += 1
+            on_step(min(done, steps), steps)
+            return result
+
+        scheduler.step = step
+        try:
+            yield
+        finally:
+            del scheduler.step
+
+    def _failure(self, error: Exception) -> Exception:
+        """What a failed inference means: out of memory and device errors are told apart from the rest."""
+        torch, text = self._torch, " ".join(str(error).split())[:300]
+        # The CPU allocator has no exception class of its own, only this wording.
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return OutOfMemory(f"the request did not fit into memory: {text}")
+        if isinstance(error, torch.AcceleratorError) or "CUDA error" in text:
+            return DeviceFailed(f"the GPU failed: {text}")
+        return error
+
+
+def _adapter(number: int) -> str:
+    """A name that torch accepts as a module's, whatever the LoRA is called."""
+    return f"lora_{number}"
+
+
+def _weights(folder: Path) -> str:
+    """The one safetensors file of a LoRA folder."""
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(found) != 1:
+        what = f"LoRA folder {folder} has {len(found)} safetensors files instead of one"
+        raise FalError(Code.INVALID, what, remedy="Give a folder with one LoRA.", field="lora")
+    return found[0]
+
+
+def _default(parameter: inspect.Parameter | None, otherwise: float) -> float:
+    value = parameter.default if parameter is not None else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else otherwise
+
+
+def _own_side(pipeline: Any) -> int:
+    """Side of the latent that the model was trained on, 0 where the pipeline does not say."""
+    model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    size = getattr(getattr(model, "config", None), "sample_size", 0)
+    return int(size) if isinstance(size, int) else 0
+
+
+def _read_defaults(path: Path) -> dict[str, float]:
+    """`fal.json`: steps and guidance for requests that leave them out."""
+    if not path.is_file():
+        return {}
+    try:
+        given = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise invalid(str(path), path.name, f"is not JSON ({error})", remedy='Write {"steps": 12}.') from error
+    highest = {"steps": STEPS_MAX, "guidance": GUIDANCE_MAX}
+    if not isinstance(given, dict):
+        raise invalid(str(path), given, "is not a JSON object", remedy='Write {"steps": 12}.')
+    for name, value in given.items():
+        if name not in highest:
+            raise invalid(f"{path}: {name}", value, "is not a known key", remedy="Known keys: steps, guidance.")
+        lowest = 1 if name == "steps" else 0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest[name]:
+            why = f"is not a number from {lowest} to {highest[name]:g}"
+            raise invalid(f"{path}: {name}", value, why, remedy="Change it, or leave it out.")
+    return given

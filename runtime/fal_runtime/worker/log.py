@@ -1,0 +1,24 @@
+"""JSON lines on stdout: what happened, when, and how long the process has been up.
+
+Imports nothing heavy: the first line is written before anything else is imported, so that the time between
+`exec` and that line is the container's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+
+from fal_contract.clock import SystemClock
+
+_CLOCK = SystemClock()
+_STARTED_S = time.monotonic()
+
+
+def log(event: str, **fields: object) -> None:
+    """Write one line: `event`, seconds since 1970, seconds since start, then `fields` (JSON values)."""
+    line = {"event": event, "time_s": round(_CLOCK.wall_s(), 3), "up_s": round(_CLOCK.monotonic_s() - _STARTED_S, 3)}
+    with contextlib.suppress(OSError):  # when nobody reads the log any more, serving goes on
+        print(json.dumps(line | fields, ensure_ascii=False, default=str), file=sys.stdout, flush=True)
