@@ -22,6 +22,7 @@ class Code(StrEnum):
     PERMISSION_DENIED = "PERMISSION_DENIED"  # the role may not do this
     NO_CAPACITY = "NO_CAPACITY"
     BUSY = "BUSY"  # a bound was reached; try later
+    DRAINING = "DRAINING"  # on its way out and takes nothing new; ask another
     STALE_TERM = "STALE_TERM"  # from a deposed leader
     NOT_LEADER = "NOT_LEADER"
     VERSION_MISMATCH = "VERSION_MISMATCH"  # wire, journal or store of a version we do not speak
@@ -39,7 +40,16 @@ class Code(StrEnum):
 
 
 RETRYABLE: Final = frozenset(
-    {Code.CONFLICT, Code.NO_CAPACITY, Code.BUSY, Code.NOT_LEADER, Code.STORE_UNKNOWN, Code.UNAVAILABLE, Code.TIMEOUT}
+    {
+        Code.CONFLICT,
+        Code.NO_CAPACITY,
+        Code.BUSY,
+        Code.DRAINING,
+        Code.NOT_LEADER,
+        Code.STORE_UNKNOWN,
+        Code.UNAVAILABLE,
+        Code.TIMEOUT,
+    }
 )
 
 # grpc.StatusCode names; kept as text so that this module stays pure.
@@ -53,6 +63,7 @@ GRPC_STATUS: Final[dict[Code, str]] = {
     Code.PERMISSION_DENIED: "PERMISSION_DENIED",
     Code.NO_CAPACITY: "RESOURCE_EXHAUSTED",
     Code.BUSY: "RESOURCE_EXHAUSTED",
+    Code.DRAINING: "UNAVAILABLE",
     Code.STALE_TERM: "FAILED_PRECONDITION",
     Code.NOT_LEADER: "UNAVAILABLE",
     Code.VERSION_MISMATCH: "FAILED_PRECONDITION",

@@ -53,7 +53,16 @@ CRASH_BACKOFF_MAX_S: Final = 600.0
 LEASE_TTL_S: Final = 30.0
 BUSY_RETRY_MAX: Final = 8
 REQUEST_HEAD_BYTES_MAX: Final = 32 << 10
-TUNNEL_PING_S: Final = 10.0
+TUNNEL_PING_S: Final = 10.0  # CRLF both ways on an idle tunnel, under any NAT's idle limit
+TUNNEL_SILENCE_MAX_S: Final = 25.0  # nothing heard for so long: the tunnel is dead and replaced
+TUNNELS_MIN: Final = 4  # per node and gateway
+TUNNELS_MAX: Final = 256
+DATA_CONNECT_TIMEOUT_S: Final = 5.0
+DATA_HEAD_TIMEOUT_S: Final = 10.0  # from a request's first byte to the end of its head
+# A client drops an unused connection well before the proxy would, so that no request meets a closing one.
+DATA_CLIENT_IDLE_S: Final = 15.0
+DATA_SERVER_IDLE_S: Final = 30.0
+DATA_CONNECTIONS_MAX: Final = 4096
 
 # Reconnects: full jitter between 0 and min(cap, base * 2**n).
 RECONNECT_BASE_S: Final = 0.2
