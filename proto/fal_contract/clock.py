@@ -1,4 +1,4 @@
-"""Time as a parameter. Pure code takes `now_s`; edges own one `Clock` and pass readings in."""
+"""Time as a parameter: decisions take `now_s`; edges own one `Clock` and pass its readings in."""
 
 from __future__ import annotations
 
