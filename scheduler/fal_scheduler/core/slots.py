@@ -1,0 +1,334 @@
+"""The slot book: who holds the right to send how many requests at once to which runner. Pure.
+
+Invariant: within one term the slots leased of a runner never exceed its capacity (`max_multiplexing`). A lease
+ends by return, by expiry or by revocation, never by silence of its gateway alone: a gateway whose stream broke may
+be serving with it. The node's proxy stays the authority on admission, so that leases of an older term, which this
+book may not know, can overlap with its own without harm.
+
+The book is leader-local: it is never stored, and a new leader learns what gateways still hold from their hellos.
+Called by `fal_scheduler.dispatch` on one event loop with readings of the monotonic clock; must not read a clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
+
+from fal_contract.limits import LEASE_TTL_S
+
+K = TypeVar("K", bound=Hashable)
+
+# The gateway counts its seconds from the arrival of the lease, we count from the grant: the book waits longer, so
+# that no slot is given to a second gateway while the first still believes in it.
+LEASE_GRACE_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRunner:
+    """A runner that requests may be sent to."""
+
+    id: str
+    app: str
+    node_id: str
+    capacity: int  # requests at once
+    resident: tuple[str, ...] = ()  # models loaded in it
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """`slots` slots of one runner, held by one gateway until `expires_at_s` on the monotonic clock."""
+
+    id: str
+    runner_id: str
+    gateway: str
+    slots: int
+    term: int
+    expires_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What a gateway could use at once for one app beyond the slots that it holds."""
+
+    app: str
+    slots: int
+    model: str = ""  # preferred resident model; empty: any
+    priority: int = 0  # higher first
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A lease that a gateway says it holds from an earlier stream."""
+
+    lease_id: str
+    runner_id: str
+    slots: int
+
+
+class SlotBook:
+    """All leases of one term."""
+
+    def __init__(self, term: int, *, ttl_s: float = LEASE_TTL_S) -> None:
+        self.term = term
+        self.ttl_s = ttl_s
+        self._runners: dict[str, SlotRunner] = {}
+        self._leases: dict[str, Lease] = {}
+        self._leased: dict[str, int] = {}  # runner id -> slots out
+        self._of_runner: dict[str, set[str]] = {}  # runner id -> lease ids
+        self._open: dict[str, set[str]] = {}  # app -> runners with a free slot
+        self._count: dict[str, int] = {}  # app -> runners
+        self._wants: dict[str, dict[tuple[str, str], Want]] = {}  # gateway -> (app, model) -> what is still unmet
+        self._held: dict[tuple[str, str], int] = {}  # (app, gateway) -> slots
+        self._next = 0
+
+    # -- runners
+
+    def put_runner(self, runner: SlotRunner) -> list[Lease]:
+        """Make a runner known or change it; returns leases revoked because its capacity shrank."""
+        old = self._runners.get(runner.id)
+        if old == runner:
+            return []
+        if old is not None and old.app != runner.app:
+            raise ValueError(f"runner {runner.id} cannot move from app {old.app} to {runner.app}")
+        if old is None:
+            self._count[runner.app] = self._count.get(runner.app, 0) + 1
+        self._runners[runner.id] = runner
+        revoked = []
+        for lease in sorted(self._of(runner.id), key=lambda x: (x.expires_at_s, x.id), reverse=True):
+            if self._leased.get(runner.id, 0) <= runner.capacity:
+                break
+            revoked.append(self._drop(lease))
+        self._reopen(runner.id)
+        return revoked
+
+    def remove_runner(self, runner_id: str) -> list[Lease]:
+        """Forget a runner that is gone or draining; returns its leases, all revoked. Requests under way go on."""
+        runner = self._runners.get(runner_id)
+        if runner is None:
+            return []
+        revoked = [self._drop(lease) for lease in sorted(self._of(runner_id), key=lambda x: x.id)]
+        del self._runners[runner_id]
+        self._count[runner.app] -= 1
+        if not self._count[runner.app]:
+            del self._count[runner.app]
+        self._reopen(runner_id, runner.app)
+        return revoked
+
+    def runners(self, app: str) -> int:
+        """How many runners of the app requests may be sent to."""
+        return self._count.get(app, 0)
+
+    # -- gateways
+
+    def take_over(self, gateway: str, held: Iterable[Held], now_s: float) -> tuple[list[Lease], list[str]]:
+        """What a gateway still holds: (leases that go on, ids that it must forget).
+
+        A lease that the book knows goes on. One that it does not know (of an earlier term, or forgotten) goes on
+        with as many of its slots as are free, in this term. Leases that the gateway does not name are returned.
+        """
+        named = {entry.lease_id: entry for entry in held}
+        for lease in [x for x in self._leases.values() if x.gateway == gateway and x.id not in named]:
+            self._drop(lease)
+        kept: list[Lease] = []
+        gone: list[str] = []
+        for entry in named.values():
+            known = self._leases.get(entry.lease_id)
+            if known is not None and known.gateway == gateway and known.runner_id == entry.runner_id:
+                kept.append(self._put(replace(known, expires_at_s=self._expiry(now_s))))
+                continue
+            slots = min(entry.slots, self._free(entry.runner_id))
+            if known is not None or slots <= 0:
+                gone.append(entry.lease_id)
+                continue
+            kept.append(
+                self._put(Lease(entry.lease_id, entry.runner_id, gateway, slots, self.term, self._expiry(now_s)))
+            )
+        return kept, gone
+
+    def want(self, gateway: str, wants: Sequence[Want]) -> None:
+        """Replace the gateway's list of wants."""
+        table = {(want.app, want.model): want for want in wants if want.slots > 0}
+        if table:
+            self._wants[gateway] = table
+        else:
+            self._wants.pop(gateway, None)
+
+    def unmet(self, gateway: str) -> list[Want]:
+        """The gateway's wants that no slot was found for yet."""
+        return [want for _, want in sorted(self._wants.get(gateway, {}).items())]
+
+    def close(self, gateway: str) -> None:
+        """The gateway's stream ended: it wants nothing more. Its leases stay until they expire or it comes back."""
+        self._wants.pop(gateway, None)
+
+    # -- leases
+
+    def give_back(self, gateway: str, lease_id: str, slots: int) -> None:
+        """Return `slots` slots of a lease; at none left it is gone. News of a lease that is gone is ignored."""
+        lease = self._leases.get(lease_id)
+        if lease is None or lease.gateway != gateway or slots <= 0:
+            return
+        if slots >= lease.slots:
+            self._drop(lease)
+        else:
+            self._put(replace(lease, slots=lease.slots - slots))
+
+    def renew(self, gateway: str, lease_id: str, now_s: float) -> Lease | None:
+        """Prolong a lease; None when the gateway must forget it."""
+        lease = self._leases.get(lease_id)
+        if lease is None or lease.gateway != gateway:
+            return None
+        return self._put(replace(lease, expires_at_s=self._expiry(now_s)))
+
+    def expire(self, now_s: float) -> list[Lease]:
+        """Take back what nobody renewed."""
+        dead = sorted((x for x in self._leases.values() if x.expires_at_s <= now_s), key=lambda x: x.id)
+        return [self._drop(lease) for lease in dead]
+
+    def grant(self, now_s: float) -> list[Lease]:
+        """Meet wants from free slots; new leases only, one for each gateway and runner.
+
+        Order: higher priority, then the gateway with fewest slots of the app, then gateway id. Runner: one with the
+        wanted model loaded, then the idlest, then runner id. Both orders are total, so that a replay is exact.
+        """
+        by_app: dict[str, list[tuple[str, Want]]] = {}
+        for gateway, table in self._wants.items():
+            for want in table.values():
+                if self._open.get(want.app):
+                    by_app.setdefault(want.app, []).append((gateway, want))
+        granted: list[Lease] = []
+        for app in sorted(by_app):
+            granted.extend(self._grant_app(app, by_app[app], now_s))
+        return granted
+
+    def _grant_app(self, app: str, asking: list[tuple[str, Want]], now_s: float) -> list[Lease]:
+        queue = [(-w.priority, self._held.get((app, g), 0), g, w.model, w.slots) for g, w in asking]
+        heapq.heapify(queue)
+        parts: dict[tuple[str, str], int] = {}
+        extra: dict[str, int] = {}  # slots given in this pass, per runner
+        idle = {model: self._runner_heap(app, model) for model in {w.model for _, w in asking}}
+        while queue:
+            priority, has, gateway, model, left = heapq.heappop(queue)
+            runner_id = self._idlest(idle[model], extra)
+            if runner_id is None:
+                break
+            extra[runner_id] = extra.get(runner_id, 0) + 1
+            parts[gateway, runner_id] = parts.get((gateway, runner_id), 0) + 1
+            self._lower(gateway, app, model)
+            if left > 1:
+                heapq.heappush(queue, (priority, has + 1, gateway, model, left - 1))
+        expiry_s = self._expiry(now_s)
+        return [
+            self._put(Lease(self._new_id(), runner_id, gateway, slots, self.term, expiry_s))
+            for (gateway, runner_id), slots in parts.items()
+        ]
+
+    def _runner_heap(self, app: str, model: str) -> list[tuple[bool, int, str]]:
+        heap = []
+        for runner_id in self._open[app]:
+            runner = self._runners[runner_id]
+            heap.append((bool(model) and model not in runner.resident, self._leased.get(runner_id, 0), runner_id))
+        heapq.heapify(heap)
+        return heap
+
+    def _idlest(self, heap: list[tuple[bool, int, str]], extra: dict[str, int]) -> str | None:
+        """The first runner with a free slot; entries that this pass has outdated are put in order again."""
+        while heap:
+            cold, leased, runner_id = heap[0]
+            now = self._leased.get(runner_id, 0) + extra.get(runner_id, 0)
+            if now >= self._runners[runner_id].capacity:
+                heapq.heappop(heap)
+            elif now != leased:
+                heapq.heapreplace(heap, (cold, now, runner_id))
+            else:
+                return runner_id
+        return None
+
+    def _lower(self, gateway: str, app: str, model: str) -> None:
+        """One slot less is wanted."""
+        table = self._wants[gateway]
+        want = table[app, model]
+        if want.slots > 1:
+            table[app, model] = replace(want, slots=want.slots - 1)
+            return
+        del table[app, model]
+        if not table:
+            del self._wants[gateway]
+
+    # -- what is there
+
+    def leases(self) -> tuple[Lease, ...]:
+        """All leases, in order of id."""
+        return tuple(sorted(self._leases.values(), key=lambda x: x.id))
+
+    def runner(self, runner_id: str) -> SlotRunner | None:
+        """The runner, if requests may be sent to it."""
+        return self._runners.get(runner_id)
+
+    def leased(self, runner_id: str) -> int:
+        """Slots of a runner that are out."""
+        return self._leased.get(runner_id, 0)
+
+    # -- bookkeeping: every lease goes in by _put and out by _drop
+
+    def _put(self, lease: Lease) -> Lease:
+        old = self._leases.get(lease.id)
+        self._leases[lease.id] = lease
+        self._of_runner.setdefault(lease.runner_id, set()).add(lease.id)
+        self._count_slots(lease, lease.slots - (old.slots if old else 0))
+        return lease
+
+    def _drop(self, lease: Lease) -> Lease:
+        del self._leases[lease.id]
+        ids = self._of_runner[lease.runner_id]
+        ids.discard(lease.id)
+        if not ids:
+            del self._of_runner[lease.runner_id]
+        self._count_slots(lease, -lease.slots)
+        return lease
+
+    def _count_slots(self, lease: Lease, change: int) -> None:
+        if not change:
+            return
+        app = self._runners[lease.runner_id].app
+        _add(self._leased, lease.runner_id, change)
+        _add(self._held, (app, lease.gateway), change)
+        self._reopen(lease.runner_id)
+
+    def _reopen(self, runner_id: str, app: str = "") -> None:
+        """Keep the index of runners with a free slot."""
+        runner = self._runners.get(runner_id)
+        app = runner.app if runner else app
+        if runner is not None and self._free(runner_id) > 0:
+            self._open.setdefault(app, set()).add(runner_id)
+        elif app in self._open:
+            self._open[app].discard(runner_id)
+            if not self._open[app]:
+                del self._open[app]
+
+    def _free(self, runner_id: str) -> int:
+        runner = self._runners.get(runner_id)
+        return runner.capacity - self._leased.get(runner_id, 0) if runner else 0
+
+    def _of(self, runner_id: str) -> list[Lease]:
+        return [self._leases[x] for x in self._of_runner.get(runner_id, ())]
+
+    def _expiry(self, now_s: float) -> float:
+        return now_s + self.ttl_s + LEASE_GRACE_S
+
+    def _new_id(self) -> str:
+        self._next += 1
+        return f"{self.term}-{self._next:08d}"
+
+
+def _add(table: dict[K, int], key: K, change: int) -> None:
+    value = table.get(key, 0) + change
+    if value:
+        table[key] = value
+    else:
+        table.pop(key, None)
+
+
+__all__ = ["LEASE_GRACE_S", "Held", "Lease", "SlotBook", "SlotRunner", "Want"]
