@@ -12,7 +12,6 @@ def main() -> None:
     if not {"-h", "--help"} & set(sys.argv[1:]):
         log("start", pid=os.getpid(), python=sys.version.split()[0])
     from fal_contract.errors import FalError
-
     from fal_runtime.worker import main as process
 
     try:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from fal_contract.errors import Code, FalError, invalid
-
 from fal_runtime.worker.engine import DeviceFailed, OnStep, OutOfMemory, Output, Stopped
 from fal_runtime.worker.request import GUIDANCE_MAX, STEPS_MAX, InferRequest, ModelInfo
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fal_contract.errors import Code, FalError
-
 from fal_runtime.worker.request import InferRequest, ModelInfo
 
 # Told after each denoising step: (steps done, steps in all). Raises `Stopped` when the request was cancelled.

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from fal_contract.errors import Code, FalError
-
 from fal_runtime.worker.engine import DeviceFailed, Engine, OutOfMemory, Output, Stopped
 from fal_runtime.worker.request import InferRequest
 

@@ -21,4 +21,4 @@ def log(event: str, **fields: object) -> None:
     """Write one line: `event`, seconds since 1970, seconds since start, then `fields` (JSON values)."""
     line = {"event": event, "time_s": round(_CLOCK.wall_s(), 3), "up_s": round(_CLOCK.monotonic_s() - _STARTED_S, 3)}
     with contextlib.suppress(OSError):  # when nobody reads the log any more, serving goes on
-        print(json.dumps(line | fields, ensure_ascii=False, default=str), file=sys.stdout, flush=True)
+        print(json.dumps(line | fields, default=str), file=sys.stdout, flush=True)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Final
 
 from aiohttp import web
+
 from fal_contract.errors import Code, FalError, invalid
 from fal_contract.limits import REQUEST_TIMEOUT_S, TERMINATION_GRACE_S
-
 from fal_runtime.worker.engine import Engine
 from fal_runtime.worker.lane import Lane
 from fal_runtime.worker.log import log
@@ -120,12 +120,8 @@ def _lora(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-async def serve(engine: Engine, options: Options) -> int:
-    """Serve until SIGTERM, a failed load, or the second device failure. Returns the exit code."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stop_or_leave, stop)
+async def serve(engine: Engine, options: Options, stop: asyncio.Event) -> int:
+    """Serve until `stop`, a failed load, or the second device failure. Returns the exit code."""
     # A seed that a client leaves open need not be guessed or repeated by anybody: the answer names it.
     server = WorkerServer(request_timeout_s=options.request_timeout_s, rng=random.SystemRandom())
     lane = Lane(engine, in_flight_max=options.max_multiplexing, on_end=server.ended)
@@ -182,6 +178,13 @@ def _tell(loop: asyncio.AbstractEventLoop, server: WorkerServer, phase: str) -> 
     loop.call_soon_threadsafe(server.enter, phase)
 
 
+async def _serve_until_signal(engine: Engine, options: Options) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _stop_or_leave, stop)
+    return await serve(engine, options, stop)
+
+
 def _stop_or_leave(stop: asyncio.Event) -> None:
     if stop.is_set():
         os._exit(128 + signal.SIGTERM)
@@ -191,7 +194,7 @@ def _stop_or_leave(stop: asyncio.Event) -> None:
 def run(engine: Engine, options: Options) -> int:
     """Serve, and turn what goes wrong into one line on stderr and an exit code."""
     try:
-        return asyncio.run(serve(engine, options))
+        return asyncio.run(_serve_until_signal(engine, options))
     except FalError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED if error.code is Code.FAILED_PRECONDITION else EXIT_LOAD_FAILED

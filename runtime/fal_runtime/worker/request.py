@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fal_contract.errors import invalid
+from fal_contract.errors import FalError, invalid
 
 PROMPT_CHARS_MAX: Final = 4096
 SEED_MAX: Final = 2**63 - 1
@@ -21,6 +21,7 @@ SIDE_PX_MAX: Final = 4096
 LORA_SCALE_MAX: Final = 8.0
 BODY_BYTES_MAX: Final = 1 << 20
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_SHOWN_CHARS_MAX: Final = 80
 FORMATS: Final = ("png", "json")
 FIELDS: Final = ("prompt", "seed", "steps", "guidance", "width", "height", "lora", "format")
 
@@ -69,9 +70,9 @@ def parse_request(body: bytes, model: ModelInfo, *, seed_default: int) -> InferR
     given = _object(body)
     for name in given:
         if name not in FIELDS:
-            raise invalid(name, given[name], "is not a known key", remedy=f"Known keys: {', '.join(FIELDS)}.")
+            raise _refused(name, given[name], "is not a known key", remedy=f"Known keys: {', '.join(FIELDS)}.")
         if name not in ("prompt", "seed", "format") and name not in model.options and given[name] is not None:
-            raise invalid(name, given[name], f"is not offered by {model.pipeline}", remedy="Leave it out.")
+            raise _refused(name, given[name], f"is not offered by {model.pipeline}", remedy="Leave it out.")
     steps = _integer(given, "steps", low=1, high=STEPS_MAX, default=model.steps)
     return InferRequest(
         prompt=_prompt(given),
@@ -88,7 +89,7 @@ def parse_request(body: bytes, model: ModelInfo, *, seed_default: int) -> InferR
 def check_request_id(value: str) -> str:
     """Return `value` when it can name a request, else raise INVALID."""
     if not REQUEST_ID.fullmatch(value):
-        raise invalid(
+        raise _refused(
             "x-fal-request-id",
             value,
             "is not a request id",
@@ -101,10 +102,17 @@ def _object(body: bytes) -> Mapping[str, Any]:
     try:
         given = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise invalid("body", _shown(body), f"is not JSON ({error})", remedy='Send {"prompt": "…"}.') from error
+        raise _refused("body", _shown(body), f"is not JSON ({error})", remedy='Send {"prompt": "…"}.') from error
     if not isinstance(given, dict):
-        raise invalid("body", _shown(body), "is not a JSON object", remedy='Send {"prompt": "…"}.')
+        raise _refused("body", _shown(body), "is not a JSON object", remedy='Send {"prompt": "…"}.')
     return given
+
+
+def _refused(field: str, value: object, why: str, *, remedy: str) -> FalError:
+    """INVALID, whatever the client sent kept short enough to print."""
+    if len(repr(value)) > _SHOWN_CHARS_MAX:
+        value = repr(value)[:_SHOWN_CHARS_MAX] + "…"
+    return invalid(field[:_SHOWN_CHARS_MAX], value, why, remedy=remedy)
 
 
 def _no_constant(name: str) -> float:
@@ -117,17 +125,14 @@ def _shown(body: bytes) -> str:
 
 def _prompt(given: Mapping[str, Any]) -> str:
     if "prompt" not in given:
-        raise invalid("prompt", None, "is missing", remedy='Send {"prompt": "…"}.')
+        raise _refused("prompt", None, "is missing", remedy='Send {"prompt": "…"}.')
     prompt = given["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
-        raise invalid("prompt", prompt, "is not a text", remedy="Say what to draw.")
+        raise _refused("prompt", prompt, "is not a text", remedy="Say what to draw.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise _refused("prompt", prompt, "holds half a surrogate pair", remedy="Send well-formed Unicode.")
     if len(prompt) > PROMPT_CHARS_MAX:
-        raise invalid(
-            "prompt",
-            prompt[:40] + "…",
-            f"has {len(prompt)} characters",
-            remedy=f"Use at most {PROMPT_CHARS_MAX}.",
-        )
+        raise _refused("prompt", prompt, f"has {len(prompt)} characters", remedy=f"Use at most {PROMPT_CHARS_MAX}.")
     return prompt
 
 
@@ -136,7 +141,7 @@ def _integer(given: Mapping[str, Any], name: str, *, low: int, high: int, defaul
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise invalid(name, value, f"is not a whole number from {low} to {high}", remedy="Change it, or leave it out.")
+        raise _refused(name, value, f"is not a whole number from {low} to {high}", remedy="Change it, or leave it out.")
     return value
 
 
@@ -145,7 +150,7 @@ def _number(given: Mapping[str, Any], name: str, field: str, *, low: float, high
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise invalid(field, value, f"is not a number from {low:g} to {high:g}", remedy="Change it, or leave it out.")
+        raise _refused(field, value, f"is not a number from {low:g} to {high:g}", remedy="Change it, or leave it out.")
     return float(value)
 
 
@@ -154,7 +159,7 @@ def _side(given: Mapping[str, Any], name: str, model: ModelInfo) -> int:
     value = _integer(given, name, low=multiple, high=SIDE_PX_MAX, default=0)
     if value % multiple:
         near = max(multiple, round(value / multiple) * multiple)
-        raise invalid(name, value, f"is not a multiple of {multiple}", remedy=f"Use {near}, for instance.")
+        raise _refused(name, value, f"is not a multiple of {multiple}", remedy=f"Use {near}, for instance.")
     return value
 
 
@@ -162,14 +167,14 @@ def _lora(value: object, model: ModelInfo) -> Lora | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise invalid("lora", value, "is not an object", remedy='Send {"name": "…", "scale": 1.0} or null.')
+        raise _refused("lora", value, "is not an object", remedy='Send {"name": "…", "scale": 1.0} or null.')
     for key in value:
         if key not in ("name", "scale"):
-            raise invalid(f"lora.{key}", value[key], "is not a known key", remedy="Known keys: name, scale.")
+            raise _refused(f"lora.{key}", value[key], "is not a known key", remedy="Known keys: name, scale.")
     name = value.get("name")
     if name not in model.loras:
         known = ", ".join(model.loras) or "none"
-        raise invalid("lora.name", name, "is not loaded here", remedy=f"Loaded: {known}.")
+        raise _refused("lora.name", name, "is not loaded here", remedy=f"Loaded: {known}.")
     scale = _number(value, "scale", "lora.scale", low=-LORA_SCALE_MAX, high=LORA_SCALE_MAX, default=1.0)
     return Lora(name, scale)
 
@@ -178,5 +183,5 @@ def _format(value: object) -> str:
     if value is None:
         return ""
     if value not in FORMATS or not isinstance(value, str):
-        raise invalid("format", value, "is not a format", remedy=f"Use one of {', '.join(FORMATS)}.")
+        raise _refused("format", value, "is not a format", remedy=f"Use one of {', '.join(FORMATS)}.")
     return value

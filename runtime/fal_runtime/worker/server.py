@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from aiohttp import web
-from fal_contract.errors import Code, FalError, not_found
 
+from fal_contract.errors import Code, FalError, not_found
 from fal_runtime.worker.engine import Output, Stopped
 from fal_runtime.worker.lane import Job, Lane
 from fal_runtime.worker.log import log
@@ -178,7 +178,7 @@ class WorkerServer:
 
 def event(name: str, data: dict[str, object]) -> bytes:
     """One server-sent event."""
-    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
 def error_body(error: FalError) -> dict[str, dict[str, object]]:
