@@ -1,0 +1,306 @@
+"""What is stored: one frozen dataclass per record of `state.proto`, and the key of each.
+
+Pure. The field names are the proto's, so that `codec` can be checked against it; meanings stand in the proto.
+Used by every part of the scheduler. Must not know how records are encoded or where they are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Final
+
+from fal_contract.ids import name_of, team_of
+from fal_contract.limits import REQUEST_TIMEOUT_S, STARTUP_TIMEOUT_S, TERMINATION_GRACE_S
+from fal_scheduler.core.tokens import JoinToken
+
+
+class Goal(IntEnum):
+    """What the scheduler wants of a container. The numbers are the wire's; a goal only ever rises."""
+
+    RUN = 1
+    DRAIN = 2
+    STOP = 3
+    KILL = 4
+
+
+class RunnerState(IntEnum):
+    """Where a runner is in its life. The numbers are the wire's."""
+
+    PENDING = 1
+    STAGING = 2
+    SETUP = 3
+    IDLE = 4
+    RUNNING = 5
+    DRAINING = 6
+    TERMINATING = 7
+    TERMINATED = 8
+    CRASH_BACKOFF = 9
+    UNKNOWN = 10
+
+
+class ModelState(IntEnum):
+    """How far a model's content is known. The numbers are the wire's."""
+
+    REGISTERED = 1
+    ATTESTED = 2
+    REFUSED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """The cluster's life."""
+
+    cluster_id: str
+    epoch: int
+    incarnation: str
+    created_at_s: float
+    accepted_clusters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A group of nodes with one answer to: cloud, region, failure domain, price, networks."""
+
+    name: str
+    cloud: str = ""
+    region: str = ""
+    zone: str = ""
+    gpu_hour_price_micros: int = 0
+    egress_gib_price_micros: int = 0
+    networks: tuple[str, ...] = ()
+    spot: bool = False
+    cache_bytes: int = 0
+    trusted_network: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+    generation: int = 0
+
+    @property
+    def domain(self) -> str:
+        """The failure domain: the zone, else the pool itself."""
+        return self.zone or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine with an agent, as far as operators decided about it."""
+
+    id: str
+    name: str
+    pool: str
+    cordoned: bool = False
+    cordon_reason: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    joined_at_s: float = 0.0
+    token_id: str = ""
+    revoked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """A certificate, and all of its subject's earlier ones, that are refused before their date."""
+
+    serial: str
+    subject: str
+    revoked_at_s: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a container may use; 0 means no limit for CPU and memory."""
+
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    pids_max: int = 0
+    shm_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """fal's scaling knobs, with fal's names and defaults."""
+
+    keep_alive_s: float = 10.0
+    min_concurrency: int = 0
+    max_concurrency: int = 1
+    concurrency_buffer: int = 0
+    concurrency_buffer_perc: int = 0
+    scaling_delay_s: float = 0.0
+    max_multiplexing: int = 1
+    request_timeout_s: float = REQUEST_TIMEOUT_S
+    startup_timeout_s: float = STARTUP_TIMEOUT_S
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How a worker is asked whether it lives and is ready."""
+
+    ready_path: str = "/readyz"
+    live_path: str = "/livez"
+    interval_s: float = 5.0
+    timeout_s: float = 5.0
+    failures_max: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What an operator asked for; immutable inside a revision."""
+
+    image: str
+    command: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
+    loras: tuple[str, ...] = ()
+    machine_type: tuple[str, ...] = ()
+    num_gpus: int = 0
+    gpu_memory_bytes_min: int = 0
+    resources: Resources = Resources()
+    pools: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    network: str = "none"
+    scaling: Scaling = Scaling()
+    probe: Probe = Probe()
+    termination_grace_s: float = TERMINATION_GRACE_S
+    share_group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleOverride:
+    """Scaling values set at run time; None leaves the revision's."""
+
+    min_concurrency: int | None = None
+    max_concurrency: int | None = None
+    keep_alive_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """What an operator deploys."""
+
+    id: str
+    revision: int
+    scale: ScaleOverride | None = None
+    generation: int = 1
+    deleting: bool = False
+    created_at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One deploy of an app; never changes."""
+
+    app: str
+    number: int
+    spec: Spec
+    digest: str
+    created_at_s: float = 0.0
+    created_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A named checkpoint or LoRA."""
+
+    id: str
+    kind: str
+    uri: str
+    state: ModelState = ModelState.REGISTERED
+    manifest_digest: str = ""
+    bytes: int = 0
+    files: int = 0
+    created_at_s: float = 0.0
+    reason: str = ""
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """A model loaded in a runner."""
+
+    id: str
+    model: str
+    manifest_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """An app revision served by a residency."""
+
+    app: str
+    revision: int
+    residency: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AssignmentRef:
+    """Names one assignment: its unique id and the term of the leader that made it."""
+
+    id: str
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """One container with its GPUs: reservation, assignment, residencies and bindings in one record."""
+
+    id: str
+    share_group: str
+    bindings: tuple[Binding, ...]
+    created_at_s: float
+    node: str = ""
+    gpus: tuple[str, ...] = ()
+    assignment: AssignmentRef | None = None
+    residencies: tuple[Residency, ...] = ()
+    goal: Goal = Goal.RUN
+    goal_reason: str = ""
+    memory_bytes: int = 0
+    cpu_milli: int = 0
+
+    @property
+    def app(self) -> str:
+        """The app that it serves (CHAIN binds one to one)."""
+        return self.bindings[0].app
+
+    @property
+    def revision(self) -> int:
+        """Number of the revision that it serves."""
+        return self.bindings[0].revision
+
+
+Record = Meta | Pool | Node | JoinToken | Revocation | App | Revision | Model | Runner
+
+META_KEY: Final = "meta"
+
+
+def key_of(record: Record) -> str:
+    """The store's key of `record`, as fixed at the head of state.proto."""
+    match record:
+        case Runner() | App() | Model():
+            kind = "runner" if isinstance(record, Runner) else "app" if isinstance(record, App) else "model"
+            return f"team/{team_of(record.id)}/{kind}/{name_of(record.id)}"
+        case Revision():
+            return f"team/{team_of(record.app)}/revision/{name_of(record.app)}/{record.number:08d}"
+        case Node():
+            return f"node/{record.id}"
+        case Pool():
+            return f"pool/{record.name}"
+        case JoinToken():
+            return f"token/{record.id}"
+        case Revocation():
+            return f"revoked/{record.serial}"
+        case Meta():
+            return META_KEY
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One record made (`before` is None), changed or removed (`after` is None). Both are never None."""
+
+    key: str
+    before: Record | None
+    after: Record | None
+
+    def undone(self) -> Change:
+        """The change that takes this one back."""
+        return Change(self.key, self.after, self.before)

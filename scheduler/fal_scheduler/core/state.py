@@ -1,0 +1,249 @@
+"""The cluster in memory: records, what was told, and the indexes over both.
+
+Pure. `State.apply` is the one function that changes records, and it can be undone (`Change.undone`), which is how a
+batch whose commit failed is taken back. Everything told lives in `live` and is changed by `core.news` and
+`core.liveness` through the methods here. All others read. No clock, no I/O, no randomness.
+
+Invariant: every index (runners by node and app, GPU occupancy, the fleet's columns) follows from records and `live`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fal_scheduler.core.fleet import Fleet, NodeFacts
+from fal_scheduler.core.records import (
+    App,
+    Change,
+    Meta,
+    Model,
+    Node,
+    Pool,
+    Revision,
+    Revocation,
+    Runner,
+    Scaling,
+)
+from fal_scheduler.core.tokens import JoinToken
+from fal_scheduler.core.told import Alarm, Backoff, Health, Hold, Inventory, NodeLive, RunnerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Why a runner has no node: what placement found when it was tried last."""
+
+    reason: str
+    feasible: int = 0
+    refused: tuple[tuple[str, int], ...] = ()
+    nearest_miss: str = ""
+
+
+class State:
+    """All that the scheduler knows. Read it freely; call the methods from the core only."""
+
+    def __init__(self) -> None:
+        # Records, as stored (the newest batch may still be on its way to the store).
+        self.meta: Meta | None = None
+        self.pools: dict[str, Pool] = {}
+        self.nodes: dict[str, Node] = {}
+        self.tokens: dict[str, JoinToken] = {}
+        self.revocations: dict[str, Revocation] = {}
+        self.apps: dict[str, App] = {}
+        self.revisions: dict[tuple[str, int], Revision] = {}
+        self.models: dict[str, Model] = {}
+        self.runners: dict[str, Runner] = {}
+        # Indexes. Dicts without values are ordered sets.
+        self.runners_by_app: dict[str, dict[str, None]] = {}
+        self.runners_by_node: dict[str, dict[str, None]] = {}
+        self.fleet = Fleet()
+        # Told, or decided by this leader for itself.
+        self.live: dict[str, NodeLive] = {}
+        self.orphans: dict[str, str] = {}  # runner id -> node id
+        self.backoffs: dict[str, Backoff] = {}  # by app
+        self.failures: dict[str, RunnerStatus] = {}  # last words of runners that crashed and wait to be replaced
+        self.pending: dict[str, Pending] = {}  # by runner without a node
+        self.abandoned: dict[str, None] = {}  # runners of lost nodes that may be replaced
+        self.alarms: dict[tuple[str, str], Alarm] = {}
+        self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
+        self.hold_all = ""  # why nothing at all is started or stopped by itself
+        self.stops_held: dict[str, None] = {}  # apps with stops that wait for a confirm
+        self.stops_recent: deque[float] = deque()  # when this leader stopped runners by itself
+        # The leader's own.
+        self.term = 0
+        self.store_revision = 0
+        self.term_began_s = 0.0
+        self.stall_total_s = 0.0
+
+    # --- records ----------------------------------------------------------------------------------------------------
+
+    def apply(self, change: Change) -> None:
+        """Make one change and bring every index along."""
+        before, after = change.before, change.after
+        match after if after is not None else before:
+            case Runner():
+                assert before is None or isinstance(before, Runner)
+                assert after is None or isinstance(after, Runner)
+                self._set_runner(before, after)
+            case Node() as node:
+                _set(self.nodes, node.id, after)
+                self.refresh_node(node.id)
+            case Pool() as pool:
+                _set(self.pools, pool.name, after)
+                for node in [node for node in self.nodes.values() if node.pool == pool.name]:
+                    self.refresh_node(node.id)
+            case App() as app:
+                _set(self.apps, app.id, after)
+            case Revision() as revision:
+                _set(self.revisions, (revision.app, revision.number), after)
+            case Model() as model:
+                _set(self.models, model.id, after)
+            case JoinToken() as token:
+                _set(self.tokens, token.id, after)
+            case Revocation() as revocation:
+                _set(self.revocations, revocation.serial, after)
+            case Meta():
+                assert after is None or isinstance(after, Meta)
+                self.meta = after
+
+    def _set_runner(self, before: Runner | None, after: Runner | None) -> None:
+        if before is not None:
+            if before.node:
+                _discard(self.runners_by_node, before.node, before.id)
+                self.fleet.release(before.node, before.id, before.gpus, before.memory_bytes, before.cpu_milli)
+            if after is None:
+                del self.runners[before.id]
+                _discard(self.runners_by_app, before.app, before.id)
+        if after is not None:
+            self.runners[after.id] = after
+            self.runners_by_app.setdefault(after.app, {})[after.id] = None
+            if after.node:
+                self._settle_orphan(after.id)
+                self.runners_by_node.setdefault(after.node, {})[after.id] = None
+                self.fleet.hold(after.node, after.id, after.gpus, after.memory_bytes, after.cpu_milli)
+        elif before is not None and before.node:
+            self._return_orphan(before)
+
+    def _settle_orphan(self, runner_id: str) -> None:
+        """A container that was an orphan has a record now: its hold is the record's."""
+        node_id = self.orphans.get(runner_id)
+        if node_id is not None:
+            live = self.live[node_id]
+            status = live.orphans[runner_id]
+            self.forget_orphan(runner_id)
+            live.statuses[runner_id] = status
+
+    def _return_orphan(self, gone: Runner) -> None:
+        """A record goes while its container is still told of: without a record it would be an orphan."""
+        live = self.live.get(gone.node)
+        status = live.statuses.pop(gone.id, None) if live is not None else None
+        if status is not None and live is not None and not status.ended:
+            self.add_orphan(live.node_id, status)
+
+    # --- told -------------------------------------------------------------------------------------------------------
+
+    def live_of(self, node_id: str) -> NodeLive:
+        """What is known of a node; made when it is first heard of."""
+        live = self.live.get(node_id)
+        if live is None:
+            live = self.live[node_id] = NodeLive(node_id)
+        return live
+
+    def add_orphan(self, node_id: str, status: RunnerStatus) -> None:
+        """A container that no record names. It keeps its GPUs and memory."""
+        self.forget_orphan(status.runner_id)
+        self.live_of(node_id).orphans[status.runner_id] = status
+        self.orphans[status.runner_id] = node_id
+        self.fleet.hold(node_id, status.runner_id, status.gpus, status.memory_bytes, status.cpu_milli)
+
+    def forget_orphan(self, runner_id: str) -> None:
+        """The orphan is gone, or has a record now."""
+        node_id = self.orphans.pop(runner_id, None)
+        if node_id is not None:
+            status = self.live[node_id].orphans.pop(runner_id)
+            self.fleet.release(node_id, runner_id, status.gpus, status.memory_bytes, status.cpu_milli)
+
+    def status_of(self, runner: Runner) -> RunnerStatus | None:
+        """What the runner's node told of this assignment last."""
+        live = self.live.get(runner.node)
+        return live.statuses.get(runner.id) if live is not None else None
+
+    def refresh_node(self, node_id: str) -> None:
+        """Bring the fleet's columns up to the node's record, pool, health, hold and inventory."""
+        node, live = self.nodes.get(node_id), self.live.get(node_id)
+        if node is None:
+            self.fleet.drop_node(node_id)
+            return
+        pool = self.pools.get(node.pool)
+        inventory = live.inventory if live is not None and live.inventory is not None else Inventory()
+        self.fleet.set_node(
+            NodeFacts(
+                node_id=node_id,
+                ready=live is not None and live.health is Health.READY and not node.revoked,
+                cordoned=node.cordoned,
+                held=live is not None and live.hold is not Hold.NONE,
+                isolates=live is not None and live.capabilities.isolates,
+                driver=live.capabilities.driver if live is not None else "",
+                pool=node.pool,
+                labels={**(pool.labels if pool is not None else {}), **node.labels},
+                cpu_milli=inventory.cpu_milli,
+                memory_bytes=inventory.memory_bytes,
+                gpus=inventory.gpus,
+            )
+        )
+
+    # --- derived ----------------------------------------------------------------------------------------------------
+
+    def domain_of(self, node_id: str) -> str:
+        """A node's failure domain: its pool's zone, else the pool."""
+        node = self.nodes.get(node_id)
+        pool = self.pools.get(node.pool) if node is not None else None
+        return pool.domain if pool is not None else (node.pool if node is not None else "")
+
+    def health_of(self, node_id: str) -> Health:
+        """A node's health as an operator sees it."""
+        node, live = self.nodes.get(node_id), self.live.get(node_id)
+        if node is not None and node.revoked:
+            return Health.REVOKED
+        return live.health if live is not None else Health.JOINED
+
+    def revision_of(self, app: App) -> Revision:
+        """The revision that should run."""
+        return self.revisions[(app.id, app.revision)]
+
+    def scaling_of(self, app: App) -> Scaling:
+        """Scaling in force: the revision's under the values set at run time."""
+        scaling = self.revision_of(app).spec.scaling
+        over = app.scale
+        if over is None:
+            return scaling
+        if over.min_concurrency is not None:
+            scaling = replace(scaling, min_concurrency=over.min_concurrency)
+        if over.max_concurrency is not None:
+            scaling = replace(scaling, max_concurrency=over.max_concurrency)
+        if over.keep_alive_s is not None:
+            scaling = replace(scaling, keep_alive_s=over.keep_alive_s)
+        return scaling
+
+    def find_node(self, name: str) -> Node | None:
+        """A node by id or, where exactly one has it, by name."""
+        node = self.nodes.get(name)
+        if node is not None:
+            return node
+        named = [node for node in self.nodes.values() if node.name == name]
+        return named[0] if len(named) == 1 else None
+
+
+def _set(table: dict[Any, Any], key: object, value: object | None) -> None:
+    if value is None:
+        table.pop(key, None)
+    else:
+        table[key] = value
+
+
+def _discard(index: dict[str, dict[str, None]], key: str, member: str) -> None:
+    members = index[key]
+    members.pop(member, None)
+    if not members:
+        del index[key]
