@@ -72,6 +72,13 @@ _REMEDY_OF_CODE: Final[dict[Code, str]] = {
     Code.UNAUTHENTICATED: "Check the certificate; renew it or join again.",
     Code.BUSY: "Try again later.",
 }
+# What gRPC says when it does not believe a server; it has no status of its own for that.
+_TLS_REFUSALS: Final = (
+    ("certificate has expired", "the server's certificate has expired by this machine's clock"),
+    ("certificate is not yet valid", "the server's certificate is not valid yet by this machine's clock"),
+    ("Hostname Verification Check failed", "the server has a certificate, but not that of our cluster's control plane"),
+    ("CERTIFICATE_VERIFY_FAILED", "the server's certificate is not of our cluster"),
+)
 
 
 def channel(address: str, identity: Identity, *, server: Role = Role.SCHEDULER) -> grpc.aio.Channel:
@@ -192,10 +199,15 @@ def to_fal_error(error: grpc.aio.AioRpcError) -> FalError:
             carried = _from_detail(value)
             if carried is not None:
                 return carried
-    code = _CODE_OF_STATUS.get(error.code(), Code.INTERNAL)
     said = error.details() or error.code().name
-    if code is Code.UNAVAILABLE and _is_tls_refusal(said):
-        code = Code.UNAUTHENTICATED
+    for sign, what in _TLS_REFUSALS:
+        if sign in said:
+            return FalError(
+                Code.UNAUTHENTICATED,
+                what,
+                remedy="Check the address, and both clocks; use an identity of that cluster, or join it with a token.",
+            )
+    code = _CODE_OF_STATUS.get(error.code(), Code.INTERNAL)
     what = f"the call failed: {_cut(said, _WHAT_CHARS_MAX)}"
     return FalError(code, what, remedy=_REMEDY_OF_CODE.get(code, "See the server's log."))
 
@@ -217,11 +229,6 @@ def _from_detail(raw: bytes) -> FalError | None:
     except Exception:  # DecodeError, or a code of a later release: fall back to the status
         return None
     return FalError(code, detail.what, remedy=detail.remedy, field=detail.field)
-
-
-def _is_tls_refusal(said: str) -> bool:
-    lowered = said.lower()
-    return "certificate" in lowered or "handshake" in lowered or "ssl" in lowered
 
 
 def _cut(text: str, chars_max: int) -> str:
