@@ -1,0 +1,196 @@
+"""The demonstration behind `ops/demo`: drives the real commands as a person would and times each phase.
+
+Everything it starts lives in one folder and is ended by `falctl dev down`, also after a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+PROMPTS = ("a handwritten seven", "the digit 3", "a drawing of zero")
+MANIFEST = """\
+name = "digits"
+model = "digits"
+loras = ["digits-look"]
+num_gpus = 1
+min_concurrency = 2
+[resources]
+cpu = 1.0
+memory_gib = 2.0
+"""
+
+
+class Demo:
+    """One run of the demonstration."""
+
+    def __init__(self, folder: Path, out: Path, options: argparse.Namespace) -> None:
+        self.folder = folder
+        self.out = out
+        self.options = options
+        self.phases: list[tuple[str, float]] = []
+        self.env = {**os.environ, "XDG_CONFIG_HOME": str(folder / "config"), "OMP_NUM_THREADS": "1"}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a step and say what it is."""
+        print(f"\n== {name}", flush=True)
+        began = time.monotonic()
+        yield
+        self.phases.append((name, time.monotonic() - began))
+
+    def falctl(self, *arguments: str) -> str:
+        """Run falctl as a person would; its output is shown and returned."""
+        print(f"$ falctl {' '.join(arguments)}", flush=True)
+        done = subprocess.run(
+            [str(BIN / "falctl"), *arguments], env=self.env, capture_output=True, text=True, timeout=300, check=False
+        )
+        sys.stderr.write(done.stderr)
+        if done.returncode != 0:
+            raise SystemExit(f"demo: falctl {' '.join(arguments)} ended with {done.returncode}")
+        return done.stdout
+
+    def ask(self, noun: str, *arguments: str) -> Any:
+        """One falctl verb with --json; returns what is under the noun."""
+        return json.loads(self.falctl(*arguments, "--json"))[noun]
+
+    def say(self, text: str) -> None:
+        print(text.rstrip(), flush=True)
+
+    def run(self) -> None:
+        """The main job."""
+        dev = str(self.folder / "dev")
+        with self.phase("start a scheduler, three agents, a gateway"):
+            up = ["dev", "up", "--dir", dev, "--nodes", "3", "--sim-gpus", "2xH100-80GB"]
+            self.say(self.falctl(*up, "--driver", self.options.driver, "--store", self.options.store))
+            self.say(self.falctl("node", "list"))
+        with self.phase("register the model"):
+            models = REPOSITORY / "ops" / "models"
+            self.say(self.falctl("weights", "add", "digits", (models / "digits").as_uri()))
+            self.say(self.falctl("weights", "add", "digits-look", (models / "digits-lora").as_uri(), "--kind", "lora"))
+        with self.phase("deploy: two runners, ready to draw"):
+            manifest = self.folder / "app.toml"
+            manifest.write_text(MANIFEST)
+            self.say(self.falctl("app", "apply", "-f", str(manifest)))
+            self.say(self.falctl("runner", "list"))
+        with self.phase("draw three prompts"):
+            for number, prompt in enumerate(PROMPTS):
+                self.draw(prompt, f"{number}-{prompt.replace(' ', '-')}.png")
+        with self.phase("kill a container; it is replaced"):
+            self.kill_a_container()
+        with self.phase("kill the scheduler; runners go on; it comes back"):
+            self.kill_the_scheduler(dev)
+        with self.phase("draw once more, with the LoRA"):
+            self.draw("a handwritten five", "3-five-with-lora.png", "--lora", "digits-look")
+
+    def draw(self, prompt: str, name: str, *more: str) -> None:
+        """One picture through the serving API."""
+        self.say(self.falctl("run", "digits", "--prompt", prompt, "--seed", "1", "-o", str(self.out / name), *more))
+
+    def kill_a_container(self) -> None:
+        """SIGKILL the worker of one runner, as a crash would; wait until two are ready again."""
+        before = self.ready_runners()
+        victim = sorted(before)[0]
+        pid = worker_pid(victim)
+        self.say(f"kill -9 {pid}, the worker of {victim}")
+        os.kill(pid, signal.SIGKILL)
+        self.until(lambda: victim not in self.ready_runners(), "the crash is seen", 30)
+        self.say(self.falctl("explain", victim))
+        self.until(lambda: len(self.ready_runners()) == 2, "two runners are ready again", 180)
+        self.say(self.falctl("runner", "list"))
+
+    def ready_runners(self) -> set[str]:
+        runners = self.ask("runners", "runner", "list", "--app", "digits")
+        return {one["runner"]["id"] for one in runners if one["state"] in ("IDLE", "RUNNING")}
+
+    def kill_the_scheduler(self, dev: str) -> None:
+        """SIGKILL the scheduler; the gateway draws without it; started again it takes over what runs."""
+        before = self.ready_runners()
+        pids = {row["name"]: row["pid"] for row in self.ask("dev", "dev", "status", "--dir", dev)}
+        state = json.loads((self.folder / "dev" / "dev.json").read_text())
+        self.say(f"kill -9 {pids['scheduler']}, the scheduler")
+        os.kill(pids["scheduler"], signal.SIGKILL)
+        body = json.dumps({"prompt": "a handwritten nine", "seed": 1, "format": "png"}).encode()
+        url = f"{state['gateway']}/v1/run/default/digits"
+        request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            picture = self.out / "nine-without-a-scheduler.png"
+            picture.write_bytes(answer.read())
+        self.say(f"drawn while no scheduler ran: {picture}")
+        self.falctl("dev", "restart", "scheduler", "--dir", dev)
+        self.until(lambda: self.ready_runners() == before, "the same runners are known again", 60)
+        self.say(self.falctl("status"))
+
+    def until(self, done: Any, what: str, timeout_s: float) -> None:
+        """Poll until it is true."""
+        deadline = time.monotonic() + timeout_s
+        while not done():
+            if time.monotonic() > deadline:
+                raise SystemExit(f"demo: after {timeout_s:g} s not yet so: {what}")
+            time.sleep(0.5)
+
+    def report(self) -> None:
+        """Pictures and phases."""
+        print("\npictures:")
+        for picture in sorted(self.out.glob("*.png")):
+            print(f"  {picture}")
+        print("\nphase                                                seconds")
+        for name, seconds in [*self.phases, ("in all", sum(s for _, s in self.phases))]:
+            print(f"{name:<52} {seconds:7.1f}")
+
+
+def worker_pid(runner: str) -> int:
+    """The process of a runner's worker, found by the name that its agent gave it."""
+    wanted = f"FAL_RUNNER_ID={runner}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue  # it ended meanwhile, or it is not ours to read
+        if wanted in environment and b"fal_runtime.worker" in command:
+            return int(folder.name)
+    raise SystemExit(f"demo: the worker of {runner} is not among the processes")
+
+
+def main() -> None:
+    """Run it, always tear down, then report."""
+    parser = argparse.ArgumentParser(prog="ops/demo", description=__doc__)
+    parser.add_argument("--setup-began", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "out", help="folder for the pictures")
+    parser.add_argument("--driver", default="auto", choices=("auto", "oci", "process"))
+    parser.add_argument("--store", default="sqlite", choices=("sqlite", "etcd"))
+    parser.add_argument("--keep", action="store_true", help="leave the cluster running")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.png"):
+        old.unlink()
+    folder = Path(tempfile.mkdtemp(prefix="falctl-"))
+    demo = Demo(folder, out, options)
+    if options.setup_began is not None:
+        demo.phases.append(("set up", time.time() - options.setup_began))  # noqa: TID251
+    try:
+        demo.run()
+    finally:
+        if not options.keep and (folder / "dev").exists():
+            with demo.phase("tear down"):
+                demo.falctl("dev", "down", "--dir", str(folder / "dev"))
+    demo.report()
+
+
+if __name__ == "__main__":
+    main()
