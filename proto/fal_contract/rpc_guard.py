@@ -173,7 +173,10 @@ class Guard(_ServerInterceptor):
         self._calls.add(call)
         _peer.set(peer)
         try:
-            yield
+            try:
+                yield
+            finally:  # before the caller hears of the end
+                self._calls.discard(call)
         except asyncio.CancelledError:
             if not call.cut:
                 raise
@@ -187,8 +190,6 @@ class Guard(_ServerInterceptor):
             incident = secrets.token_hex(6)
             _log.exception("rpc_failed", method=method, peer=peer.subject, incident=incident)
             await abort(context, _internal(incident))
-        finally:
-            self._calls.discard(call)
 
     def _admit(self, method: str, context: Any) -> PeerIdentity:
         who = context.peer()
