@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from fal_contract.errors import Code, FalError
-
 from fal_agent.proxy.messages import (
     CONTROL_VERSION,
     GatewayEntry,
@@ -33,6 +31,7 @@ from fal_agent.proxy.messages import (
     runner_to_wire,
     stats_from_wire,
 )
+from fal_contract.errors import Code, FalError
 
 CALL_TIMEOUT_S: Final = 5.0
 

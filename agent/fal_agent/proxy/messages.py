@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import msgpack
+
 from fal_contract.errors import Code, FalError, invalid
 
 CONTROL_VERSION: Final = 1

@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from fal_contract.errors import Code
-
 from fal_agent.proxy.messages import RunnerEntry, RunnerStats
+from fal_contract.errors import Code
 
 
 class Outcome(Enum):

@@ -1,0 +1,90 @@
+"""What all connections of one proxy process share: slots, bounds, identity, and the hooks around them.
+
+Created by `server`, used by `pump`. Single-threaded: everything runs on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Final, Protocol
+
+from fal_agent.proxy.messages import RunnerEntry
+from fal_agent.proxy.slots import Outcome, Refused, SlotTable
+from fal_contract.ids import random_suffix
+from fal_contract.limits import (
+    DATA_CONNECT_TIMEOUT_S,
+    DATA_CONNECTIONS_MAX,
+    DATA_HEAD_TIMEOUT_S,
+    DATA_SERVER_IDLE_S,
+)
+
+_REQUEST_ID_CHARS: Final = 16
+WRITE_BUFFER_BYTES_MAX: Final = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Limits of a proxy; tests make them small."""
+
+    connections_max: int = DATA_CONNECTIONS_MAX
+    head_timeout_s: float = DATA_HEAD_TIMEOUT_S
+    idle_timeout_s: float = DATA_SERVER_IDLE_S  # between requests of a connection
+    stall_timeout_s: float = 60.0  # a peer that neither sends nor takes bytes it owes
+    connect_timeout_s: float = DATA_CONNECT_TIMEOUT_S
+    discard_bytes_max: int = 1 << 20  # of a body that nobody wants
+    discard_timeout_s: float = 2.0
+
+
+class Connection(Protocol):
+    """What the data path knows of a client's connection."""
+
+    @property
+    def idle(self) -> bool:
+        """No request is under way."""
+        ...
+
+    def abort(self) -> None:
+        """End it now."""
+        ...
+
+
+class DataPath:
+    """Shared state of all connections."""
+
+    def __init__(
+        self, *, node_id: str, slots: SlotTable, rng: Random, bounds: Bounds, on_change: Callable[[], None]
+    ) -> None:
+        self.node_id = node_id
+        self.slots = slots
+        self.bounds = bounds
+        self.connections: set[Connection] = set()
+        # While a successor is served: its address is ours, new requests are for it.
+        self.handed_over = False
+        self.on_finished: Callable[[str, Outcome], None] | None = None
+        self._rng = rng
+        self._on_change = on_change
+
+    def now_s(self) -> float:
+        """The loop's monotonic clock."""
+        return asyncio.get_running_loop().time()
+
+    def admit(self, runner_id: str, ticket_term: int) -> RunnerEntry | Refused:
+        """A slot, or why there is none."""
+        admitted = self.slots.admit(runner_id, ticket_term)
+        if isinstance(admitted, RunnerEntry):
+            self._on_change()
+        return admitted
+
+    def release(self, runner_id: str, outcome: Outcome) -> None:
+        """An admitted request ended."""
+        self.slots.release(runner_id, outcome, self.now_s())
+        if self.on_finished is not None:
+            self.on_finished(runner_id, outcome)
+        self._on_change()
+
+    def new_request_id(self) -> bytes:
+        """For requests that came without one."""
+        return random_suffix(self._rng, _REQUEST_ID_CHARS).encode()

@@ -1,0 +1,268 @@
+"""One admitted request and the worker's answer: the protocol of the worker's socket.
+
+A slot is released before the last byte of its answer leaves, so that a client that has seen the end can use the slot
+again, and exactly once however the request ends. Until the answer's head has left, every failure becomes an answer
+of ours; after it, the connection is cut, so that a broken answer can never look whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Protocol
+
+from fal_agent.proxy import routing
+from fal_agent.proxy.datapath import WRITE_BUFFER_BYTES_MAX, DataPath
+from fal_agent.proxy.messages import RunnerEntry
+from fal_agent.proxy.slots import Outcome, Refused
+from fal_agent.proxy.worker_socket import connect_worker
+from fal_contract.errors import Code, FalError
+from fal_contract.http1 import BodyKind, BodyScanner, HttpError, ResponseHead, head_end, parse_response_head
+
+_CHECKS_PER_STALL: Final = 4
+
+
+class Client(Protocol):
+    """What an exchange needs of the client's connection."""
+
+    @property
+    def heard_s(self) -> float:
+        """When bytes last came."""
+        ...
+
+    @property
+    def owes_body(self) -> bool:
+        """The request's body is not here yet."""
+        ...
+
+    @property
+    def may_keep_alive(self) -> bool:
+        """Another request may follow."""
+        ...
+
+    def pause_reading(self) -> None:
+        """The worker takes no more for now."""
+        ...
+
+    def resume_reading(self) -> None:
+        """The worker takes more."""
+        ...
+
+    def unsent_bytes(self) -> int:
+        """What the client has not taken yet."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Bytes of the answer."""
+        ...
+
+    def exchange_ended(self, *, keep_alive: bool) -> None:
+        """The answer is complete."""
+        ...
+
+    def exchange_broken(self, answer: bytes | None) -> None:
+        """There is no whole answer: send `answer` if nothing was sent before (not None), else cut the connection."""
+        ...
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        ...
+
+
+class Exchange(asyncio.Protocol):
+    """One admitted request and the worker's answer to it."""
+
+    def __init__(self, path: DataPath, client: Client, entry: RunnerEntry, method: bytes, request_id: bytes) -> None:
+        self._path = path
+        self._client: Client | None = client
+        self._entry = entry
+        self._method = method
+        self._request_id = request_id
+        self._transport: asyncio.Transport | None = None
+        self._unsent: list[bytes] = []
+        self._buffer = bytearray()
+        self._answer: ResponseHead | None = None
+        self._body: BodyScanner | None = None
+        self._keep_alive = False
+        self._released = False
+        self._heard_s = 0.0
+        self._deadline_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    # What the client's connection tells.
+
+    def start(self, worker_head: bytes) -> None:
+        """Connect and send the head; bytes written meanwhile wait."""
+        loop = asyncio.get_running_loop()
+        self._unsent.append(worker_head)
+        self._heard_s = loop.time()
+        self._deadline_s = self._heard_s + self._entry.request_timeout_s
+        assert self._client is not None
+        self._client.pause_reading()
+        self._task = loop.create_task(self._connect(), name="worker-connect")
+        self._watch()
+
+    def write(self, data: bytes) -> None:
+        """Bytes of the request's body."""
+        if self._transport is None:
+            self._unsent.append(data)
+        else:
+            self._transport.write(data)
+
+    def pause_reading(self) -> None:
+        """The client takes no more for now."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """The client takes more."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def client_gone(self) -> None:
+        """Cancel: the worker sees its connection close."""
+        self._client = None
+        self._release(Outcome.CANCELLED)
+        self._end()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
+        if self._client is None:  # it went away while we were connecting
+            transport.abort()
+            return
+        transport.writelines(self._unsent)
+        self._unsent.clear()
+        self._client.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._released:
+            return
+        if exc is None and self._body is not None and self._body.closed():
+            self._complete(b"")
+        else:
+            self._fail(Refused(Code.RUNNER_FAILED, f"runner {self._entry.runner_id} ended without a whole answer"))
+
+    def pause_writing(self) -> None:
+        if self._client is not None:
+            self._client.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._client is not None:
+            self._client.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        if self._client is None or self._released:
+            return
+        self._heard_s = self._path.now_s()
+        try:
+            if self._body is None:
+                self._buffer += data
+                self._take_heads()
+            else:
+                self._take_body(data)
+        except HttpError as error:
+            self._fail(Refused(Code.RUNNER_FAILED, f"runner {self._entry.runner_id}: {error.what}"))
+
+    # The answer.
+
+    def _take_heads(self) -> None:
+        """Pass heads on as they become complete: any number of 1xx, then the answer's."""
+        while self._client is not None:
+            end = head_end(self._buffer)
+            if end < 0:
+                return
+            head = parse_response_head(bytes(self._buffer[:end]), method=self._method)
+            if head.status == 101:
+                raise HttpError(502, "the worker switched protocols")
+            rest = bytes(self._buffer[end:])
+            self._buffer.clear()
+            if head.status < 200:
+                self._client.write(routing.head_for_client(head, self._request_id, keep_alive=True))
+                self._buffer += rest
+                continue
+            ends_itself = head.framing.kind is not BodyKind.UNTIL_CLOSE
+            self._keep_alive = self._client.may_keep_alive and ends_itself
+            self._answer = head
+            self._body = BodyScanner(head.framing)
+            out = routing.head_for_client(head, self._request_id, keep_alive=self._keep_alive)
+            self._take_body(rest, out)
+            return
+
+    def _take_body(self, data: bytes, before: bytes = b"") -> None:
+        assert self._body is not None
+        assert self._client is not None
+        used = self._body.feed(data)
+        if used < len(data):
+            data = data[:used]  # whatever follows the answer is not part of it
+        if self._body.done:
+            self._complete(before + data)
+        else:
+            self._client.write(before + data if before else data)
+
+    def _complete(self, last: bytes) -> None:
+        """The answer's last bytes are here."""
+        assert self._answer is not None
+        client, self._client = self._client, None
+        self._release(Outcome.SERVED if self._answer.status < 500 else Outcome.FAILED)
+        self._end()
+        if client is not None:
+            if last:
+                client.write(last)
+            client.exchange_ended(keep_alive=self._keep_alive)
+
+    def _fail(self, refused: Refused) -> None:
+        client, self._client = self._client, None
+        self._release(Outcome.FAILED)
+        self._end()
+        if client is not None:
+            client.exchange_broken(routing.refusal(refused, keep_alive=False) if self._answer is None else None)
+
+    def _release(self, outcome: Outcome) -> None:
+        if not self._released:
+            self._released = True
+            self._path.release(self._entry.runner_id, outcome)
+
+    def _end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._transport is not None:
+            self._transport.abort()
+        elif self._task is not None:
+            self._task.cancel()
+
+    async def _connect(self) -> None:
+        try:
+            sock = await connect_worker(self._entry, self._path.bounds.connect_timeout_s)
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
+        except FalError as error:
+            self._fail(Refused(Code.UNAVAILABLE, error.what))
+        except OSError as exc:
+            self._fail(Refused(Code.UNAVAILABLE, f"runner {self._entry.runner_id} cannot be reached: {exc.strerror}"))
+
+    # Time.
+
+    def _watch(self) -> None:
+        """One timer for the request's deadline and for a client that neither sends nor takes what it owes."""
+        self._timer = None
+        if self._released or self._client is None:
+            return
+        now_s, stall_s = self._path.now_s(), self._path.bounds.stall_timeout_s
+        if now_s >= self._deadline_s:
+            what = f"runner {self._entry.runner_id} took longer than {self._entry.request_timeout_s:g} s"
+            self._fail(Refused(Code.TIMEOUT, what))
+            return
+        stalled_s = now_s - max(self._heard_s, self._client.heard_s)
+        if stalled_s >= stall_s and self._client.owes_body and self._answer is None:
+            self._fail(Refused(Code.TIMEOUT, f"the client sent nothing for {stall_s:g} s"))
+            return
+        if stalled_s >= stall_s and self._client.unsent_bytes() > WRITE_BUFFER_BYTES_MAX:
+            self._client.abort()
+            return
+        delay_s = min(self._deadline_s - now_s, stall_s / _CHECKS_PER_STALL)
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._watch)

@@ -1,0 +1,303 @@
+"""A gateway's connection: reads heads, admits or refuses, and hands what is admitted to an `Exchange`.
+
+After the two heads, bytes are passed as they come, both ways at once, and a reader waits when the other side's
+writer is full. A client that goes away takes its worker connection with it: the worker sees the close and stops
+within a step. Requests come one after the other; pipelining is refused, because it would have to be buffered.
+
+Tunnels are the same connection, made in the other direction. Nothing here awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import Final
+
+from fal_agent.proxy import routing
+from fal_agent.proxy.datapath import WRITE_BUFFER_BYTES_MAX, DataPath
+from fal_agent.proxy.exchange import Exchange
+from fal_agent.proxy.slots import Refused
+from fal_contract.errors import Code, FalError
+from fal_contract.http1 import (
+    BodyKind,
+    BodyScanner,
+    Framing,
+    HttpError,
+    RequestHead,
+    head_end,
+    parse_request_head,
+)
+
+_RECONNECT: Final = ((b"fal-retry", b"reconnect"),)
+_ENDLESS: Final = Framing(BodyKind.UNTIL_CLOSE)
+
+
+class _State(Enum):
+    HEAD = "waits for a request"
+    EXCHANGE = "a request is under way"
+    DISCARD = "reads what is left of a refused request"
+    CLOSED = "over"
+
+
+class ClientConnection(asyncio.Protocol):
+    """One connection from a gateway; requests come one after the other."""
+
+    def __init__(self, path: DataPath) -> None:
+        self._path = path
+        self._transport: asyncio.Transport | None = None
+        self._state = _State.HEAD
+        self._buffer = bytearray()
+        self._exchange: Exchange | None = None
+        self._body: BodyScanner | None = None
+        self._discarded_bytes = 0
+        self._close_after_discard = False
+        self._keep_alive = True
+        self._timer: asyncio.TimerHandle | None = None
+        self._heard_s = 0.0
+
+    # What the data path and tunnels know of it.
+
+    @property
+    def idle(self) -> bool:
+        """No request is under way, nor begun."""
+        return self._state is _State.HEAD and not self._buffer
+
+    def abort(self) -> None:
+        """End it now; a request under way is cancelled."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def check_peer(self, transport: asyncio.Transport) -> None:
+        """Raise FalError when the peer may not send requests; the listener's subclass asks for a certificate."""
+
+    def idle_timeout_s(self) -> float | None:
+        """How long it may wait for a request; None: another keeps watch."""
+        return self._path.bounds.idle_timeout_s
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
+        self._heard_s = self._path.now_s()
+        if len(self._path.connections) >= self._path.bounds.connections_max:
+            full = Refused(Code.BUSY, f"the proxy has {self._path.bounds.connections_max} connections")
+            transport.write(routing.refusal(full, keep_alive=False))
+            self._close()
+            return
+        try:
+            self.check_peer(transport)
+        except FalError as error:
+            transport.write(routing.refusal(Refused(error.code, str(error)), keep_alive=False))
+            self._path.connections.add(self)
+            self._close_after_reading()
+            return
+        self._path.connections.add(self)
+        self._arm(self.idle_timeout_s())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._state = _State.CLOSED
+        self._path.connections.discard(self)
+        self._arm(None)
+        if self._exchange is not None:
+            self._exchange.client_gone()
+            self._exchange = None
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_s = self._path.now_s()
+        match self._state:
+            case _State.HEAD:
+                self._buffer += data
+                self._next_request()
+            case _State.EXCHANGE:
+                self._take_body(data)
+            case _State.DISCARD:
+                self._discard(data)
+            case _State.CLOSED:
+                pass
+
+    def pause_writing(self) -> None:
+        if self._exchange is not None:
+            self._exchange.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._exchange is not None:
+            self._exchange.resume_reading()
+
+    # What the exchange tells.
+
+    @property
+    def heard_s(self) -> float:
+        """When bytes last came."""
+        return self._heard_s
+
+    @property
+    def owes_body(self) -> bool:
+        """The request's body is not here yet."""
+        return self._body is not None and not self._body.done
+
+    @property
+    def may_keep_alive(self) -> bool:
+        """Another request may follow."""
+        return self._keep_alive and not self._path.handed_over
+
+    def pause_reading(self) -> None:
+        """The worker takes no more for now."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """The worker takes more."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def unsent_bytes(self) -> int:
+        """What the client has not taken yet."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
+    def write(self, data: bytes) -> None:
+        """Bytes of the answer."""
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def exchange_ended(self, *, keep_alive: bool) -> None:
+        """The answer is complete."""
+        self._exchange = None
+        self.resume_reading()
+        self._finish_request(close=not keep_alive)
+
+    def exchange_broken(self, answer: bytes | None) -> None:
+        """There is no (whole) answer: send `answer` if nothing was sent before, else cut the connection."""
+        self._exchange = None
+        if answer is None:
+            self.abort()
+            return
+        self.write(answer)
+        self.resume_reading()
+        self._finish_request(close=True)
+
+    # Requests.
+
+    def _next_request(self) -> None:
+        """Start what the buffer holds, if it holds a whole head."""
+        while self._buffer.startswith(b"\r\n"):  # empty lines between requests keep NATs awake
+            del self._buffer[:2]
+        if len(self._buffer) < 2:
+            return
+        try:
+            end = head_end(self._buffer)
+            if end < 0:
+                self._arm(self._path.bounds.head_timeout_s)
+                return
+            head = parse_request_head(bytes(self._buffer[:end]))
+            asked = routing.route(head)
+        except HttpError as error:
+            self._buffer.clear()
+            self.write(routing.http_error(error))
+            self._close_after_reading()
+            return
+        rest = bytes(self._buffer[end:])
+        self._buffer.clear()
+        self._arm(None)
+        self._body = BodyScanner(head.framing)
+        self._keep_alive = head.keep_alive
+        if isinstance(asked, routing.Probe):
+            self.write(routing.probe_answer(self._path.node_id, keep_alive=self.may_keep_alive))
+            self._refuse_rest(rest)
+        else:
+            self._begin(head, asked, rest)
+
+    def _begin(self, head: RequestHead, request: routing.RunnerRequest, rest: bytes) -> None:
+        if self._path.handed_over:
+            moved = Refused(Code.DRAINING, "this proxy has a successor; connect again")
+            self.write(routing.refusal(moved, keep_alive=False, extra=_RECONNECT))
+            self._refuse_rest(rest)
+            return
+        admitted = self._path.admit(request.runner_id, request.ticket_term)
+        if isinstance(admitted, Refused):
+            self.write(routing.refusal(admitted, keep_alive=self.may_keep_alive))
+            self._refuse_rest(rest)
+            return
+        self._state = _State.EXCHANGE
+        request_id = request.request_id or self._path.new_request_id()
+        worker_head = routing.head_for_worker(head, request, request_id)
+        self._exchange = Exchange(self._path, self, admitted, head.method, request_id)
+        self._exchange.start(worker_head)
+        if rest:
+            self._take_body(rest)
+
+    def _take_body(self, data: bytes) -> None:
+        assert self._body is not None
+        assert self._exchange is not None
+        try:
+            used = self._body.feed(data)
+        except HttpError:
+            self.abort()  # the worker has a part of the body; there is no answer to give
+            return
+        if used < len(data):
+            # A second request before the first was answered: nobody here needs it, and it would have to be kept.
+            self.abort()
+            return
+        self._exchange.write(data)
+
+    def _refuse_rest(self, rest: bytes) -> None:
+        """The answer was sent without the body; read the body before the next request."""
+        self._finish_request(close=not self.may_keep_alive)
+        if self._state is _State.DISCARD:
+            self._discard(rest)
+        elif rest:
+            self._close()  # a second request before the first was answered
+
+    def _finish_request(self, *, close: bool) -> None:
+        assert self._body is not None
+        if not self._body.done:
+            # Closing with unread bytes would reset the connection and take the answer with it.
+            self._state = _State.DISCARD
+            self._close_after_discard = close
+            self._discarded_bytes = 0
+            self._arm(self._path.bounds.discard_timeout_s)
+        elif close:
+            self._close()
+        else:
+            self._state = _State.HEAD
+            self._arm(self.idle_timeout_s())
+
+    def _close_after_reading(self) -> None:
+        """After an answer to what is no request: the client may still be sending, and must see the answer."""
+        self._body = BodyScanner(_ENDLESS)
+        self._finish_request(close=True)
+
+    def _discard(self, data: bytes) -> None:
+        assert self._body is not None
+        self._discarded_bytes += len(data)
+        try:
+            used = self._body.feed(data)
+        except HttpError:
+            self._close()
+            return
+        if used < len(data) or self._discarded_bytes > self._path.bounds.discard_bytes_max:
+            self._close()
+        elif self._body.done:
+            self._finish_request(close=self._close_after_discard)
+
+    # Ends.
+
+    def _close(self) -> None:
+        self._state = _State.CLOSED
+        self._arm(None)
+        if self._transport is not None:
+            self._transport.close()
+
+    def _arm(self, delay_s: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if delay_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._expired)
+
+    def _expired(self) -> None:
+        self._timer = None
+        if self._state is _State.HEAD and self._buffer:
+            self.write(routing.http_error(HttpError(408, "the head took too long")))
+        self._close()
