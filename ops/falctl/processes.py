@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,19 +42,23 @@ def start_ticks(pid: int) -> int | None:
 def start(name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> Process:
     """Start a process in a session of its own, its output appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as out:
-        child = subprocess.Popen(
+    with log.open("ab") as out, open(os.devnull, "rb") as nothing:
+        # Not subprocess.Popen: the process is meant to outlive this one, and Popen objects warn about that.
+        pid = os.posix_spawnp(
+            argv[0],
             list(argv),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-            env=dict(env) if env is not None else None,
+            dict(os.environ if env is None else env),
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, nothing.fileno(), 0),
+                (os.POSIX_SPAWN_DUP2, out.fileno(), 1),
+                (os.POSIX_SPAWN_DUP2, out.fileno(), 2),
+            ],
+            setsid=True,
         )
-    ticks = start_ticks(child.pid)
+    ticks = start_ticks(pid)
     if ticks is None:
         raise died(name, log)
-    return Process(name, child.pid, ticks)
+    return Process(name, pid, ticks)
 
 
 def died(name: str, log: Path) -> FalError:
