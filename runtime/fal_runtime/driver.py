@@ -2,7 +2,7 @@
 
 Invariant: nothing of a container's life depends on the process that calls a driver. A container, its log and its
 exit code survive the caller's kill -9; a new driver object on the same state directory takes everything back.
-Called by fal-agent. Implementations: `fal_runtime.oci.OciDriver`, `fal_runtime.process.ProcessDriver`,
+Called by fal-agent. Implementations: `fal_runtime.oci.driver.OciDriver`, `fal_runtime.process.ProcessDriver`,
 `fal_runtime.fake.FakeDriver`; tests/contract/test_driver.py holds all three to the words below.
 This module starts nothing and touches no file.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -184,7 +184,7 @@ class Driver(Protocol):
         """Kill it if it runs and leave nothing behind: no mount, cgroup, process, file. Unknown ids are fine."""
         ...
 
-    def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncIterator[LogLine]:
+    def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncGenerator[LogLine, None]:
         """The last `tail_lines` lines, then with `follow` every further one until the container has exited."""
         ...
 

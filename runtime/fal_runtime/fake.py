@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import builtins
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from fal_contract.clock import Clock, SystemClock
-
 from fal_runtime.driver import (
     MODELS_DIR_INSIDE,
     Capabilities,
@@ -230,7 +229,7 @@ class FakeDriver:
             await self.kill(id)
             self.machine.drop(id)
 
-    async def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncIterator[LogLine]:
+    async def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncGenerator[LogLine, None]:
         container = self._get(id)
         seen = container.lines_total - min(max(tail_lines, 0), len(container.lines))
         while True:

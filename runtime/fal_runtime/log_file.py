@@ -10,13 +10,12 @@ Written by conmon and by `fal_runtime.process_supervisor`; read by the drivers. 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from fal_contract.limits import LOG_LINE_BYTES_MAX
-
 from fal_runtime.driver import LogLine, Stream
 from fal_runtime.watch import Watcher
 
@@ -150,7 +149,7 @@ class Follower:
 
 async def read_log(
     path: Path, watcher: Watcher, ended: Callable[[], Awaitable[bool]], *, tail_lines: int, follow: bool
-) -> AsyncIterator[LogLine]:
+) -> AsyncGenerator[LogLine, None]:
     """Tail, then follow until `ended()` says that nothing more will be written."""
     if not follow:
         for line in tail(path, tail_lines):

@@ -17,14 +17,13 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 from fal_contract.clock import Clock, SystemClock
-
 from fal_runtime import socket_dir
 from fal_runtime.driver import (
     MODELS_DIR_ENV,
@@ -205,7 +204,7 @@ class ProcessDriver:
                 shutil.rmtree(spec["models_dir"], ignore_errors=True)
         shutil.rmtree(directory)
 
-    async def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncIterator[LogLine]:
+    async def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncGenerator[LogLine, None]:
         directory = self._directory(id)
 
         async def ended() -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from fal_runtime.driver import ContainerSpec, Driver
 from fal_runtime.fake import FakeDriver, Machine, Script
+from fal_runtime.host_image import this_layout
+from fal_runtime.oci.driver import OciDriver
 from fal_runtime.process import ProcessDriver
 
 # A Python program, given its behaviour as words; the fake driver is scripted by the same words.
@@ -83,6 +85,10 @@ def fake_bench(root: Path) -> Bench:
 
 def process_bench(root: Path) -> Bench:
     return Bench("process", root, sys.executable, lambda: ProcessDriver(root / "state"))
+
+
+def oci_bench(root: Path) -> Bench:
+    return Bench("oci", root, this_layout().python, lambda: OciDriver(root / "state"))
 
 
 def oci_missing() -> str:

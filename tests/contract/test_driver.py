@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Coroutine
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.driver_cases import Bench, fake_bench, oci_missing, process_bench
+
+from contract.driver_cases import Bench, fake_bench, oci_bench, oci_missing, process_bench
 from fal_contract.errors import Code, FalError
 from fal_runtime.driver import ContainerSpec, LogLine, Phase
 
@@ -24,13 +26,19 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
-@pytest.fixture(params=["fake", "process"])
+@pytest.fixture(
+    params=["fake", "process", pytest.param("oci", marks=[pytest.mark.oci, pytest.mark.root])],
+)
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     made: Bench
     if request.param == "fake":
         made = fake_bench(tmp_path)
     elif request.param == "process":
         made = process_bench(tmp_path)
+    elif oci_missing():
+        pytest.skip(f"no containers here: {oci_missing()}")
+    else:
+        made = oci_bench(tmp_path)
     yield made
     run(_clean(made))
 
@@ -42,6 +50,13 @@ async def _clean(bench: Bench) -> None:
 
 async def _lines(bench: Bench, id: str, *, tail_lines: int = 100, follow: bool = False) -> list[LogLine]:
     return [line async for line in bench.driver.logs(id, tail_lines=tail_lines, follow=follow)]
+
+
+async def _first_line(bench: Bench, id: str) -> str:
+    async with aclosing(bench.driver.logs(id, tail_lines=1, follow=True)) as lines:
+        async for line in lines:
+            return line.text
+    raise AssertionError(f"{id} ended without a word")
 
 
 def test_a_container_goes_through_its_phases(bench: Bench) -> None:
@@ -79,6 +94,7 @@ def test_every_call_twice_is_like_once(bench: Bench) -> None:
         first = await driver.status(spec.id)
         await driver.start(spec.id)
         assert await driver.status(spec.id) == first
+        assert await _first_line(bench, spec.id) == "once"
         assert (await driver.stop(spec.id, grace_s=10)).phase is Phase.EXITED
         assert (await driver.stop(spec.id, grace_s=10)).phase is Phase.EXITED
         await driver.start(spec.id)  # an exited container never runs again
@@ -127,6 +143,7 @@ def test_a_new_driver_takes_everything_back(bench: Bench) -> None:
         await bench.driver.start(done.id)
         await bench.driver.wait(done.id)
         await bench.driver.start(live.id)
+        assert await _first_line(bench, live.id) == "here"
         before = {s.id: s for s in await bench.driver.list()}
         again = bench.again()
         after = {s.id: s for s in await again.list()}
@@ -162,8 +179,7 @@ def test_stop_kills_after_the_grace(bench: Bench) -> None:
         driver, spec = bench.driver, bench.spec("stubborn", "ignore-term", "say=up", "forever")
         await driver.create(spec)
         await driver.start(spec.id)
-        async for _line in driver.logs(spec.id, tail_lines=1, follow=True):
-            break
+        assert await _first_line(bench, spec.id) == "up"
         assert (await driver.stop(spec.id, grace_s=0.2)).exit_code == 137
 
     run(main())
@@ -292,7 +308,3 @@ def test_probe_says_whether_it_isolates(bench: Bench) -> None:
             assert "none" in capabilities.details["isolation"]
 
     run(main())
-
-
-def test_oci_is_skipped_with_a_reason() -> None:
-    assert oci_missing() == "" or oci_missing().startswith("needs ")

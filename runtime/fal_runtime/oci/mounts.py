@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from fal_contract.errors import FalError
-
 from fal_runtime.driver import driver_failed
 
 MS_RDONLY: Final = 1

@@ -1,0 +1,146 @@
+"""Starting conmon, the monitor that outlives the agent: it creates the container, holds its log, writes its exit code.
+
+Invariant: before conmon forks anything it is in a cgroup of its own (`cgroups.CONMON_CGROUP`) in every hierarchy, so
+that killing every process of the agent's cgroup, as systemd does, misses it. Called by the oci driver only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from fal_runtime.driver import driver_failed
+from fal_runtime.oci import cgroups
+
+CREATE_TIMEOUT_S: Final = 60.0
+_SYNC_BYTES_MAX: Final = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """The files of one container; conmon ends without a word when `attach` does not exist."""
+
+    bundle: Path
+    log: Path
+    pidfile: Path
+    conmon_pidfile: Path
+    exits: Path
+    persist: Path
+    attach: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """An OCI runtime's program and where it keeps its state."""
+
+    program: str
+    root: Path
+
+    def command(self, *words: str) -> tuple[str, ...]:
+        return (self.program, "--root", str(self.root), *words)
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How containers are made on this machine: the runtime's program, and whether each has a user namespace."""
+
+    program: str
+    user_namespace: bool
+
+
+def command(id: str, runtime: Runtime, paths: Paths, log_bytes_max: int) -> tuple[str, ...]:
+    """conmon's command line."""
+    return (
+        *("conmon", "--api-version", "1", "-c", id, "-u", id, "-n", id),
+        *("-r", runtime.program, "--runtime-arg", "--root", "--runtime-arg", str(runtime.root)),
+        *("-b", str(paths.bundle), "-p", str(paths.pidfile), "-P", str(paths.conmon_pidfile)),
+        *("--exit-dir", str(paths.exits), "--persist-dir", str(paths.persist)),
+        *("--socket-dir-path", str(paths.attach), "--full-attach"),
+        *("-l", f"k8s-file:{paths.log}", "--log-size-max", str(log_bytes_max), "--no-sync-log"),
+    )
+
+
+async def create(id: str, runtime: Runtime, paths: Paths, log_bytes_max: int) -> int:
+    """Create the container under a new conmon; returns the pid of its first process, which waits to be started.
+
+    DRIVER_FAILED with the runtime's own words.
+    """
+    sync_read, sync_write = os.pipe()
+    start_read, start_write = os.pipe()
+    try:
+        monitor = await asyncio.create_subprocess_exec(
+            *command(id, runtime, paths, log_bytes_max),
+            env={
+                "PATH": os.environ.get("PATH", os.defpath),
+                "_OCI_SYNCPIPE": str(sync_write),
+                "_OCI_STARTPIPE": str(start_read),
+            },
+            pass_fds=(sync_write, start_read),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            cwd=paths.bundle,
+            start_new_session=True,
+        )
+    finally:
+        os.close(sync_write)
+        os.close(start_read)
+    try:
+        # conmon waits for this byte before it does anything.
+        cgroups.enter(monitor.pid, cgroups.CONMON_CGROUP)
+        os.write(start_write, b"\0")
+        async with asyncio.timeout(CREATE_TIMEOUT_S):
+            answer = await _read_line(sync_read)
+            await monitor.wait()
+    except TimeoutError:
+        raise driver_failed(
+            f"container {id} was not created within {CREATE_TIMEOUT_S:.0f} s", remedy="Look at the machine's load."
+        ) from None
+    finally:
+        if monitor.returncode is None:
+            monitor.kill()
+            await monitor.wait()
+        os.close(sync_read)
+        os.close(start_write)
+    return _pid_of(id, answer)
+
+
+async def _read_line(fd: int) -> bytes:
+    """Up to a newline or the end; conmon keeps the pipe open after its one line."""
+    loop = asyncio.get_running_loop()
+    os.set_blocking(fd, False)
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
+    data = b""
+    try:
+        while b"\n" not in data and len(data) < _SYNC_BYTES_MAX:
+            readable.clear()
+            try:
+                piece = os.read(fd, 4096)
+            except BlockingIOError:
+                await readable.wait()
+                continue
+            if not piece:
+                break
+            data += piece
+    finally:
+        loop.remove_reader(fd)
+    return data
+
+
+def _pid_of(id: str, answer: bytes) -> int:
+    try:
+        said: dict[str, Any] = json.loads(answer or b"{}")
+    except ValueError:
+        said = {"message": answer.decode("utf-8", "replace")}
+    pid = int(said.get("data", said.get("pid", -1)))
+    if pid <= 0:
+        message = str(said.get("message") or "conmon ended without a word").strip()
+        raise driver_failed(
+            f"container {id} was not created: {message}", remedy="Check the command, its mounts and the limits."
+        )
+    return pid

@@ -1,0 +1,166 @@
+"""What the oci driver knows of its containers, as files: the only state, shared by a driver and its successor.
+
+    STATE/containers/ID/  record.json   what removal needs; written first
+                          created.json  pids with start times and the boot; written last by create
+                          started.json  written just before the runtime is told to start it
+                          ended.json    the last word, once the exit was seen: OOM is read while the cgroup exists
+                          exits/ID      the exit code, by conmon;  log/log  the output, by conmon
+
+Invariant: `status` looks and never changes what runs. Called by the oci driver only.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from fal_runtime.driver import ContainerStatus, Phase
+from fal_runtime.oci import cgroups
+from fal_runtime.oci.conmon import Paths
+from fal_runtime.process_supervisor import start_ticks, write_whole
+
+LOG_LOST: Final = "log and exit code lost: conmon died"
+REBOOTED: Final = "the node was rebooted"
+
+
+def boot_id() -> str:
+    """Names this boot of the machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What `remove` must take away, known before anything is made."""
+
+    id: str
+    runtime: str
+    run_dir: str
+    cgroup_path: str
+    uid_start: int
+    etc: str
+    socket_dir: str = ""
+    models_dir: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """The processes of a created container; pid and start ticks, so that a reused pid is not taken for it."""
+
+    pid: int
+    pid_ticks: int
+    conmon: int
+    conmon_ticks: int
+    boot: str
+
+
+def alive(pid: int, ticks: int) -> bool:
+    """Does this very process still run? A zombie does not."""
+    if pid <= 0 or not ticks or start_ticks(pid) != ticks:
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+class ContainerFiles:
+    """The files of one container."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.id = directory.name
+
+    def paths(self) -> Paths:
+        """Where conmon reads and writes."""
+        d = self.directory
+        return Paths(
+            bundle=d / "bundle",
+            log=d / "log" / "log",
+            pidfile=d / "pid",
+            conmon_pidfile=d / "conmon.pid",
+            exits=d / "exits",
+            persist=d / "persist",
+            attach=d / "attach",
+        )
+
+    def make(self, record: Record) -> None:
+        """All directories, then the record."""
+        paths = self.paths()
+        for path in (self.directory, paths.bundle, paths.log.parent, paths.exits, paths.persist, paths.attach):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(self.directory / "record.json", asdict(record))
+
+    def record(self) -> Record | None:
+        value = _read(self.directory / "record.json")
+        return Record(**value) if value else None
+
+    def created(self) -> Created | None:
+        """None until `create` has finished."""
+        value = _read(self.directory / "created.json")
+        return Created(**value) if value else None
+
+    def mark_created(self, pid: int) -> None:
+        conmon = int(self.paths().conmon_pidfile.read_text())
+        value = Created(pid, start_ticks(pid), conmon, start_ticks(conmon), boot_id())
+        write_whole(self.directory / "created.json", asdict(value))
+
+    def mark_started(self, now_s: float) -> None:
+        write_whole(self.directory / "started.json", {"started_at_s": now_s})
+
+    def status(self, runtime_root: Path) -> ContainerStatus | None:
+        """None when it was never wholly created."""
+        record, created = self.record(), self.created()
+        if record is None or created is None:
+            return None
+        started_at_s = _read(self.directory / "started.json").get("started_at_s")
+        if ended := _read(self.directory / "ended.json"):
+            return ContainerStatus(**{**ended, "phase": Phase.EXITED})
+        same_boot = created.boot == boot_id()
+        # Looked at before the exit file: conmon writes that one last.
+        init = same_boot and alive(created.pid, created.pid_ticks)
+        conmon = same_boot and alive(created.conmon, created.conmon_ticks)
+        exit_file = self.paths().exits / self.id
+        if exit_file.exists():
+            return self._ended(record, started_at_s, exit_file)
+        reason = "" if conmon else LOG_LOST
+        if init or conmon:
+            waiting = started_at_s is None or (runtime_root / self.id / "exec.fifo").exists()
+            if waiting:
+                return ContainerStatus(self.id, Phase.CREATED, created.pid, reason=reason)
+            oom = cgroups.oom_kills(record.cgroup_path) > 0
+            return ContainerStatus(self.id, Phase.RUNNING, created.pid, started_at_s, oom_killed=oom, reason=reason)
+        reason = LOG_LOST if same_boot else REBOOTED
+        oom = cgroups.oom_kills(record.cgroup_path) > 0
+        return self._keep(ContainerStatus(self.id, Phase.EXITED, None, started_at_s, oom_killed=oom, reason=reason))
+
+    def _ended(self, record: Record, started_at_s: float | None, exit_file: Path) -> ContainerStatus:
+        text = exit_file.read_text().strip()
+        code = int(text) if text.lstrip("-").isdigit() else None
+        oom = cgroups.oom_kills(record.cgroup_path) > 0
+        if oom:
+            reason = "killed by the kernel: out of memory"
+        elif started_at_s is None:
+            reason = "killed before it started"
+        else:
+            reason = f"exited with code {code}"
+        return self._keep(
+            ContainerStatus(
+                *(self.id, Phase.EXITED, None, started_at_s, exit_file.stat().st_mtime, code),
+                oom_killed=oom,
+                reason=reason,
+            )
+        )
+
+    def _keep(self, status: ContainerStatus) -> ContainerStatus:
+        write_whole(self.directory / "ended.json", asdict(status))
+        return status
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    return value

@@ -1,0 +1,54 @@
+"""Which system calls a container may not make. Pure: `profile()` is the `linux.seccomp` of an OCI spec.
+
+Denied are the calls that docker's default profile keeps for capabilities that our containers never have, those that
+make namespaces, mounts, kernel code or tracing, and those with a history of kernel holes (userfaultfd, keyctl,
+io_uring). Everything else runs: a worker's libraries need far more calls than could be listed here. clone3 answers
+ENOSYS, as its flags lie in memory that a filter cannot read; libc then uses clone, whose flags are checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+_EPERM: Final = 1
+_ENOSYS: Final = 38
+
+DENIED: Final = (
+    *("acct", "add_key", "adjtimex", "bpf", "chroot", "clock_adjtime", "clock_adjtime64", "clock_settime"),
+    *("clock_settime64", "create_module", "delete_module", "fanotify_init", "finit_module", "fsconfig", "fsmount"),
+    *("fsopen", "fspick", "get_kernel_syms", "init_module", "io_uring_enter", "io_uring_register"),
+    *("io_uring_setup", "ioperm", "iopl", "kcmp", "kexec_file_load", "kexec_load", "keyctl"),
+    *("lookup_dcookie", "migrate_pages", "mknod", "mknodat", "mount", "mount_setattr", "move_mount"),
+    *("move_pages", "name_to_handle_at", "nfsservctl", "open_by_handle_at", "open_tree", "perf_event_open"),
+    *("pidfd_getfd", "pivot_root", "process_madvise", "process_vm_readv", "process_vm_writev", "ptrace"),
+    *("query_module", "quotactl", "quotactl_fd", "reboot", "request_key", "setdomainname"),
+    *("sethostname", "setns", "settimeofday", "stime", "swapoff", "swapon", "sysfs", "syslog", "umount", "umount2"),
+    *("unshare", "uselib", "userfaultfd", "ustat", "vhangup", "vm86", "vm86old", "_sysctl", "afs_syscall"),
+)
+# Every CLONE_NEW* flag that clone() takes: cgroup, uts, ipc, user, pid, net, mount.
+_NAMESPACE_FLAGS: Final = (0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000, 0x00020000)
+# Sockets that reach the kernel's or the host's interior rather than a network: packet, vsock, and the like.
+_SOCKET_FAMILIES_DENIED: Final = (17, 38, 40)  # AF_PACKET, AF_ALG, AF_VSOCK
+_TIOCSTI: Final = 0x5412
+_ARCHITECTURES: Final = ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32", "SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM")
+
+
+def profile() -> dict[str, Any]:
+    """The filter; a new dict each time."""
+    rules: list[dict[str, Any]] = [
+        {"names": list(DENIED), "action": "SCMP_ACT_ERRNO", "errnoRet": _EPERM},
+        {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS},
+    ]
+    for flag in _NAMESPACE_FLAGS:
+        rules.append(_when("clone", 0, flag, "SCMP_CMP_MASKED_EQ", flag))
+    for family in _SOCKET_FAMILIES_DENIED:
+        rules.append(_when("socket", 0, family, "SCMP_CMP_EQ"))
+    rules.append(_when("ioctl", 1, 0xFFFFFFFF, "SCMP_CMP_MASKED_EQ", _TIOCSTI))
+    return {"defaultAction": "SCMP_ACT_ALLOW", "architectures": list(_ARCHITECTURES), "syscalls": rules}
+
+
+def _when(name: str, index: int, value: int, op: str, value_two: int = 0) -> dict[str, Any]:
+    arg = {"index": index, "value": value, "op": op}
+    if value_two:
+        arg["valueTwo"] = value_two
+    return {"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": _EPERM, "args": [arg]}
