@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from aetcd import rpc
+
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import COMMIT_TIMEOUT_S, STORE_LEASE_TTL_S
-
 from fal_scheduler.store.etcd_client import (
     EtcdClient,
     EtcdRefused,

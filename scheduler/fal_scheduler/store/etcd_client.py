@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import grpc
 from aetcd import rpc
+
 from fal_contract.errors import Code, FalError, invalid
 
 _RECEIVE_BYTES_MAX: Final = 64 << 20

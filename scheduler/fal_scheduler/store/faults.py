@@ -15,7 +15,6 @@ from enum import StrEnum
 from random import Random
 
 from fal_contract.errors import Code, FalError
-
 from fal_scheduler.store.interface import Guard, Loaded, Store, Write, load_first
 
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import COMMIT_TIMEOUT_S, STORE_LEASE_TTL_S
-
 from fal_scheduler.store.interface import CommitCounters, Guard, Loaded, Write, check_writes, leads_already, not_leader
 
 

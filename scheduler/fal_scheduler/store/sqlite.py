@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fal_contract.errors import Code, FalError
-
 from fal_scheduler.store import sqlite_file
 from fal_scheduler.store.interface import (
     CommitCounters,
@@ -37,6 +36,7 @@ from fal_scheduler.store.sqlite_file import FileLock
 from fal_scheduler.store.sqlite_thread import DatabaseThread
 
 _FILE_BYTES_MAX = 8 << 30
+_ON_CONFLICT = "ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _LOCK_POLL_S = 0.2  # flock has no event; a waiting scheduler asks this often
 
 
@@ -254,7 +254,8 @@ class SqliteStore:
                 raise not_leader(guard, "another term has begun")
             if puts:
                 rows = ",".join(("(?,?)",) * (len(puts) // 2))
-                db.execute(f"REPLACE INTO record (key, value) VALUES {rows}", puts)
+                # An upsert, not REPLACE, which deletes and inserts and so dirties more pages.
+                db.execute(f"INSERT INTO record (key, value) VALUES {rows} {_ON_CONFLICT}", puts)
             if deletes:
                 marks = ",".join("?" * len(deletes))
                 db.execute(f"DELETE FROM record WHERE key IN ({marks})", deletes)
