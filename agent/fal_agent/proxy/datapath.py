@@ -50,6 +50,10 @@ class Connection(Protocol):
         """End it now."""
         ...
 
+    def close_if_idle(self) -> None:
+        """End it, unless a request is under way."""
+        ...
+
 
 class DataPath:
     """Shared state of all connections."""
@@ -61,6 +65,8 @@ class DataPath:
         self.slots = slots
         self.bounds = bounds
         self.connections: set[Connection] = set()
+        self.empty = asyncio.Event()  # there are no connections
+        self.empty.set()
         # While a successor is served: its address is ours, new requests are for it.
         self.handed_over = False
         self.on_finished: Callable[[str, Outcome], None] | None = None
@@ -70,6 +76,17 @@ class DataPath:
     def now_s(self) -> float:
         """The loop's monotonic clock."""
         return asyncio.get_running_loop().time()
+
+    def joined(self, connection: Connection) -> None:
+        """A connection was made."""
+        self.connections.add(connection)
+        self.empty.clear()
+
+    def left(self, connection: Connection) -> None:
+        """A connection ended; one that never joined is fine."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self.empty.set()
 
     def admit(self, runner_id: str, ticket_term: int) -> RunnerEntry | Refused:
         """A slot, or why there is none."""

@@ -67,12 +67,21 @@ class ClientConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def close_if_idle(self) -> None:
+        """End it, unless a request is under way."""
+        if self.idle:
+            self._close()
+
     def check_peer(self, transport: asyncio.Transport) -> None:
         """Raise FalError when the peer may not send requests; the listener's subclass asks for a certificate."""
 
     def idle_timeout_s(self) -> float | None:
         """How long it may wait for a request; None: another keeps watch."""
         return self._path.bounds.idle_timeout_s
+
+    def watch_idle(self) -> None:
+        """Close it when no request comes in time."""
+        self._arm(self.idle_timeout_s())
 
     # asyncio.Protocol
 
@@ -90,15 +99,15 @@ class ClientConnection(asyncio.Protocol):
             self.check_peer(transport)
         except FalError as error:
             transport.write(routing.refusal(Refused(error.code, str(error)), keep_alive=False))
-            self._path.connections.add(self)
+            self._path.joined(self)
             self._close_after_reading()
             return
-        self._path.connections.add(self)
+        self._path.joined(self)
         self._arm(self.idle_timeout_s())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = _State.CLOSED
-        self._path.connections.discard(self)
+        self._path.left(self)
         self._arm(None)
         if self._exchange is not None:
             self._exchange.client_gone()
