@@ -87,11 +87,11 @@ async def connected(socket: Path) -> AsyncIterator[Client]:
         yield Client(session)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], what: str, *, deadline_s: float = DEADLINE_S) -> None:
     """Poll until `condition` holds; fails with `what` after the deadline."""
-    deadline_s = time.monotonic() + DEADLINE_S
+    end_s = time.monotonic() + deadline_s
     while not await condition():
-        assert time.monotonic() < deadline_s, f"never: {what}"
+        assert time.monotonic() < end_s, f"never: {what}"
         await asyncio.sleep(0.005)
 
 

@@ -26,6 +26,15 @@ from fal_runtime.worker.request import GUIDANCE_MAX, STEPS_MAX, InferRequest, Mo
 
 _STEPS_DEFAULT: Final = 50
 _GUIDANCE_DEFAULT: Final = 7.5
+# Read by the libraries when they are imported; what is set already stands.
+_ENVIRONMENT: Final = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
 _WARM_STEPS: Final = 2
 # Request field → argument of the pipeline's __call__ that obeys it.
 _ARGUMENTS: Final = {"steps": "num_inference_steps", "guidance": "guidance_scale", "width": "width", "height": "height"}
@@ -102,17 +111,15 @@ class DiffusersEngine:
 
     def _import(self) -> Any:
         """Import torch and diffusers, kept away from the network and from folders that cannot be written."""
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TQDM_DISABLE"):
-            os.environ.setdefault(name, "1")
-        if "HF_HOME" not in os.environ:
-            os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "hf")
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("HF_HOME", str(Path(tempfile.gettempdir()) / "hf"))
         self._torch = importlib.import_module("torch")
         if self._threads:
             self._torch.set_num_threads(self._threads)
         diffusers = importlib.import_module("diffusers")
         transformers = importlib.import_module("transformers")
         for library in (diffusers, transformers):
-            library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
         return diffusers
 
@@ -172,8 +179,8 @@ class DiffusersEngine:
             "output_type": "pil",
         }
         arguments = {k: v for k, v in wished.items() if k in self._accepted and v is not None}
-        with self._told_of_steps(arguments, request.steps, on_step):
-            result = pipeline(prompt=request.prompt, **arguments)
+        with told_of_steps(pipeline, request.steps, on_step) as callback:
+            result = pipeline(prompt=request.prompt, **arguments, **callback)
         images = getattr(result, "images", None)
         if not images:
             what = f"{type(pipeline).__name__} makes no pictures"
@@ -190,34 +197,6 @@ class DiffusersEngine:
         self._pipeline.enable_lora()
         self._pipeline.set_adapters([_adapter(number)], [request.lora.scale])
 
-    @contextlib.contextmanager
-    def _told_of_steps(self, arguments: dict[str, Any], steps: int, on_step: OnStep) -> Iterator[None]:
-        """Call `on_step` after each step: by the pipeline's callback, or around its scheduler where it has none."""
-        if "callback_on_step_end" in self._accepted:
-
-            def on_step_end(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                on_step(step + 1, int(getattr(pipeline, "num_timesteps", 0) or steps))
-                return tensors
-
-            arguments["callback_on_step_end"] = on_step_end
-            yield
-            return
-        scheduler, done = self._pipeline.scheduler, 0
-        original = scheduler.step
-
-        def step(*positional: Any, **named: Any) -> Any:
-            nonlocal done
-            result = original(*positional, **named)
-            done += 1
-            on_step(min(done, steps), steps)
-            return result
-
-        scheduler.step = step
-        try:
-            yield
-        finally:
-            del scheduler.step
-
     def _failure(self, error: Exception) -> Exception:
         """What a failed inference means: out of memory and device errors are told apart from the rest."""
         torch, text = self._torch, " ".join(str(error).split())[:300]
@@ -229,6 +208,38 @@ class DiffusersEngine:
         if isinstance(error, torch.AcceleratorError) or "CUDA error" in text:
             return DeviceFailed(f"the GPU failed: {text}")
         return error
+
+
+@contextlib.contextmanager
+def told_of_steps(pipeline: Any, steps: int, on_step: OnStep) -> Iterator[dict[str, Any]]:
+    """Have `on_step` called after each step of a call of `pipeline` inside; yields arguments for that call.
+
+    By the pipeline's own callback, or around its scheduler's `step` where it has none. What `on_step` raises ends
+    the call at that step.
+    """
+    if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
+
+        def on_step_end(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step + 1, int(getattr(pipeline, "num_timesteps", 0) or steps))
+            return tensors
+
+        yield {"callback_on_step_end": on_step_end}
+        return
+    scheduler, done = pipeline.scheduler, 0
+    original = scheduler.step
+
+    def step(*positional: Any, **named: Any) -> Any:
+        nonlocal done
+        result = original(*positional, **named)
+        done += 1
+        on_step(min(done, steps), steps)  # schedulers of second order step twice
+        return result
+
+    scheduler.step = step
+    try:
+        yield {}
+    finally:
+        del scheduler.step
 
 
 def _adapter(number: int) -> str:
