@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import IntEnum
 from functools import cache
-from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from google.protobuf.message import Message
 
@@ -76,12 +76,16 @@ def _read_field(kind: Any, message: Message, name: str) -> Any:
         origin = get_origin(kind)
     value = getattr(message, name)
     if origin is tuple:
-        (of, _) = get_args(kind)
-        return tuple(read(of, one) for one in value) if is_dataclass(of) else tuple(value)
+        of: type[Any] = get_args(kind)[0]
+        return tuple(_read_item(of, one) for one in value)
     if origin is not None:  # a mapping
         return dict(value)
+    return _read_item(kind, value, name)
+
+
+def _read_item(kind: type[Any], value: Any, name: str = "") -> Any:
     if is_dataclass(kind):
-        return read(kind, value)  # type: ignore[arg-type]
+        return read(cast("type[Any]", kind), value)
     if isinstance(kind, type) and issubclass(kind, IntEnum):
         try:
             return kind(value)

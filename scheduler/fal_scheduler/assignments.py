@@ -1,0 +1,104 @@
+"""Builds what a node is told of a runner: its record, its revision's spec, its models' manifests.
+
+Called by `sessions` for runners whose assignment is durable. Specs and artifacts are built once per revision and
+model; they are shared between messages, so nobody may change them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final, Protocol
+
+from fal_contract.errors import Code, FalError
+from fal_contract.v1 import agent_pb2, state_pb2
+from fal_scheduler import wire
+from fal_scheduler.core.records import Goal, Model, ModelState, Runner
+from fal_scheduler.core.state import State
+
+_CACHED_MAX: Final = 512
+
+
+class ManifestSource(Protocol):
+    """Where manifests are (`blobs.ManifestBlobs`)."""
+
+    def get(self, digest: str) -> state_pb2.ModelManifest: ...
+
+
+class AssignmentBuilder:
+    """Assignments of one leader."""
+
+    def __init__(self, manifests: ManifestSource) -> None:
+        self._manifests = manifests
+        self._specs: OrderedDict[tuple[str, int, str], state_pb2.AppSpec] = OrderedDict()
+        self._artifacts: OrderedDict[tuple[str, str], agent_pb2.Artifact] = OrderedDict()
+
+    def build(self, state: State, runner: Runner) -> agent_pb2.Assignment:
+        """The message. Raises what stands in the way of a manifest (NOT_FOUND, CORRUPT, FAILED_PRECONDITION).
+
+        A runner that is to end needs no models: its assignment can always be built.
+        """
+        assert runner.assignment is not None, f"{runner.id} has no assignment"
+        message = agent_pb2.Assignment(
+            id=runner.assignment.id,
+            term=runner.assignment.term,
+            runner_id=runner.id,
+            goal=int(runner.goal),  # type: ignore[arg-type]  # the numbers are the wire's
+            goal_reason=runner.goal_reason,
+            app=runner.app,
+            revision=runner.revision,
+            share_group=runner.share_group,
+            gpus=runner.gpus,
+        )
+        revision = state.revisions.get((runner.app, runner.revision))
+        if revision is None:  # an adopted orphan of a forgotten revision: it can be stopped, not started
+            return message
+        message.spec.CopyFrom(self._spec(state, runner))
+        if runner.goal is Goal.RUN:
+            for name in (revision.spec.model, *revision.spec.loras):
+                if name:
+                    message.artifacts.append(self._artifact(state, name))
+        return message
+
+    def _spec(self, state: State, runner: Runner) -> state_pb2.AppSpec:
+        revision = state.revisions[runner.app, runner.revision]
+        key = (runner.app, runner.revision, revision.digest)
+        spec = self._specs.get(key)
+        if spec is None:
+            spec = self._specs[key] = wire.fill(state_pb2.AppSpec(), revision.spec)
+            if len(self._specs) > _CACHED_MAX:
+                self._specs.popitem(last=False)
+        return spec
+
+    def _artifact(self, state: State, name: str) -> agent_pb2.Artifact:
+        model = state.models.get(name)
+        if model is None:
+            raise FalError(Code.NOT_FOUND, f"model {name} is not registered", remedy="Register it again.")
+        if model.state is not ModelState.ATTESTED:
+            raise _not_attested(model)
+        key = (model.id, model.manifest_digest)
+        artifact = self._artifacts.get(key)
+        if artifact is None:
+            artifact = self._artifacts[key] = agent_pb2.Artifact(
+                model=model.id,
+                kind=model.kind,
+                uri=model.uri,
+                manifest_digest=model.manifest_digest,
+                bytes=model.bytes,
+                manifest=self._manifests.get(model.manifest_digest),
+            )
+            if len(self._artifacts) > _CACHED_MAX:
+                self._artifacts.popitem(last=False)
+        return artifact
+
+
+def _not_attested(model: Model) -> FalError:
+    if model.state is ModelState.REFUSED:
+        return FalError(Code.FAILED_PRECONDITION, f"model {model.id} is refused: {model.reason}", remedy="Replace it.")
+    return FalError(
+        Code.FAILED_PRECONDITION,
+        f"the files of model {model.id} are still being hashed",
+        remedy="Wait; `falctl weights show` tells the state.",
+    )
+
+
+__all__ = ["AssignmentBuilder", "ManifestSource"]
