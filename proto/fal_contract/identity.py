@@ -248,11 +248,20 @@ class Identity:
             raise FalError(
                 Code.CORRUPT, f"identity in {file} cannot be read: {exc.strerror}", remedy="Correct its permissions."
             ) from None
+        return cls._of_pem(content, source=str(file))
+
+    @classmethod
+    def issued(cls, *, cert_pem: bytes, key_pem: bytes, ca_pem: bytes) -> Identity:
+        """From an answer to a CSR; raises CORRUPT unless the certificate is for this key and by this CA."""
+        return cls._of_pem(b"\n".join((key_pem, cert_pem, ca_pem)), source="the scheduler's answer")
+
+    @classmethod
+    def _of_pem(cls, content: bytes, *, source: str) -> Identity:
         blocks = _PEM_BLOCK.findall(content)
         damaged = FalError(
             Code.CORRUPT,
-            f"identity in {file} is damaged: it is not a key, its certificate and a CA",
-            remedy="Remove the file and join again with a new token.",
+            f"identity in {source} is damaged: it is not a key, its certificate and a CA",
+            remedy="Remove it and join again with a new token.",
         )
         if len(blocks) != 3:
             raise damaged
@@ -298,6 +307,16 @@ def ca_fingerprint(ca_pem: bytes) -> str:
         raise FalError(
             Code.CORRUPT, "the CA certificate is not PEM", remedy="Check that the address is a scheduler's join port."
         ) from None
+
+
+def ca_cluster_id(ca_pem: bytes) -> str:
+    """The cluster whose CA this is. Raises CORRUPT or INVALID when it is not a CA of ours."""
+    try:
+        subject = x509.load_pem_x509_certificate(ca_pem).subject
+    except ValueError:
+        raise FalError(Code.CORRUPT, "the CA certificate is not PEM", remedy="Restore it, or join again.") from None
+    names = subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+    return check_cluster_id(str(names[0].value) if names else "")
 
 
 def write_durably(path: Path, content: bytes, *, mode: int = 0o600) -> None:

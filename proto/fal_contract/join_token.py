@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from random import Random
 from typing import Final
 
 from fal_contract.errors import Code, FalError
+from fal_contract.ids import random_suffix
 
 PREFIX: Final = "falj1"
 _PART: Final = re.compile(r"[0-9a-z]{10}|[0-9a-z]{26}")
@@ -22,7 +24,7 @@ SECRET_CHARS: Final = 26
 
 
 @dataclass(frozen=True, slots=True)
-class JoinToken:
+class TokenText:
     """A token in the hands of a joiner."""
 
     id: str
@@ -33,10 +35,15 @@ class JoinToken:
         return f"{PREFIX}.{self.id}.{self.secret}.{self.ca_sha256}"
 
     def __repr__(self) -> str:  # the secret must not reach a log
-        return f"JoinToken({self.id})"
+        return f"TokenText({self.id})"
 
 
-def parse_token(text: str) -> JoinToken:
+def new_token(rng: Random, ca_sha256: str) -> TokenText:
+    """A fresh token; `rng` is `random.SystemRandom()` outside of tests."""
+    return TokenText(random_suffix(rng, ID_CHARS), random_suffix(rng, SECRET_CHARS), ca_sha256)
+
+
+def parse_token(text: str) -> TokenText:
     """Read a token. Raises INVALID saying which part is wrong; the secret is never repeated."""
     parts = text.strip().split(".")
     if parts[0] != PREFIX:
@@ -52,7 +59,7 @@ def parse_token(text: str) -> JoinToken:
         raise _bad("has a damaged secret (third part)")
     if not _HASH.fullmatch(ca_sha256):
         raise _bad("has a damaged CA hash (last part); it may be cut off")
-    return JoinToken(token_id, secret, ca_sha256)
+    return TokenText(token_id, secret, ca_sha256)
 
 
 def secret_sha256(secret: str) -> bytes:

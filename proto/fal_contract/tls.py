@@ -3,7 +3,7 @@
 For the data path (proxy, gateway, tunnels) and fsd; gRPC has its own in `fal_contract.rpc`. TLS verifies the chain
 against the cluster's CA and nothing else; host names are not checked, because nodes are reached under addresses
 that no certificate can list. So **every** user calls `verify_peer` after the handshake, before the first byte of
-payload. A context is made anew when the identity is renewed.
+payload. When an identity is renewed, `replace_certificate` swaps it inside the contexts that stand.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ def pinned_client_context(ca_pem: bytes) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=ca_pem.decode())
     return context
+
+
+def replace_certificate(context: ssl.SSLContext, identity: Identity) -> None:
+    """Show `identity` from the next handshake on; connections that stand are not touched."""
+    _load_own(context, identity)
 
 
 def verify_peer(

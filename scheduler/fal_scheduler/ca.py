@@ -30,11 +30,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError, invalid
 from fal_contract.identity import (
     Identity,
     PeerIdentity,
     Role,
+    ca_cluster_id,
     ca_fingerprint,
     check_cluster_id,
     check_peer_name,
@@ -118,7 +120,7 @@ class CertificateAuthority:
         self.sealer = sealer
         self.ca_pem = certificate.public_bytes(serialization.Encoding.PEM)
         self.fingerprint = ca_fingerprint(self.ca_pem)
-        self.cluster_id = _cluster_id_of(certificate)
+        self.cluster_id = ca_cluster_id(self.ca_pem)
 
     @classmethod
     def create(
@@ -193,7 +195,7 @@ class CertificateAuthority:
         Raises INVALID for a CSR that is damaged, not signed by its own key, or of another key type than EC P-256.
         """
         check_peer_name(name)
-        public_key = _public_key_of(csr_pem)
+        public_key = check_csr(csr_pem)
         now = datetime.fromtimestamp(now_s, UTC)
         ca = self._certificate
         not_before = max(now - timedelta(seconds=CERTIFICATE_BACKDATE_S), ca.not_valid_before_utc)
@@ -260,6 +262,30 @@ class CertificateAuthority:
         return x509.SubjectAlternativeName(names)
 
 
+class OwnIdentity:
+    """The scheduler's own certificate, issued anew at half its life. `current` is cheap and safe from any thread."""
+
+    def __init__(self, ca: CertificateAuthority, *, name: str, hosts: Sequence[str], clock: Clock) -> None:
+        self._ca = ca
+        self._name = name
+        self._hosts = tuple(hosts)
+        self._clock = clock
+        self._identity = self._issue()
+
+    def current(self) -> Identity:
+        """The identity to show now; a new object after each renewal. Also the answer to a clock that jumped."""
+        now_s = self._clock.wall_s()
+        peer = self._identity.peer
+        if not peer.not_before_s <= now_s < (peer.not_before_s + peer.not_after_s) / 2:
+            self._identity = self._issue()
+        return self._identity
+
+    def _issue(self) -> Identity:
+        return self._ca.new_identity(
+            role=Role.SCHEDULER, name=self._name, now_s=self._clock.wall_s(), hosts=self._hosts
+        )
+
+
 def _self_signed(key: ec.EllipticCurvePrivateKey, cluster_id: str, now_s: float) -> x509.Certificate:
     now = datetime.fromtimestamp(now_s, UTC)
     subject = _name(cluster_id, unit="ca", common=f"falctl CA of {cluster_id}")
@@ -302,12 +328,8 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
     )
 
 
-def _cluster_id_of(certificate: x509.Certificate) -> str:
-    names = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
-    return check_cluster_id(str(names[0].value) if names else "")
-
-
-def _public_key_of(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
+def check_csr(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
+    """The public key of a request whose holder proved the private key. Raises INVALID."""
     remedy = "Make the request with a fresh EC P-256 key."
     if len(csr_pem) > CSR_BYTES_MAX:
         raise invalid("csr", f"{len(csr_pem)} bytes", f"is larger than {CSR_BYTES_MAX} bytes", remedy=remedy)

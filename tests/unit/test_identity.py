@@ -24,7 +24,7 @@ from fal_contract.identity import (
     peer_of_pem,
     require,
 )
-from fal_contract.join_token import JoinToken, parse_token
+from fal_contract.join_token import TokenText, parse_token
 from fal_scheduler.ca import CertificateAuthority, Sealer
 
 NOW_S = 1_800_000_000.0
@@ -331,7 +331,7 @@ def test_issuing_with_a_wrong_clock_says_so(ca: CertificateAuthority) -> None:
 
 # --- the text of tokens
 
-TOKEN = JoinToken("0123456789", "abcdefghjkmnpqrstvwxyz0123", "ab" * 32)
+TOKEN = TokenText("0123456789", "abcdefghjkmnpqrstvwxyz0123", "ab" * 32)
 
 
 def test_tokens_read_back_and_hide_their_secret() -> None:
