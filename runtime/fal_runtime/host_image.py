@@ -104,8 +104,32 @@ def worker_command(*, isolates: bool) -> WorkerCommand:
     return WorkerCommand((sys.executable,), {"PYTHONPATH": ":".join(roots), "PYTHONUNBUFFERED": "1"})
 
 
-def make_skeleton(root: Path, layout: Layout, *, owner_uid: int, extra: tuple[tuple[str, bool], ...] = ()) -> None:
-    """The empty directories, files and links of a container's root; `extra` are (path inside, is a directory)."""
+def make_skeleton(parent: Path, layout: Layout, extra: tuple[tuple[str, bool], ...] = ()) -> Path:
+    """A directory in `parent` with the empty directories, files and links of a container's root.
+
+    `extra` are further mount points (path inside, is a directory). Made once for each set of them and shared read-only,
+    as making it takes longer than all mounts together.
+    """
+    digest = hashlib.sha256(repr((layout, extra)).encode()).hexdigest()[:16]
+    target = parent / f"skeleton-{digest}"
+    if target.exists():
+        return target
+    fresh = parent / f".{target.name}.{os.getpid()}"
+    shutil.rmtree(fresh, ignore_errors=True)
+    _fill_skeleton(fresh, layout, extra)
+    return _put(fresh, target)
+
+
+def _put(fresh: Path, target: Path) -> Path:
+    """Rename a finished directory to its name, unless another agent of this machine was faster."""
+    try:
+        fresh.rename(target)
+    except OSError:
+        shutil.rmtree(fresh)
+    return target
+
+
+def _fill_skeleton(root: Path, layout: Layout, extra: tuple[tuple[str, bool], ...]) -> None:
     targets = [(path, True) for path in _DIRECTORIES]
     targets += [(inside, True) for _source, inside in layout.binds]
     made: set[Path] = set()
@@ -121,7 +145,6 @@ def make_skeleton(root: Path, layout: Layout, *, owner_uid: int, extra: tuple[tu
         if not link.is_symlink():
             link.symlink_to(target)
     for path in made:
-        os.chown(path, owner_uid, owner_uid, follow_symlinks=False)
         path.chmod(0o755 if path.is_dir() else 0o644)
     (root / "tmp").chmod(0o1777)  # runc gives a tmpfs the mode of what it covers
 
@@ -157,7 +180,8 @@ def make_etc(parent: Path, *, etc: Path = Path("/etc")) -> Path:
         return target
     fresh = parent / f".{target.name}.{os.getpid()}"
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True, mode=0o755)
+    fresh.mkdir(parents=True)
+    fresh.chmod(0o755)
     for name, info in entries:
         copy = fresh / name
         copy.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -169,8 +193,4 @@ def make_etc(parent: Path, *, etc: Path = Path("/etc")) -> Path:
     for name, text in (("passwd", _PASSWD), ("group", _GROUP), ("hosts", _HOSTS), ("hostname", "runner\n")):
         (fresh / name).write_text(text)
     (fresh / "resolv.conf").touch()
-    try:
-        fresh.rename(target)
-    except OSError:  # another agent of this machine was faster
-        shutil.rmtree(fresh)
-    return target
+    return _put(fresh, target)

@@ -20,6 +20,7 @@ _KILL_ROUNDS_MAX: Final = 100
 
 
 def _mounted() -> list[tuple[str, Path]]:
+    """(type, mount point) of every mounted cgroup filesystem."""
     found = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _source, target, fs_type, *_ = line.split(" ")

@@ -123,12 +123,15 @@ class OciDriver:
         run_dir = self._run / spec.id
         self._run.mkdir(parents=True, exist_ok=True, mode=0o711)
         etc = self._etc = self._etc or host_image.make_etc(self._run)
+        skeleton = host_image.make_skeleton(self._run, self._layout, rootfs.extra_mount_points(spec, self._layout))
         cgroup_path = f"/{socket_dir.CGROUP_PARENT}/{socket_dir.cgroup_name(self._scope, spec.id)}"
         places = (str(spec.socket_dir or ""), str(spec.models_dir or ""))
-        files.make(Record(spec.id, mode.program, str(run_dir), cgroup_path, uid_start, str(etc), *places))
+        files.make(
+            Record(spec.id, mode.program, str(run_dir), cgroup_path, uid_start, str(etc), str(skeleton), *places)
+        )
         userns_fd = await self._userns.get(uid_start) if mode.user_namespace else None
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o711)
-        rootfs.assemble(run_dir, spec, self._layout, etc, uid_start=uid_start, userns_fd=userns_fd)
+        rootfs.assemble(run_dir, spec, self._layout, skeleton, etc, userns_fd=userns_fd)
         if spec.socket_dir is not None:
             socket_dir.create(spec.socket_dir, owner_uid=uid_start)
         if spec.models_dir is not None:
@@ -249,7 +252,8 @@ class OciDriver:
                 await self.remove(directory.name)
                 words.append(f"container {directory.name}")
         known = {path.name for path in self._containers.iterdir()}
-        used = {record.etc for id in known if (record := ContainerFiles(self._containers / id).record())}
+        records = [ContainerFiles(self._containers / id).record() for id in known]
+        used = {path for record in records if record is not None for path in (record.etc, record.skeleton)}
         for path in sorted(self._run.iterdir()) if self._run.exists() else ():
             if path.name in known or path == self._runtime_root or path == self._etc or str(path) in used:
                 continue

@@ -146,10 +146,10 @@ def unmount_all(path: Path) -> int:
 
 
 def unmount_below(path: Path) -> list[Path]:
-    """Detach every mount at or below `path`, the deepest first; returns their mount points."""
+    """Detach every mount at or below `path`; returns the mount points. One call takes a whole subtree with it."""
     root = path.resolve()
     found = [point for point in mount_points() if point == root or root in point.parents]
-    for point in sorted(found, key=lambda p: len(p.parts), reverse=True):
+    for point in sorted(found, key=lambda p: len(p.parts)):
         with contextlib.suppress(FalError):  # gone with the one above it
             umount(point)
     return found

@@ -40,6 +40,7 @@ class Record:
     cgroup_path: str
     uid_start: int
     etc: str
+    skeleton: str
     socket_dir: str = ""
     models_dir: str = ""
 

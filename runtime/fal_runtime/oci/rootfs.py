@@ -42,17 +42,12 @@ def attach(source: Path, target: Path, attr_set: int, userns_fd: int | None) -> 
 
 
 def assemble(
-    run_dir: Path, spec: ContainerSpec, layout: host_image.Layout, etc: Path, *, uid_start: int, userns_fd: int | None
+    run_dir: Path, spec: ContainerSpec, layout: host_image.Layout, skeleton: Path, etc: Path, *, userns_fd: int | None
 ) -> None:
-    """RUN/rootfs with the host image in it, RUN/mounts/N with the N-th mount of the spec."""
+    """RUN/rootfs with the host image on the skeleton, RUN/mounts/N with the N-th mount of the spec."""
     rootfs = run_dir / "rootfs"
-    rootfs.mkdir(parents=True, exist_ok=True, mode=0o755)
-    extra = tuple((mount.target, mount.source.is_dir()) for mount in spec.mounts)
-    if spec.network == "host":
-        extra = (*extra, ("/etc", True))
-    outside = tuple((target, is_dir) for target, is_dir in extra if not _below_a_bind(target, layout))
-    host_image.make_skeleton(rootfs, layout, owner_uid=uid_start, extra=outside)
-    for source, inside in (*layout.binds, (etc, "/etc")):
+    rootfs.mkdir(exist_ok=True, mode=0o755)
+    for source, inside in ((skeleton, "/"), *layout.binds, (etc, "/etc")):
         attach(source, rootfs / inside.lstrip("/"), _IMAGE_FLAGS, userns_fd)
     for number, mount in enumerate(spec.mounts):
         place = run_dir / "mounts" / str(number)
@@ -63,6 +58,12 @@ def assemble(
             place.touch()
         flags = mounts.ATTR_NOSUID | mounts.ATTR_NODEV | (mounts.ATTR_RDONLY if mount.read_only else 0)
         attach(mount.source, place, flags, userns_fd)
+
+
+def extra_mount_points(spec: ContainerSpec, layout: host_image.Layout) -> tuple[tuple[str, bool], ...]:
+    """The mount points that this spec needs in its skeleton, as (path inside, is a directory)."""
+    wanted = sorted((mount.target, mount.source.is_dir()) for mount in spec.mounts)
+    return tuple((target, is_directory) for target, is_directory in wanted if not _below_a_bind(target, layout))
 
 
 def _below_a_bind(target: str, layout: host_image.Layout) -> bool:
