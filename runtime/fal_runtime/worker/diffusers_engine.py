@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -57,12 +58,10 @@ class DiffusersEngine:
 
     def load(self, on_phase: Callable[[str], None]) -> ModelInfo:
         """Import, read, move to the device. Raises FalError NOT_FOUND, INVALID or RUNNER_FAILED."""
-        if not (self._folder / "model_index.json").is_file():
-            what = f"{self._folder} is no pipeline folder: it has no model_index.json"
-            raise FalError(Code.NOT_FOUND, what, remedy="Give the folder that save_pretrained wrote.")
+        index = _read_index(self._folder)
         defaults = _read_defaults(self._folder / "fal.json")
         on_phase("import")
-        diffusers = self._import()
+        diffusers = self._import(index)
         on_phase("load")
         try:
             self._pipeline = self._read(diffusers)
@@ -109,8 +108,8 @@ class DiffusersEngine:
             encode_s=time.monotonic() - drawn_s,
         )
 
-    def _import(self) -> Any:
-        """Import torch and diffusers, kept away from the network and from folders that cannot be written."""
+    def _import(self, index: dict[str, Any]) -> Any:
+        """Import torch, diffusers and the pipeline's classes, away from the network and from read-only folders."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("HF_HOME", str(Path(tempfile.gettempdir()) / "hf"))
@@ -121,6 +120,11 @@ class DiffusersEngine:
         transformers = importlib.import_module("transformers")
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
+        # Both libraries import a class when it is first named: do that here, so that "load" is reading only.
+        getattr(diffusers, str(index.get("_class_name")), None)
+        for component in index.values():
+            if isinstance(component, list) and component[:1] in (["diffusers"], ["transformers"]):
+                getattr(importlib.import_module(component[0]), str(component[1]), None)
         return diffusers
 
     def _read(self, diffusers: Any) -> Any:
@@ -129,13 +133,16 @@ class DiffusersEngine:
         dtype = self._dtype
         if dtype == "auto":
             dtype = "bfloat16" if device == "cuda" else "float32"
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(self._folder),
-            torch_dtype=getattr(torch, dtype),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with warnings.catch_warnings():
+            # The new name, dtype, is not known to the oldest diffusers that we support.
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                str(self._folder),
+                torch_dtype=getattr(torch, dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
         return pipeline.to(device)
 
     def _describe(self, defaults: dict[str, float]) -> ModelInfo:
@@ -266,6 +273,20 @@ def _own_side(pipeline: Any) -> int:
     model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     size = getattr(getattr(model, "config", None), "sample_size", 0)
     return int(size) if isinstance(size, int) else 0
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """`model_index.json`: which classes a pipeline is made of."""
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        what = f"{folder} is no pipeline folder: model_index.json cannot be read ({error})"
+        raise FalError(Code.NOT_FOUND, what, remedy="Give the folder that save_pretrained wrote.") from error
+    if not isinstance(index, dict):
+        what = f"{path} is not a JSON object"
+        raise FalError(Code.INVALID, what, remedy="Give the folder that save_pretrained wrote.")
+    return index
 
 
 def _read_defaults(path: Path) -> dict[str, float]:
