@@ -160,15 +160,14 @@ class EtcdClient:
         share_s = min(_CONNECT_TIMEOUT_S, timeout_s / len(self._addresses))
         for _ in self._addresses:
             endpoint = self._endpoint()
-            if endpoint.channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY:
-                return endpoint
             try:
                 async with asyncio.timeout(share_s):
-                    await endpoint.channel.channel_ready()
-                    return endpoint
+                    if await _reached(endpoint.channel, patient=len(self._addresses) == 1):
+                        return endpoint
             except TimeoutError:
-                tried.append(endpoint.address)
-                self._next_endpoint()
+                pass
+            tried.append(endpoint.address)
+            self._next_endpoint()
         raise EtcdSilent(f"no connection to {', '.join(tried)} within {share_s:g} s each", sent=False)
 
     def _endpoint(self) -> _Endpoint:
@@ -237,6 +236,15 @@ def commit_failed(error: EtcdRefused | EtcdSilent) -> FalError:
             remedy="Run `etcdctl defrag`, then `etcdctl alarm disarm`; raise --quota-backend-bytes if it comes back.",
         )
     return FalError(Code.STORE_FAILED, f"etcd refused a commit: {error.detail}", remedy=_REMEDY)
+
+
+async def _reached(channel: grpc.aio.Channel, *, patient: bool) -> bool:
+    """Wait until the connection stands; where there are other endpoints to try, not beyond the first failure."""
+    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+        await channel.wait_for_state_change(state)
+        if not patient and channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            return False
+    return True
 
 
 def _check_endpoint(address: str) -> str:

@@ -45,10 +45,7 @@ class EtcdUpkeep:
         """Until cancelled: compact when due, read the size at every interval."""
         while True:
             try:
-                status = await self._client.call("maintenance", "Status", rpc.StatusRequest())
-                self._file_bytes, self._used_bytes = int(status.dbSize), int(status.dbSizeInUse)
-                if self._due.is_set():
-                    await self._compact(int(status.header.revision))
+                await self.look()
             except (EtcdRefused, EtcdSilent):
                 self._failures += 1
                 await asyncio.sleep(1.0)  # due work waits for no event: never spin
@@ -57,6 +54,13 @@ class EtcdUpkeep:
                     await self._due.wait()
             except TimeoutError:
                 continue
+
+    async def look(self) -> None:
+        """Read the size, compact where due. Raises what the calls raise."""
+        status = await self._client.call("maintenance", "Status", rpc.StatusRequest())
+        self._file_bytes, self._used_bytes = int(status.dbSize), int(status.dbSizeInUse)
+        if self._due.is_set():
+            await self._compact(int(status.header.revision))
 
     def statistics(self) -> Mapping[str, float]:
         """Sizes in bytes, shares from 0 to 1, as of the last look."""
