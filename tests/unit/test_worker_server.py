@@ -286,6 +286,18 @@ def test_bad_requests_never_kill_it(folder: Path) -> None:
     check(folder, FakeEngine(), body)
 
 
+def test_a_body_that_never_arrives_is_given_up(folder: Path) -> None:
+    async def body(worker: Running) -> None:
+        reader, writer = await asyncio.open_unix_connection(str(folder / "s"))
+        writer.write(b"POST /infer HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n{")
+        assert b" 504 " in await asyncio.wait_for(reader.readline(), 10)
+        writer.close()
+        await writer.wait_closed()
+        assert (await worker.client.post("/infer", {"prompt": "a"}))[0] == 200
+
+    check(folder, FakeEngine(), body, body_timeout_s=0.05)
+
+
 def test_not_ready_until_loaded_and_warm(folder: Path) -> None:
     gates = {phase: Gate(phase) for phase in ("import", "load", "warm")}
 

@@ -32,6 +32,7 @@ EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_LOAD_FAILED: Final = 3
 EXIT_DEVICE_FAILED: Final = 4
+BODY_TIMEOUT_S: Final = 30.0  # for a request's body to arrive; it has at most a megabyte
 SOCKET_PATH_BYTES_MAX: Final = 107  # sockaddr_un
 
 
@@ -47,6 +48,7 @@ class Options:
     max_multiplexing: int = 1
     request_timeout_s: float = REQUEST_TIMEOUT_S
     grace_s: float = TERMINATION_GRACE_S
+    body_timeout_s: float = BODY_TIMEOUT_S
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,7 +125,11 @@ def _lora(text: str) -> tuple[str, Path]:
 async def serve(engine: Engine, options: Options, stop: asyncio.Event) -> int:
     """Serve until `stop`, a failed load, or the second device failure. Returns the exit code."""
     # A seed that a client leaves open need not be guessed or repeated by anybody: the answer names it.
-    server = WorkerServer(request_timeout_s=options.request_timeout_s, rng=random.SystemRandom())
+    server = WorkerServer(
+        request_timeout_s=options.request_timeout_s,
+        body_timeout_s=options.body_timeout_s,
+        rng=random.SystemRandom(),
+    )
     lane = Lane(engine, in_flight_max=options.max_multiplexing, on_end=server.ended)
     runner = web.AppRunner(
         server.application(), handler_cancellation=True, access_log=None, handle_signals=False, shutdown_timeout=1.0

@@ -46,10 +46,11 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class WorkerServer:
     """The HTTP application and the phase it is in: start, import, load, warm, ready, draining."""
 
-    def __init__(self, *, request_timeout_s: float, rng: random.Random, metrics: Metrics | None = None) -> None:
+    def __init__(self, *, request_timeout_s: float, body_timeout_s: float, rng: random.Random) -> None:
         self._request_timeout_s = request_timeout_s
+        self._body_timeout_s = body_timeout_s
         self._rng = rng
-        self._metrics = metrics or Metrics()
+        self._metrics = Metrics()
         self._lane: Lane | None = None
         self._model: ModelInfo | None = None
         self._phase = ""
@@ -116,8 +117,9 @@ class WorkerServer:
         if self._phase != "ready" or self._lane is None or self._model is None:
             raise FalError(Code.UNAVAILABLE, f"the worker is not ready (phase {self._phase})", remedy="Try again.")
         request_id = check_request_id(http.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex)
-        body = await http.read()
-        request = parse_request(body, self._model, seed_default=self._rng.randrange(SEED_DRAWN_MAX + 1))
+        request = parse_request(
+            await self._body(http), self._model, seed_default=self._rng.randrange(SEED_DRAWN_MAX + 1)
+        )
         job = self._lane.submit(request_id, request)
         try:
             if EVENT_STREAM in http.headers.get("accept", ""):
@@ -125,6 +127,14 @@ class WorkerServer:
             return _answer(job, await self._result(job), accept=http.headers.get("accept", ""))
         finally:
             job.stop()  # the client has gone or the time is up; no effect on a job that has ended
+
+    async def _body(self, http: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                return await http.read()
+        except TimeoutError:
+            what = f"the request's body did not arrive within {self._body_timeout_s:g} s"
+            raise FalError(Code.TIMEOUT, what, remedy="Send the whole body at once.") from None
 
     async def _result(self, job: Job) -> Output:
         """The job's output within the request timeout; `Stopped` becomes CANCELLED."""
