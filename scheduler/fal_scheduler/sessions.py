@@ -1,0 +1,388 @@
+"""Sessions of node agents: what a node tells becomes news for the engine, what the engine decides goes down to it.
+
+One session per node, the newest: whoever says hello for a node takes its place, and the core tells a reboot from a
+clone. Down goes Welcome, then the whole assignment set, then deltas chained by revision, at most one in 25 ms. What
+waits to go down is a set of runner ids (so it cannot grow) and a short queue of other messages; a full queue or a
+send that takes too long ends the session, and the agent starts over. Up, a missing sequence number ends the session;
+a repeated one is ignored.
+
+Transport-free: `run` is given an async iterator and a send function, so that a simulation drives this very code.
+Only durable assignments are sent (`EnginePort.assignments`). Must not decide anything about runners.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+from fal_contract.clock import Clock
+from fal_contract.errors import Code, FalError, invalid
+from fal_contract.limits import DELTA_WINDOW_S, HEARTBEAT_INTERVAL_S, STREAM_QUEUE_MESSAGES_MAX
+from fal_contract.telemetry import get_logger
+from fal_contract.v1 import agent_pb2
+from fal_contract.versions import agree, shared_features
+from fal_scheduler import wire
+from fal_scheduler.alarms import EdgeAlarms
+from fal_scheduler.assignments import AssignmentBuilder
+from fal_scheduler.core.events import AssignmentChanged, Effect, Logged, NodeChanged, NodeDisconnected
+from fal_scheduler.core.records import Goal, Runner
+from fal_scheduler.engine import EnginePort
+from fal_scheduler.leading_edge import LeadingEdge
+from fal_scheduler.log_streams import LogStreams
+from fal_scheduler.stream_edges import first_message, send_bounded, too_slow, until_first
+
+SKEW_MAX_S: Final = 30.0
+STUCK_RETRY_S: Final = 1.0  # a runner whose manifest is not there yet
+# A set larger than this goes as Complete and deltas right behind it; a message holds 4 MiB.
+CHUNK_BYTES: Final = 1 << 20
+
+Send = Callable[[agent_pb2.SchedulerMessage], Awaitable[None]]
+_Told = tuple[str, int, Goal]  # assignment id, its term, goal
+
+_log = get_logger("scheduler.sessions")
+
+
+@dataclass(eq=False)
+class _Session:
+    """One open stream. `told` is what the node holds if all went well, by runner."""
+
+    id: str
+    node_id: str
+    signal: LeadingEdge
+    closed: asyncio.Future[FalError]
+    told: dict[str, _Told] = field(default_factory=dict)
+    dirty: dict[str, None] = field(default_factory=dict)
+    stuck: set[str] = field(default_factory=set)
+    resync: bool = False
+    ready: bool = False  # Complete has been sent
+    revision: int = 0
+    control: deque[agent_pb2.SchedulerMessage] = field(default_factory=deque)
+
+    def close(self, error: FalError) -> None:
+        """End the session with `error`; the first reason stands."""
+        if not self.closed.done():
+            self.closed.set_result(error)
+
+
+class AgentSessions:
+    """All sessions of one leader. Make a new one for each term; `close` ends all of them."""
+
+    def __init__(
+        self,
+        engine: EnginePort,
+        builder: AssignmentBuilder,
+        *,
+        clock: Clock,
+        alarms: EdgeAlarms,
+        note: Callable[[Logged], None],
+        new_id: Callable[[], str],
+    ) -> None:
+        self._engine = engine
+        self._builder = builder
+        self._clock = clock
+        self._alarms = alarms
+        self._note = note
+        self._new_id = new_id
+        self._sessions: dict[str, _Session] = {}
+        self._gateways: Callable[[str], agent_pb2.GatewaySet] = lambda node_id: agent_pb2.GatewaySet()
+        self.logs = LogStreams(self.push)
+        self._unsubscribe = engine.subscribe(self._on_effect)
+
+    # --- one stream -------------------------------------------------------------------------------------------------
+
+    async def run(self, peer_name: str, incoming: AsyncIterator[agent_pb2.AgentMessage], send: Send) -> None:
+        """Serve one stream until it ends. Returns when the node closed it; raises FalError to close it."""
+        message = await first_message(incoming)
+        arrived_s = self._clock.monotonic_s()
+        hello = _hello_in(message, peer_name)
+        version = agree(f"node {peer_name}", hello.versions.min, hello.versions.max)
+        session = self._enter(peer_name)
+        try:
+            await self._engine.submit(wire.hello_of(hello, session_id=session.id, arrived_s=arrived_s))
+            self._check_skew(peer_name, hello.wall_s)
+            welcome = self._welcome(version, shared_features(hello.versions.features))
+            await send_bounded(send, agent_pb2.SchedulerMessage(welcome=welcome), f"node {session.node_id}")
+            await self._send_complete(session, send)
+            await self._serve(session, incoming, send, message.seq)
+        finally:
+            self._leave(session)
+
+    async def _serve(
+        self, session: _Session, incoming: AsyncIterator[agent_pb2.AgentMessage], send: Send, seq: int
+    ) -> None:
+        """Read and write until either ends or the session is closed; what ended it is raised."""
+        writer = asyncio.create_task(self._write(session, send))  # a failed send explains more than the end of input
+        reader = asyncio.create_task(self._read(session, incoming, seq))
+        await until_first(session.closed, writer, reader)
+
+    def _enter(self, node_id: str) -> _Session:
+        session = _Session(
+            self._new_id(), node_id, LeadingEdge(DELTA_WINDOW_S), asyncio.get_running_loop().create_future()
+        )
+        older = self._sessions.get(node_id)
+        self._sessions[node_id] = session
+        if older is not None:
+            older.close(
+                FalError(
+                    Code.UNAVAILABLE,
+                    f"a newer session of node {node_id} took this one's place",
+                    remedy="Nothing to do where the agent has restarted; otherwise look for a clone of this machine.",
+                )
+            )
+        return session
+
+    def _leave(self, session: _Session) -> None:
+        if self._sessions.get(session.node_id) is session:
+            del self._sessions[session.node_id]
+            self.logs.node_gone(session.node_id)
+        self._engine.offer(NodeDisconnected(session.node_id, session.id))
+
+    def _welcome(self, version: int, features: list[str]) -> agent_pb2.Welcome:
+        view = self._engine.view
+        meta = view.meta
+        assert meta is not None, "a leader has loaded its store"
+        return agent_pb2.Welcome(
+            version=version,
+            features=features,
+            cluster_id=meta.cluster_id,
+            epoch=meta.epoch,
+            incarnation=meta.incarnation,
+            term=view.term,
+            accepted_clusters=meta.accepted_clusters,
+            heartbeat_interval_s=HEARTBEAT_INTERVAL_S,
+        )
+
+    def _check_skew(self, node_id: str, wall_s: float) -> None:
+        skew_s = wall_s - self._clock.wall_s()
+        if wall_s == 0.0 or abs(skew_s) <= SKEW_MAX_S:
+            self._alarms.clear("CLOCK_SKEW", node_id)
+            return
+        text = f"the clock of node {node_id} is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} ours"
+        remedy = "Set both clocks (NTP); certificates and stamps depend on them, scheduling does not."
+        now_s = self._clock.wall_s()
+        if self._alarms.raise_alarm("CLOCK_SKEW", node_id, text, remedy=remedy, since_s=now_s):
+            self._note(Logged("CLOCK_SKEW", node_id, text, now_s))
+
+    # --- up ---------------------------------------------------------------------------------------------------------
+
+    async def _read(self, session: _Session, incoming: AsyncIterator[agent_pb2.AgentMessage], seq: int) -> None:
+        last = seq
+        async for message in incoming:
+            arrived_s = self._clock.monotonic_s()
+            if message.seq <= last:
+                continue  # a duplicate
+            if message.seq != last + 1:
+                raise FalError(
+                    Code.CONFLICT,
+                    f"message {last + 1} of node {session.node_id} is missing, {message.seq} came",
+                    remedy="The agent starts over by itself.",
+                )
+            last = message.seq
+            self._take(session, message, arrived_s)
+
+    def _take(self, session: _Session, message: agent_pb2.AgentMessage, arrived_s: float) -> None:
+        kind = message.WhichOneof("kind")
+        if kind == "report":
+            report = wire.report_of(message.report, node_id=session.node_id, session_id=session.id, arrived_s=arrived_s)
+            self._engine.offer(report)
+            for event in message.report.events:
+                self._note(Logged(event.kind, event.subject, event.message, event.time_s, f"node/{session.node_id}"))
+        elif kind == "log_chunk":
+            self.logs.take(session.node_id, message.log_chunk)
+        elif kind == "hello":
+            raise invalid("hello", session.node_id, "came twice in one session", remedy="Open a new stream.")
+        # A kind of a later release: ignored, as features are agreed before they are used.
+
+    # --- down -------------------------------------------------------------------------------------------------------
+
+    async def _send_complete(self, session: _Session, send: Send) -> None:
+        """The whole set; what does not fit into one message follows as deltas at once."""
+        view = self._engine.view
+        built = self._build(session, self._engine.assignments(session.node_id))
+        head = _take_chunk(built)
+        session.revision += 1
+        complete = agent_pb2.Complete(
+            revision=session.revision, term=view.term, store_revision=view.store_revision, assignments=head
+        )
+        session.told.update(_told(a) for a in head)
+        session.ready = True
+        await send_bounded(send, agent_pb2.SchedulerMessage(complete=complete), f"node {session.node_id}")
+        while built:
+            await self._send_delta(session, send, _take_chunk(built), [])
+        gateways = self._gateways(session.node_id)
+        if gateways.gateways:
+            await send_bounded(send, agent_pb2.SchedulerMessage(gateways=gateways), f"node {session.node_id}")
+
+    async def _write(self, session: _Session, send: Send) -> None:
+        if session.dirty or session.resync or session.stuck:  # it changed while Complete was on its way
+            session.signal.set()
+        while True:
+            await self._woken(session)
+            while session.control:
+                await send_bounded(send, session.control.popleft(), f"node {session.node_id}")
+            changed = self._changed(session)
+            runners = [(i, self._engine.assignment(session.node_id, i)) for i in changed]
+            for i in (i for i, runner in runners if runner is None and i in session.stuck):
+                session.stuck.discard(i)
+                self._alarms.clear("MANIFEST", i)
+            drop = [i for i, runner in runners if runner is None and i in session.told]
+            for i in drop:
+                del session.told[i]
+            put = self._build(session, (runner for i, runner in runners if runner and _differs(session, runner)))
+            while put or drop:
+                await self._send_delta(session, send, _take_chunk(put), drop)
+                drop = []
+
+    async def _woken(self, session: _Session) -> None:
+        """Wait for something to send; runners that are stuck are tried again now and then."""
+        if not session.stuck:
+            await session.signal.wait()
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STUCK_RETRY_S):
+                await session.signal.wait()
+        session.dirty.update(dict.fromkeys(session.stuck))
+
+    def _changed(self, session: _Session) -> list[str]:
+        """Runners to look at again, in order of id; clears what was noted."""
+        ids = set(session.dirty)
+        if session.resync:
+            ids.update(session.told, (runner.id for runner in self._engine.assignments(session.node_id)))
+        session.dirty.clear()
+        session.resync = False
+        return sorted(ids)
+
+    async def _send_delta(
+        self, session: _Session, send: Send, put: list[agent_pb2.Assignment], drop: list[str]
+    ) -> None:
+        view = self._engine.view
+        delta = agent_pb2.Delta(
+            base=session.revision,
+            revision=session.revision + 1,
+            term=view.term,
+            store_revision=view.store_revision,
+            put=put,
+            drop=drop,
+        )
+        session.revision += 1
+        session.told.update(_told(a) for a in put)
+        await send_bounded(send, agent_pb2.SchedulerMessage(delta=delta), f"node {session.node_id}")
+
+    def _build(self, session: _Session, runners: Iterable[Runner]) -> deque[agent_pb2.Assignment]:
+        """Messages of these runners; one that cannot be built is held back with an alarm and tried again."""
+        built: deque[agent_pb2.Assignment] = deque()
+        for runner in runners:
+            try:
+                built.append(self._builder.build(self._engine.view, runner))
+                if runner.id in session.stuck:
+                    session.stuck.discard(runner.id)
+                    self._alarms.clear("MANIFEST", runner.id)
+            except FalError as error:
+                session.stuck.add(runner.id)
+                now_s = self._clock.wall_s()
+                text = f"runner {runner.id} is held back: {error.what}"
+                if self._alarms.raise_alarm("MANIFEST", runner.id, text, remedy=error.remedy, since_s=now_s):
+                    self._note(Logged("RUNNER_HELD_BACK", runner.id, text, now_s))
+        return built
+
+    # --- from the engine and the dispatcher ---------------------------------------------------------------------------
+
+    def _on_effect(self, effect: Effect) -> None:
+        if isinstance(effect, AssignmentChanged):
+            session = self._sessions.get(effect.node_id)
+            if session is not None:
+                session.dirty[effect.runner_id] = None
+                session.signal.set()
+        elif isinstance(effect, NodeChanged):
+            self._node_changed(effect.node_id)
+
+    def _node_changed(self, node_id: str) -> None:
+        session = self._sessions.get(node_id)
+        if session is None:
+            return
+        node = self._engine.view.nodes.get(node_id)
+        if node is not None and node.revoked:
+            session.close(
+                FalError(Code.UNAUTHENTICATED, f"node {node_id} is revoked", remedy="Join again with a new token.")
+            )
+            return
+        # Its hold may have begun or ended, which changes the set as a whole.
+        session.resync = True
+        session.signal.set()
+
+    def push(self, node_id: str, message: agent_pb2.SchedulerMessage) -> bool:
+        """Send something beside assignments; False when the node has no session. A full queue ends the session."""
+        session = self._sessions.get(node_id)
+        if session is None or not session.ready:
+            return False
+        if len(session.control) >= STREAM_QUEUE_MESSAGES_MAX:
+            session.close(too_slow(f"node {node_id}"))
+            return False
+        session.control.append(message)
+        session.signal.set()
+        return True
+
+    def set_gateways(self, gateways: Callable[[str], agent_pb2.GatewaySet]) -> None:
+        """Where a new session asks for the gateways that want its tunnel; changes come by `push`."""
+        self._gateways = gateways
+
+    def connected(self, node_id: str) -> bool:
+        """Whether the node has a session now."""
+        return node_id in self._sessions
+
+    def close(self, error: FalError) -> None:
+        """End all sessions: the leader is one no longer."""
+        self._unsubscribe()
+        for session in list(self._sessions.values()):
+            session.close(error)
+
+    def statistics(self) -> dict[str, int]:
+        """Sessions, and messages that wait."""
+        return {
+            "sessions": len(self._sessions),
+            "waiting": sum(len(x.control) + len(x.dirty) for x in self._sessions.values()),
+            "stuck": sum(len(x.stuck) for x in self._sessions.values()),
+        }
+
+
+def _told(assignment: agent_pb2.Assignment) -> tuple[str, _Told]:
+    return assignment.runner_id, (assignment.id, assignment.term, Goal(int(assignment.goal)))
+
+
+def _differs(session: _Session, runner: Runner) -> bool:
+    assert runner.assignment is not None
+    return session.told.get(runner.id) != (runner.assignment.id, runner.assignment.term, runner.goal)
+
+
+def _take_chunk(built: deque[agent_pb2.Assignment]) -> list[agent_pb2.Assignment]:
+    """As many as fit into one message, at least one; they leave `built`."""
+    chunk: list[agent_pb2.Assignment] = []
+    size = 0
+    while built:
+        size += built[0].ByteSize()
+        if chunk and size > CHUNK_BYTES:
+            break
+        chunk.append(built.popleft())
+    return chunk
+
+
+def _hello_in(message: agent_pb2.AgentMessage, peer_name: str) -> agent_pb2.Hello:
+    if message.WhichOneof("kind") != "hello":
+        raise invalid("kind", message.WhichOneof("kind"), "came before Hello", remedy="Send Hello first.")
+    if message.seq != 1:
+        raise invalid("seq", message.seq, "is not the first of a session", remedy="Count from 1 in each session.")
+    if message.hello.node_id != peer_name:
+        raise FalError(
+            Code.PERMISSION_DENIED,
+            f"the Hello is node {message.hello.node_id!r}'s, the certificate {peer_name!r}'s",
+            remedy="Use the identity that this node was given when it joined.",
+            field="node_id",
+        )
+    return message.hello
+
+
+__all__ = ["AgentSessions", "Send"]
