@@ -91,7 +91,7 @@ async def create(id: str, runtime: Runtime, paths: Paths, log_bytes_max: int) ->
         os.close(start_read)
     try:
         # conmon waits for this byte before it does anything.
-        cgroups.enter(monitor.pid, cgroups.CONMON_CGROUP)
+        await asyncio.to_thread(cgroups.enter, monitor.pid, cgroups.CONMON_CGROUP)
         os.write(start_write, b"\0")
         async with asyncio.timeout(CREATE_TIMEOUT_S):
             answer = await _read_line(sync_read)

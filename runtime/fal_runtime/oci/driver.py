@@ -108,9 +108,12 @@ class OciDriver:
             await self.probe()
             mode = self._mode
         assert mode is not None
+        making = asyncio.create_task(self._create(spec, files, mode))
         try:
-            await self._create(spec, files, mode)
+            await asyncio.shield(making)
         except BaseException:
+            # A creation is never cut in two: conmon and the runtime finish (in bounded time), then all is taken away.
+            await asyncio.wait({making})
             with contextlib.suppress(FalError):
                 await asyncio.shield(self.remove(spec.id))
             raise
@@ -209,11 +212,18 @@ class OciDriver:
         if created is not None and created.boot == boot_id():
             await self.kill(id)
         if record is not None:
-            runtime = self._runtime(record.runtime)
-            await self._run_command(runtime.command("delete", "--force", id), f"removal of container {id}")
+            with contextlib.suppress(FalError):  # what the runtime leaves, or never made, goes below
+                runtime = self._runtime(record.runtime)
+                await self._run_command(runtime.command("delete", "--force", id), f"removal of container {id}")
             if created is not None and created.boot == boot_id():
                 await _end_of(created.conmon, created.conmon_ticks)
+        await asyncio.to_thread(self._take_away, files, record)
+
+    def _take_away(self, files: ContainerFiles, record: Record | None) -> None:
+        """Everything of a dead container; takes tens of milliseconds of system calls, so not on the loop."""
+        if record is not None:
             cgroups.remove(record.cgroup_path)
+            shutil.rmtree(self._runtime_root / record.id, ignore_errors=True)
             rootfs.dismantle(Path(record.run_dir))
             if record.socket_dir:
                 socket_dir.remove(Path(record.socket_dir))
@@ -305,15 +315,18 @@ class OciDriver:
 
     @staticmethod
     async def _run_command(command: tuple[str, ...], what: str) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
+        except OSError as error:
+            raise driver_failed(f"{what} failed: {command[0]}: {error.strerror}", remedy="Install it.") from error
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT_S):
-                _out, error = await process.communicate()
+                _out, said = await process.communicate()
         except TimeoutError:
             raise driver_failed(f"{what} took more than {COMMAND_TIMEOUT_S:.0f} s", remedy="Try again.") from None
         finally:
@@ -321,7 +334,7 @@ class OciDriver:
                 process.kill()
                 await process.wait()
         if process.returncode:
-            message = error.decode("utf-8", "replace").strip() or f"exit code {process.returncode}"
+            message = said.decode("utf-8", "replace").strip() or f"exit code {process.returncode}"
             raise driver_failed(f"{what} failed: {message}", remedy="Look at the container's log.")
 
 
