@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fal_contract.errors import Code
-from fal_contract.limits import ASSIGNMENTS_PER_NODE_MAX, GPU_IDLE_MEMORY_BYTES_MAX
-
 from fal_agent.core.assignments import Assignment, Goal
 from fal_agent.core.tasks import Task
+from fal_contract.errors import Code
+from fal_contract.limits import ASSIGNMENTS_PER_NODE_MAX, GPU_IDLE_MEMORY_BYTES_MAX
 
 
 @dataclass(frozen=True, slots=True)

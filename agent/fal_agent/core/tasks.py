@@ -2,7 +2,8 @@
 
 Invariants: phases only increase (IDLE and RUNNING are told from the count of requests, they are not phases);
 every action is idempotent, so a task may be driven again from any phase after a kill -9; a task stops only by its
-goal or by its own failure. Called by fal_agent.runner, which performs the actions and tells what it saw.
+goal or by its own failure, an orphan only by a goal. Called by fal_agent.runner, which performs the actions and tells
+what it saw.
 
     ADMITTED -STAGE-> STAGED -CREATE-> CREATED -START-> STARTED -PROBE-> READY -REGISTER-> SERVING
     SERVING -DRAIN-> DRAINED -STOP-> EXITED -COLLECT-> COLLECTED -REMOVE-> REMOVED -RELEASE-> GONE
@@ -11,6 +12,7 @@ goal or by its own failure. Called by fal_agent.runner, which performs the actio
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 
@@ -130,7 +132,7 @@ def step(task: Task, now_s: float) -> Action | None:
         case Goal.RUN:
             if not task.known:
                 return None
-            if task.phase is Phase.STARTED and now_s >= task.ready_by_s:
+            if task.phase is Phase.STARTED and now_s >= task.ready_by_s and not task.orphan:
                 return Action.EXPIRE
             return _RISE.get(task.phase)
 
@@ -196,7 +198,9 @@ def assign(task: Task, assignment: Assignment) -> Task:
     if task.known and assignment.id != have.id:
         # What the container holds does not change by being adopted.
         merged = replace(merged, gpus=have.gpus, memory_bytes=have.memory_bytes, cpu_milli=have.cpu_milli)
-    return replace(task, assignment=merged, orphan=False)
+    # One that nobody knew has run for who knows how long: there is no deadline to be ready by.
+    ready_by_s = task.ready_by_s if task.known else math.inf
+    return replace(task, assignment=merged, orphan=False, known=True, ready_by_s=ready_by_s)
 
 
 def state_of(task: Task, in_flight: int) -> RunnerState:

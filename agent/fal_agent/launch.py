@@ -1,0 +1,120 @@
+"""From an assignment to a container: names, paths, environment. Pure but for protobuf.
+
+Invariant: what the agent sets (FAL_…, devices) wins over what an app sets, so that an app cannot point its worker at
+another runner's socket. Called by fal_agent.runner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from fal_agent.ports import Places
+from fal_contract.ids import path_of
+from fal_contract.v1 import agent_pb2
+from fal_runtime.driver import MODELS_DIR_INSIDE, SOCKET_DIR_INSIDE, ContainerSpec, Driver, Network, Resources
+
+SOCKET_NAME: Final = "worker.sock"
+_ID_CHARS_MAX: Final = 64  # container runtimes put it into paths of unix sockets
+_NETWORKS: Final[dict[str, Network]] = {"none": "none", "egress": "egress", "host": "host"}
+
+
+def container_id(runner_id: str) -> str:
+    """The container's name; long ones are cut and made unique by a hash."""
+    path = path_of(runner_id)
+    if len(path) <= _ID_CHARS_MAX:
+        return path
+    return f"{path[: _ID_CHARS_MAX - 17]}-{_hash(runner_id)}"
+
+
+def socket_dir(places: Places, runner_id: str) -> Path:
+    """Host folder of the worker's socket; hashed, because the path of a unix socket is bounded."""
+    return places.sockets / _hash(runner_id)
+
+
+def socket_path(places: Places, runner_id: str) -> Path:
+    return socket_dir(places, runner_id) / SOCKET_NAME
+
+
+def model_name(model: str) -> str:
+    """Name of a model's folder inside the container."""
+    return path_of(model)
+
+
+def container_spec(
+    message: agent_pb2.Assignment, driver: Driver, places: Places, devices: Iterable[str] = ()
+) -> ContainerSpec:
+    """The container of this assignment. Models are attached apart (Driver.attach_model)."""
+    app, limits = message.spec, message.spec.resources
+    bare = ContainerSpec(
+        id=container_id(message.runner_id),
+        command=tuple(app.command) or places.worker_command,
+        resources=Resources(
+            cpu_milli=limits.cpu_milli,
+            memory_bytes=limits.memory_bytes,
+            pids_max=limits.pids_max,
+            shm_bytes=limits.shm_bytes or Resources().shm_bytes,
+        ),
+        image=app.image or "host",
+        network=_NETWORKS[app.network or "none"],
+        socket_dir=socket_dir(places, message.runner_id),
+        models_dir=places.models / container_id(message.runner_id),
+        gpu_devices=tuple(devices),
+    )
+    return replace(bare, env=_env(message, driver, bare))
+
+
+def keep_assignment(places: Places, message: agent_pb2.Assignment) -> None:
+    """Leave the assignment beside the container, so that a lost journal still finds out what a container holds."""
+    file = _assignment_file(places, message.runner_id)
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    beside = file.with_suffix(".new")
+    beside.write_bytes(message.SerializeToString())
+    beside.rename(file)
+
+
+def drop_assignment(places: Places, runner_id: str) -> None:
+    _assignment_file(places, runner_id).unlink(missing_ok=True)
+
+
+def find_assignment(places: Places, container: str) -> agent_pb2.Assignment | None:
+    """What was kept for this container, or None when nothing readable is there."""
+    try:
+        return agent_pb2.Assignment.FromString((places.runners / f"{container}.assignment").read_bytes())
+    except (OSError, DecodeError):
+        return None
+
+
+def _assignment_file(places: Places, runner_id: str) -> Path:
+    return places.runners / f"{container_id(runner_id)}.assignment"
+
+
+def _env(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec) -> dict[str, str]:
+    def models(kind: str) -> list[tuple[str, str]]:
+        names = [model_name(artifact.model) for artifact in message.artifacts if (artifact.kind or "model") == kind]
+        return [(name, driver.inside(spec, f"{MODELS_DIR_INSIDE}/{name}")) for name in names]
+
+    env = dict(message.spec.env)
+    env |= {
+        "FAL_RUNNER_ID": message.runner_id,
+        "FAL_APP": message.app,
+        "FAL_SOCKET": driver.inside(spec, f"{SOCKET_DIR_INSIDE}/{SOCKET_NAME}"),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": ",".join(message.gpus),
+        "NVIDIA_VISIBLE_DEVICES": ",".join(message.gpus) or "void",
+    }
+    if checkpoints := models("model"):
+        env["FAL_MODEL_DIR"] = checkpoints[0][1]
+    if loras := models("lora"):
+        # A request names a LoRA of the app's team without the team.
+        env["FAL_LORAS"] = ",".join(f"{name.partition('.')[2]}={path}" for name, path in loras)
+    return env
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

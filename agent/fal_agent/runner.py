@@ -1,0 +1,450 @@
+"""Drives one runner: performs the move that core/tasks.py owes, tells what it saw, asks again.
+
+Invariants: one move at a time per runner; a changed goal or an exited container interrupts a move, every move may be
+interrupted and repeated; ending this object (the agent's own end) never touches the container. Errors that may pass
+(fsd or proxy away) are tried again with backoff; others before the start end the runner, after it are tried again.
+Made by fal_agent.node, one for each runner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Final
+
+from fal_agent import launch
+from fal_agent.core.admission import in_use
+from fal_agent.core.assignments import Assignment
+from fal_agent.core.tasks import (
+    Action,
+    Exit,
+    Phase,
+    Task,
+    advance,
+    assign,
+    collected,
+    exited,
+    fail,
+    ready,
+    started,
+    step,
+)
+from fal_agent.ports import Machine, OnEvent, Places, Prober, ProxyPort, Usage, WeightCache
+from fal_agent.proxy.messages import RunnerEntry
+from fal_agent.wire import parse
+from fal_contract.clock import Clock
+from fal_contract.errors import Code, FalError
+from fal_contract.limits import GPU_RELEASE_TIMEOUT_S, LOG_TAIL_LINES_MAX, STAGE_TIMEOUT_S
+from fal_contract.v1 import agent_pb2, state_pb2
+from fal_runtime import driver as runtime
+
+_READY_POLL_MIN_S: Final = 0.02
+_READY_POLL_MAX_S: Final = 0.5
+_PROBE_TIMEOUT_S: Final = 5.0
+_PROBE_INTERVAL_S: Final = 15.0
+_PROBE_FAILURES_MAX: Final = 3
+_RETRY_MIN_S: Final = 0.1
+_RETRY_MAX_S: Final = 10.0
+_RELEASE_POLL_S: Final = 0.5
+_DRAIN_POLL_S: Final = 1.0
+_LOG_TIMEOUT_S: Final = 5.0
+# What may pass by itself before a container runs; anything else ends the runner with its reason.
+_PASSING: Final = frozenset({Code.UNAVAILABLE, Code.TIMEOUT, Code.BUSY})
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The world, and how the node hears of changes. `save` makes a task durable, best effort: the driver knows too."""
+
+    driver: runtime.Driver
+    cache: WeightCache
+    proxy: ProxyPort
+    prober: Prober
+    machine: Machine
+    places: Places
+    clock: Clock
+    rng: Random
+    on_event: OnEvent
+    save: Callable[[Task], Awaitable[None]]
+
+
+class Runner:
+    """One runner of this node. `on_change` is called after everything that a report would tell."""
+
+    def __init__(self, task: Task, tools: Tools, on_change: Callable[[str], None]) -> None:
+        self.task = task
+        self._trying = ""  # what is being tried again
+        self._said = ""  # why the last readiness probe was not answered
+        self._usage = Usage()
+        self._usage_at_s = tools.clock.monotonic_s()
+        self._tools = tools
+        self._on_change = on_change
+        self._news = asyncio.Event()
+        self._idle = asyncio.Event()  # set whenever the counts change
+        self._exit_watch: asyncio.Task[None] | None = None
+        self._job: asyncio.Task[None] | None = None
+
+    # ---- what the node calls
+
+    @property
+    def id(self) -> str:
+        return self.task.runner_id
+
+    @property
+    def trouble(self) -> str:
+        """What goes wrong for the moment, for operators. A readiness probe that fails is not worth a report."""
+        return self._trying or (self._said if self.task.phase is Phase.STARTED else "")
+
+    def run(self) -> None:
+        """Begin driving. A container that runs already is watched from now on."""
+        if Phase.STARTED <= self.task.phase < Phase.EXITED:
+            self._watch_exit()
+        self._job = asyncio.create_task(self._drive(), name=f"runner {self.id}")
+
+    def assign(self, assignment: Assignment) -> bool:
+        """The scheduler spoke of this runner. True when that changed something."""
+        return self._see(assign(self.task, assignment))
+
+    def mark_orphan(self, orphan: bool) -> bool:
+        return self._see(replace(self.task, orphan=orphan))
+
+    def count(self, usage: Usage) -> None:
+        """The proxy told new counts."""
+        changed = usage.in_flight != self._usage.in_flight or usage.served != self._usage.served
+        self._usage, self._usage_at_s = usage, self._tools.clock.monotonic_s()
+        self._idle.set()
+        if changed:
+            self._on_change(self.id)
+
+    @property
+    def usage(self) -> Usage:
+        """The counts, with the age of the last request as of now."""
+        if self._usage.last_used_age_s < 0:
+            return self._usage
+        age_s = self._usage.last_used_age_s + self._tools.clock.monotonic_s() - self._usage_at_s
+        return replace(self._usage, last_used_age_s=age_s)
+
+    def entry(self) -> RunnerEntry:
+        """How the proxy reaches it."""
+        assignment = self.task.assignment
+        return RunnerEntry(
+            runner_id=self.id,
+            socket_path=str(launch.socket_path(self._tools.places, self.id)),
+            max_multiplexing=assignment.max_multiplexing,
+            request_timeout_s=assignment.request_timeout_s,
+            draining=self.task.phase >= Phase.DRAINED,
+        )
+
+    async def close(self) -> None:
+        """Stop driving; the container goes on."""
+        for job in (self._job, self._exit_watch):
+            if job is not None:
+                job.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await job
+
+    async def over(self) -> None:
+        """Until it is gone."""
+        assert self._job is not None
+        await asyncio.shield(self._job)
+
+    # ---- the loop
+
+    async def _drive(self) -> None:
+        retry_s = _RETRY_MIN_S
+        while self.task.live:
+            self._news.clear()
+            action = step(self.task, self._now_s())
+            move = self._perform(action) if action is not None else self._attend()
+            try:
+                await self._unless_news(action, move)
+                self._trouble("")
+                retry_s = _RETRY_MIN_S
+            except FalError as exc:
+                if self._gave_up(action, exc):
+                    continue
+                self._trouble(f"{action or 'watch'}: {exc.what}; tried again")
+                await self._unless_news(action, asyncio.sleep(retry_s))
+                retry_s = min(_RETRY_MAX_S, 2 * retry_s)
+
+    async def _unless_news(self, action: Action | None, move: Awaitable[None]) -> None:
+        """Perform `move`, but end it when news came that make another move due."""
+        job = asyncio.ensure_future(move)
+        news: asyncio.Task[bool] | None = None
+        try:
+            while not job.done():
+                news = asyncio.create_task(self._news.wait())
+                await asyncio.wait({job, news}, return_when=asyncio.FIRST_COMPLETED)
+                if job.done():
+                    break
+                self._news.clear()
+                if action is None or step(self.task, self._now_s()) is not action:
+                    return
+            await job
+        finally:
+            for rest in (job, news):
+                if rest is not None and not rest.done():
+                    rest.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, FalError):
+                        await rest
+
+    def _gave_up(self, action: Action | None, exc: FalError) -> bool:
+        """True when the error ends the runner."""
+        if action not in (Action.STAGE, Action.CREATE, Action.START) or exc.code in _PASSING:
+            return False
+        self._see(fail(self.task, f"{action}: {exc}"))
+        return True
+
+    def _see(self, task: Task) -> bool:
+        """Take over what was observed."""
+        if task == self.task:
+            return False
+        self.task = task
+        self._news.set()
+        self._on_change(self.id)
+        return True
+
+    def _trouble(self, text: str) -> None:
+        if text != self._trying:
+            self._trying = text
+            self._on_change(self.id)
+
+    def _now_s(self) -> float:
+        return self._tools.clock.monotonic_s()
+
+    # ---- the moves
+
+    async def _perform(self, action: Action) -> None:
+        match action:
+            case Action.STAGE:
+                await self._stage()
+            case Action.CREATE:
+                await self._create()
+            case Action.START:
+                await self._start()
+            case Action.PROBE:
+                await self._probe_ready()
+            case Action.EXPIRE:
+                limit_s = self.task.assignment.startup_timeout_s
+                self._see(fail(self.task, f"not ready within {limit_s:g} s (startup_timeout): {self._said}"))
+            case Action.REGISTER:
+                await self._register()
+            case Action.DRAIN:
+                await self._drain()
+            case Action.STOP | Action.KILL:
+                await self._stop(action)
+            case Action.COLLECT:
+                await self._collect()
+            case Action.REMOVE:
+                await self._tools.driver.remove(launch.container_id(self.id))
+                self._see(advance(self.task, Phase.REMOVED))
+            case Action.RELEASE:
+                await self._release()
+
+    async def _stage(self) -> None:
+        """Weights arrive while the container is made."""
+        began_s = self._now_s()
+        message = parse(self.task.assignment)
+        try:
+            async with asyncio.timeout(STAGE_TIMEOUT_S):
+                await _together([self._tools.cache.stage(a, self.id) for a in message.artifacts], self._make(message))
+        except TimeoutError:
+            raise FalError(
+                Code.RUNNER_FAILED, f"weights did not arrive in {STAGE_TIMEOUT_S:g} s", remedy="Look at their origin."
+            ) from None
+        self._see(advance(self.task, Phase.STAGED, move=Action.STAGE, seconds=self._now_s() - began_s))
+
+    async def _make(self, message: agent_pb2.Assignment) -> None:
+        view = await self._tools.machine.look() if message.gpus else None
+        devices = [node for gpu in message.gpus for node in (view.devices.get(gpu, ()) if view else ())]
+        spec = launch.container_spec(message, self._tools.driver, self._tools.places, devices)
+        launch.keep_assignment(self._tools.places, message)
+        await self._tools.driver.create(spec)
+
+    async def _create(self) -> None:
+        began_s = self._now_s()
+        message = parse(self.task.assignment)
+        await self._make(message)  # made while staging, or lost with an earlier life of this machine
+        for artifact in message.artifacts:
+            source = await self._tools.cache.stage(artifact, self.id)
+            name = launch.model_name(artifact.model)
+            await self._tools.driver.attach_model(launch.container_id(self.id), name, source)
+        self._see(advance(self.task, Phase.CREATED, move=Action.CREATE, seconds=self._now_s() - began_s))
+
+    async def _start(self) -> None:
+        began_s = self._now_s()
+        id = launch.container_id(self.id)
+        await self._tools.driver.start(id)
+        status = await self._tools.driver.status(id)
+        at_s = (status.started_at_s if status else None) or self._tools.clock.wall_s()
+        self._see(started(self.task, now_s=self._now_s(), started_at_s=at_s, seconds=self._now_s() - began_s))
+        self._watch_exit()
+        await self._tools.save(self.task)
+
+    async def _probe_ready(self) -> None:
+        began_s = self._now_s()
+        probe = self._probe_settings()
+        path, poll_s = launch.socket_path(self._tools.places, self.id), _READY_POLL_MIN_S
+        while self.task.orphan or self._now_s() < self.task.ready_by_s:
+            why = await self._tools.prober.ask(path, probe.ready_path, probe.timeout_s)
+            if not why:
+                self._see(ready(self.task, ready_at_s=self._tools.clock.wall_s(), seconds=self._now_s() - began_s))
+                await self._tools.save(self.task)
+                return
+            self._said = why
+            left_s = math.inf if self.task.orphan else max(0.0, self.task.ready_by_s - self._now_s())
+            await asyncio.sleep(min(poll_s, left_s))
+            poll_s = min(_READY_POLL_MAX_S, 1.5 * poll_s)
+
+    async def _register(self) -> None:
+        status = await self._tools.driver.status(launch.container_id(self.id))
+        pid = (status.pid if status else None) or 0
+        await self._tools.proxy.put(replace(self.entry(), pid=pid))
+        self._see(advance(self.task, Phase.SERVING))
+
+    async def _attend(self) -> None:
+        """Nothing is owed: while it serves, ask from time to time whether it lives."""
+        if self.task.phase is not Phase.SERVING or not self.task.known:
+            await self._news.wait()
+            return
+        probe, failures = self._probe_settings(), 0
+        path = launch.socket_path(self._tools.places, self.id)
+        await asyncio.sleep(self._tools.rng.uniform(0, probe.interval_s))  # a full node's probes spread out
+        while True:
+            why = await self._tools.prober.ask(path, probe.live_path, probe.timeout_s)
+            failures = failures + 1 if why else 0
+            self._trouble(f"liveness probe failed {failures} of {probe.failures_max} times: {why}" if why else "")
+            if failures >= probe.failures_max and not self.task.orphan:
+                self._see(fail(self.task, f"liveness probe failed {failures} times in a row: {why}"))
+                return
+            await asyncio.sleep(probe.interval_s)
+
+    async def _drain(self) -> None:
+        """No new requests; those under way have their time."""
+        await self._tools.proxy.drain(self.id)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.task.assignment.request_timeout_s):
+                while True:
+                    self._idle.clear()
+                    self.count(await self._tools.proxy.usage(self.id))
+                    if not self._usage.in_flight:
+                        break
+                    self._idle.clear()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_DRAIN_POLL_S):
+                            await self._idle.wait()
+        self._see(advance(self.task, Phase.DRAINED))
+
+    async def _stop(self, action: Action) -> None:
+        with contextlib.suppress(FalError):
+            await self._tools.proxy.drain(self.id)
+        id, driver = launch.container_id(self.id), self._tools.driver
+        try:
+            if action is Action.KILL:
+                status = await driver.kill(id)
+            else:
+                status = await driver.stop(id, grace_s=self.task.assignment.termination_grace_s)
+        except FalError as exc:
+            if exc.code is not Code.NOT_FOUND:
+                raise
+            self._exit_seen(None)
+        else:
+            self._exit_seen(status)
+
+    async def _collect(self) -> None:
+        """Exit code and last lines must be durable before the container is removed."""
+        with contextlib.suppress(FalError):  # a proxy that is away is told when it is back
+            await self._tools.proxy.remove(self.id)
+        self._see(collected(self.task, await self._log_tail()))
+        await self._tools.save(self.task)
+
+    async def _log_tail(self) -> tuple[str, ...]:
+        lines: list[str] = []
+        with contextlib.suppress(FalError, TimeoutError):
+            async with asyncio.timeout(_LOG_TIMEOUT_S):
+                id = launch.container_id(self.id)
+                async for line in self._tools.driver.logs(id, tail_lines=LOG_TAIL_LINES_MAX, follow=False):
+                    lines.append(line.text)
+        return tuple(lines)
+
+    async def _release(self) -> None:
+        """A GPU is free again only when its container is gone and its memory is."""
+        until_s = self._now_s() + GPU_RELEASE_TIMEOUT_S
+        while (busy := await self._gpu_in_use()) is not None:
+            if self._now_s() >= until_s:
+                self._tools.on_event("GPU_NOT_RELEASED", self.id, f"{busy}; quarantined until it is free")
+                break
+            self._trouble(f"waits for GPU memory: {busy}")
+            await asyncio.sleep(_RELEASE_POLL_S)
+        await self._tools.cache.unpin(self.id)
+        launch.drop_assignment(self._tools.places, self.id)
+        self._see(advance(self.task, Phase.GONE))
+        await self._tools.save(self.task)
+
+    async def _gpu_in_use(self) -> str | None:
+        if not self.task.assignment.gpus:
+            return None
+        view = await self._tools.machine.look()
+        reasons = (in_use(view.gpus[gpu]) for gpu in self.task.assignment.gpus if gpu in view.gpus)
+        return next((reason for reason in reasons if reason), None)
+
+    # ---- the container's end
+
+    def _watch_exit(self) -> None:
+        if self._exit_watch is None:
+            self._exit_watch = asyncio.create_task(self._wait_exit(), name=f"exit of {self.id}")
+
+    async def _wait_exit(self) -> None:
+        retry_s = _RETRY_MIN_S
+        while self.task.phase < Phase.EXITED:
+            try:
+                self._exit_seen(await self._tools.driver.wait(launch.container_id(self.id)))
+            except FalError as exc:
+                if exc.code is Code.NOT_FOUND:
+                    self._exit_seen(None)
+                    return
+                await asyncio.sleep(retry_s)
+                retry_s = min(_RETRY_MAX_S, 2 * retry_s)
+
+    def _exit_seen(self, status: runtime.ContainerStatus | None) -> None:
+        self._see(exited(self.task, exit_of(status, self._tools.clock)))
+
+    def _probe_settings(self) -> state_pb2.Probe:
+        given = parse(self.task.assignment).spec.probe
+        return state_pb2.Probe(
+            ready_path=given.ready_path or "/readyz",
+            live_path=given.live_path or "/livez",
+            interval_s=given.interval_s or _PROBE_INTERVAL_S,
+            timeout_s=given.timeout_s or _PROBE_TIMEOUT_S,
+            failures_max=given.failures_max or _PROBE_FAILURES_MAX,
+        )
+
+
+def exit_of(status: runtime.ContainerStatus | None, clock: Clock) -> Exit:
+    """How the driver says that it ended; None: the container has vanished."""
+    if status is None:
+        return Exit(reason="the container has vanished", finished_at_s=clock.wall_s())
+    at_s = status.finished_at_s or clock.wall_s()
+    return Exit(status.exit_code, status.oom_killed, status.reason, at_s)
+
+
+async def _together(stages: list[Awaitable[Path]], make: Awaitable[None]) -> None:
+    """All at once; the first error cancels the rest."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in (*stages, make):
+                group.create_task(_awaited(job))
+    except* FalError as errors:
+        first = errors.exceptions[0]
+        while isinstance(first, ExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+
+
+async def _awaited(job: Awaitable[object]) -> None:
+    await job
