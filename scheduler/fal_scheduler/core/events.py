@@ -260,12 +260,21 @@ class GatewayReach:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time passes (the engine sends one a second). `stall_s`: our own stall since the last tick."""
+    """Time passes (the engine sends one a second). `stall_s`: our own stall since the last tick.
+
+    `recheck`: a batch was taken back, so what its news asked for must be done again.
+    """
 
     stall_s: float = 0.0
+    recheck: bool = False
 
 
-News = NodeHello | NodeReport | NodeDisconnected | GatewayReach | Tick
+@dataclass(frozen=True, slots=True)
+class Proceed:
+    """A step left work behind (a big plan takes several); the engine sends it when it has nothing else."""
+
+
+News = NodeHello | NodeReport | NodeDisconnected | GatewayReach | Tick | Proceed
 Event = Command | News
 
 

@@ -62,6 +62,7 @@ class Fleet:
         self.node_ids: list[str] = []
         self.classes: list[GpuClass] = []
         self.rows_of: dict[str, range] = {}
+        self.nvlinks: dict[str, dict[str, dict[str, int]]] = {}  # node -> GPU -> GPU -> how many
         self._allocate(0)
 
     def _allocate(self, rows: int) -> None:
@@ -91,6 +92,7 @@ class Fleet:
     def drop_node(self, node_id: str) -> None:
         """Forget a node."""
         if self.facts.pop(node_id, None) is not None:
+            self.nvlinks.pop(node_id, None)
             self.version += 1
             self._stale = True
 
@@ -146,6 +148,9 @@ class Fleet:
 
     def _fill(self, node_id: str) -> None:
         facts = self.facts[node_id]
+        self.nvlinks[node_id] = {
+            gpu.id: {link.peer_id: link.count for link in gpu.links if link.kind == "NVLINK"} for gpu in facts.gpus
+        }
         held = self.occupancy.get(node_id) or Occupancy()
         rows = self.rows_of[node_id]
         for row in rows:

@@ -38,6 +38,7 @@ class Pending:
     feasible: int = 0
     refused: tuple[tuple[str, int], ...] = ()
     nearest_miss: str = ""
+    found_at_s: float = 0.0  # monotonic
 
 
 class State:
@@ -57,17 +58,22 @@ class State:
         # Indexes. Dicts without values are ordered sets.
         self.runners_by_app: dict[str, dict[str, None]] = {}
         self.runners_by_node: dict[str, dict[str, None]] = {}
+        self.runners_by_assignment: dict[str, dict[str, None]] = {}  # one each, unless an invariant is broken
         self.fleet = Fleet()
         # Told, or decided by this leader for itself.
         self.live: dict[str, NodeLive] = {}
-        self.orphans: dict[str, str] = {}  # runner id -> node id
+        self.orphans: dict[tuple[str, str], None] = {}  # (node id, runner id)
         self.backoffs: dict[str, Backoff] = {}  # by app
         self.failures: dict[str, RunnerStatus] = {}  # last words of runners that crashed and wait to be replaced
-        self.pending: dict[str, Pending] = {}  # by runner without a node
+        self.pending: dict[tuple[str, int], Pending] = {}  # by app and revision with runners that have no node
         self.abandoned: dict[str, None] = {}  # runners of lost nodes that may be replaced
         self.alarms: dict[tuple[str, str], Alarm] = {}
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
+        self.settled = True  # False while a new leader waits for its nodes to say what they run
         self.hold_all = ""  # why nothing at all is started or stopped by itself
+        self.dirty: dict[str, None] = {}  # apps to be reconciled
+        self.waiting: dict[str, None] = {}  # apps with runners that have no node
+        self.asked: dict[str, None] = {}  # apps whose stops an operator's command asks for, until they are done
         self.stops_held: dict[str, None] = {}  # apps with stops that wait for a confirm
         self.stops_recent: deque[float] = deque()  # when this leader stopped runners by itself
         # The leader's own.
@@ -75,6 +81,7 @@ class State:
         self.store_revision = 0
         self.term_began_s = 0.0
         self.stall_total_s = 0.0
+        self.grace_over = False  # after the first minutes of the term
 
     # --- records ----------------------------------------------------------------------------------------------------
 
@@ -112,33 +119,37 @@ class State:
             if before.node:
                 _discard(self.runners_by_node, before.node, before.id)
                 self.fleet.release(before.node, before.id, before.gpus, before.memory_bytes, before.cpu_milli)
+            if before.assignment is not None:
+                _discard(self.runners_by_assignment, before.assignment.id, before.id)
             if after is None:
                 del self.runners[before.id]
                 _discard(self.runners_by_app, before.app, before.id)
         if after is not None:
             self.runners[after.id] = after
             self.runners_by_app.setdefault(after.app, {})[after.id] = None
+            if after.assignment is not None:
+                self.runners_by_assignment.setdefault(after.assignment.id, {})[after.id] = None
             if after.node:
-                self._settle_orphan(after.id)
+                self._settle_orphan(after.node, after.id)
                 self.runners_by_node.setdefault(after.node, {})[after.id] = None
                 self.fleet.hold(after.node, after.id, after.gpus, after.memory_bytes, after.cpu_milli)
-        elif before is not None and before.node:
+        if before is not None and before.node and (after is None or after.node != before.node):
             self._return_orphan(before)
 
-    def _settle_orphan(self, runner_id: str) -> None:
+    def _settle_orphan(self, node_id: str, runner_id: str) -> None:
         """A container that was an orphan has a record now: its hold is the record's."""
-        node_id = self.orphans.get(runner_id)
-        if node_id is not None:
+        if (node_id, runner_id) in self.orphans:
             live = self.live[node_id]
             status = live.orphans[runner_id]
-            self.forget_orphan(runner_id)
+            self.forget_orphan(node_id, runner_id)
             live.statuses[runner_id] = status
 
     def _return_orphan(self, gone: Runner) -> None:
         """A record goes while its container is still told of: without a record it would be an orphan."""
         live = self.live.get(gone.node)
-        status = live.statuses.pop(gone.id, None) if live is not None else None
+        status = live.statuses.get(gone.id) if live is not None else None
         if status is not None and live is not None and not status.ended:
+            del live.statuses[gone.id]
             self.add_orphan(live.node_id, status)
 
     # --- told -------------------------------------------------------------------------------------------------------
@@ -152,15 +163,15 @@ class State:
 
     def add_orphan(self, node_id: str, status: RunnerStatus) -> None:
         """A container that no record names. It keeps its GPUs and memory."""
-        self.forget_orphan(status.runner_id)
+        self.forget_orphan(node_id, status.runner_id)
         self.live_of(node_id).orphans[status.runner_id] = status
-        self.orphans[status.runner_id] = node_id
+        self.orphans[node_id, status.runner_id] = None
         self.fleet.hold(node_id, status.runner_id, status.gpus, status.memory_bytes, status.cpu_milli)
 
-    def forget_orphan(self, runner_id: str) -> None:
-        """The orphan is gone, or has a record now."""
-        node_id = self.orphans.pop(runner_id, None)
-        if node_id is not None:
+    def forget_orphan(self, node_id: str, runner_id: str) -> None:
+        """The orphan is gone, or has a record now. Nothing happens where there is none."""
+        if (node_id, runner_id) in self.orphans:
+            del self.orphans[node_id, runner_id]
             status = self.live[node_id].orphans.pop(runner_id)
             self.fleet.release(node_id, runner_id, status.gpus, status.memory_bytes, status.cpu_milli)
 
@@ -182,7 +193,7 @@ class State:
                 node_id=node_id,
                 ready=live is not None and live.health is Health.READY and not node.revoked,
                 cordoned=node.cordoned,
-                held=live is not None and live.hold is not Hold.NONE,
+                held=node_id in self.frozen or (live is not None and live.hold is not Hold.NONE),
                 isolates=live is not None and live.capabilities.isolates,
                 driver=live.capabilities.driver if live is not None else "",
                 pool=node.pool,

@@ -1,0 +1,181 @@
+"""The rules that never break (design, section 5), checked on the proposed state before its commit.
+
+Pure. `check` looks at what a batch touched and costs a few microseconds a change; `audit` looks at everything, in
+slices. Both recompute from the records themselves and do not trust the indexes that placement uses. A violation
+names the objects to be frozen. Called by `step` and by the engine; changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from fal_scheduler.core.records import App, Change, Goal, Meta, Record, Revision, Runner
+from fal_scheduler.core.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A broken rule and the ids of the objects that broke it."""
+
+    rule: str
+    message: str
+    subjects: tuple[str, ...]
+
+
+def check(state: State, changes: Sequence[Change]) -> list[Violation]:
+    """Rules about the changes themselves, and about every object and node that they touch."""
+    found: list[Violation] = []
+    placed: dict[str, dict[str, None]] = {}  # by node
+    for change in changes:
+        before, after = change.before, change.after
+        found += _transition(before, after)
+        if isinstance(after, Runner):
+            # A record that changed twice in a batch is judged by what it came to.
+            if state.runners.get(after.id) is after:
+                found += _runner(state, after)
+                if after.assignment is not None and after.assignment.term > state.term:
+                    found.append(_violation("term", f"{after.id} is assigned in a term to come", after.id))
+            if after.node and not (isinstance(before, Runner) and before.node):
+                placed.setdefault(after.node, {})[after.id] = None
+        elif isinstance(after, App):
+            if state.apps.get(after.id) is after:
+                found += _app(state, after)
+        elif isinstance(before, Revision) and after is None:
+            found += _revision_gone(state, before)
+    for node_id, runner_ids in placed.items():
+        found += _node(state, node_id, runner_ids)
+    return found
+
+
+def audit(state: State) -> Iterator[list[Violation]]:
+    """All rules over everything, a slice at a time: advance it between other work."""
+    for runner_ids in _slices(state.runners):
+        yield [found for id_ in runner_ids if id_ in state.runners for found in _runner(state, state.runners[id_])]
+    for app_ids in _slices(state.apps):
+        yield [found for id_ in app_ids if id_ in state.apps for found in _app(state, state.apps[id_])]
+    for node_ids in _slices(state.runners_by_node):
+        yield [found for id_ in node_ids for found in _node(state, id_, state.runners_by_node.get(id_, {}), told=False)]
+
+
+def _slices(keys: Iterable[str], size: int = 100) -> Iterator[list[str]]:
+    rest = iter(list(keys))
+    while part := list(islice(rest, size)):
+        yield part
+
+
+def _violation(rule: str, message: str, *subjects: str) -> Violation:
+    return Violation(rule, message, subjects)
+
+
+def _transition(before: Record | None, after: Record | None) -> list[Violation]:
+    """What one record may become."""
+    match before, after:
+        case Runner(), Runner():
+            return _runner_transition(before, after)
+        case Revision(), Revision():
+            return [_violation("revision-immutable", f"revision {after.number} of {after.app} changed", after.app)]
+        case App(), App() if after.generation <= before.generation or after.revision < before.revision:
+            return [_violation("app-forward", f"generation or revision of {after.id} fell", after.id)]
+        case Meta(), Meta() if after.epoch < before.epoch or after.cluster_id != before.cluster_id:
+            return [_violation("meta-forward", "the cluster's epoch or id went back", "meta")]
+    return []
+
+
+def _runner_transition(before: Runner, after: Runner) -> list[Violation]:
+    found: list[Violation] = []
+    if after.goal < before.goal:
+        found.append(_violation("goal-forward", f"{after.id}: {before.goal.name} → {after.goal.name}", after.id))
+    if before.bindings != after.bindings or before.share_group != after.share_group:
+        found.append(_violation("bindings-fixed", f"{after.id} serves another app or revision", after.id))
+    old, new = before.assignment, after.assignment
+    if old is not None and new is not None:
+        if new.term < old.term:
+            found.append(_violation("term", f"the term of {after.id}'s assignment fell", after.id))
+        # Its node must be told through the end of one assignment before another begins.
+        if old.id == new.id and (before.node, before.gpus) != (after.node, after.gpus):
+            found.append(_violation("assignment-fixed", f"{after.id} moved under one assignment", after.id))
+        if old.id != new.id:
+            found.append(_violation("assignment-once", f"{after.id} was assigned again while assigned", after.id))
+    return found
+
+
+def _runner(state: State, runner: Runner) -> list[Violation]:
+    found: list[Violation] = []
+    if (runner.assignment is None) != (runner.node == ""):
+        found.append(_violation("assignment", f"{runner.id} has a node or an assignment, not both", runner.id))
+    if not runner.node and (runner.gpus or runner.memory_bytes or runner.cpu_milli):
+        found.append(_violation("reservation", f"{runner.id} holds something on no node", runner.id))
+    if runner.assignment is not None:
+        sharing = state.runners_by_assignment[runner.assignment.id]
+        if len(sharing) > 1:
+            found.append(_violation("assignment-unique", f"assignment {runner.assignment.id} is shared", *sharing))
+    if runner.goal in (Goal.RUN, Goal.DRAIN) and (runner.app, runner.revision) not in state.revisions:
+        found.append(_violation("reference", f"{runner.id} serves a revision that is not there", runner.id))
+    elif runner.goal is Goal.RUN and runner.app not in state.apps:
+        found.append(_violation("reference", f"{runner.id} serves an app that is not there", runner.id))
+    return found
+
+
+def _app(state: State, app: App) -> list[Violation]:
+    revision = state.revisions.get((app.id, app.revision))
+    if revision is None:
+        return [_violation("reference", f"revision {app.revision} of {app.id} is not there", app.id)]
+    named = (revision.spec.model, *revision.spec.loras) if revision.spec.model else revision.spec.loras
+    missing = [model for model in named if model not in state.models]
+    if missing:
+        return [_violation("reference", f"{app.id} names {', '.join(missing)}, not registered", app.id)]
+    return []
+
+
+def _revision_gone(state: State, revision: Revision) -> list[Violation]:
+    used = [id_ for id_ in state.runners_by_app.get(revision.app, ()) if state.runners[id_].goal is Goal.RUN]
+    if any(state.runners[id_].revision == revision.number for id_ in used):
+        return [_violation("reference", f"a revision of {revision.app} went while runners serve it", revision.app)]
+    return []
+
+
+def _node(state: State, node_id: str, placed: Collection[str], *, told: bool = True) -> list[Violation]:
+    """What was just placed on a node exists there, is promised to nobody else, and fits.
+
+    Orphans count where `told`. Conflicts among what the node itself tells are its reality, not our promise.
+    """
+    live = state.live.get(node_id)
+    inventory = live.inventory if live is not None else None
+    holders: dict[str, str] = {}
+    memory = cpu = 0
+    found: list[Violation] = []
+    for runner_id, gpus, memory_bytes, cpu_milli in _held(state, node_id, told=told):
+        memory += memory_bytes
+        cpu += cpu_milli
+        for gpu in gpus:
+            other = holders.setdefault(gpu, runner_id)
+            if other != runner_id and (runner_id in placed or other in placed):
+                message = f"GPU {gpu} of {node_id} is promised to {other} and {runner_id}"
+                found.append(_violation("gpu-once", message, other, runner_id))
+    if inventory is None or not told or live is None:
+        return found
+    there = {gpu.id for gpu in inventory.gpus}
+    for runner_id in placed:
+        runner = state.runners.get(runner_id)
+        if runner is None or runner_id in live.statuses:  # adopted: it is there already, whatever it takes
+            continue
+        if not there.issuperset(runner.gpus):
+            found.append(_violation("gpu-exists", f"{runner_id} gets GPUs that {node_id} does not have", runner_id))
+        over = (runner.memory_bytes and memory > inventory.memory_bytes) or (
+            runner.cpu_milli and cpu > inventory.cpu_milli
+        )
+        if over:
+            found.append(_violation("capacity", f"{node_id} is promised more than it has", runner_id))
+    return found
+
+
+def _held(state: State, node_id: str, *, told: bool) -> Iterator[tuple[str, tuple[str, ...], int, int]]:
+    for runner_id in state.runners_by_node.get(node_id, ()):
+        runner = state.runners[runner_id]
+        yield runner_id, runner.gpus, runner.memory_bytes, runner.cpu_milli
+    live = state.live.get(node_id)
+    if told and live is not None:
+        for runner_id, status in live.orphans.items():
+            yield runner_id, status.gpus, status.memory_bytes, status.cpu_milli

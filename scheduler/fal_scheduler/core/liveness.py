@@ -1,0 +1,133 @@
+"""Silence, judged: which nodes are UNKNOWN, which are lost, and when it is we who are cut off.
+
+Pure. Losing contact is not death (design, section 5, rule 3; pitfall 18). Age is counted from the arrival of the last
+message at the socket, and every stall of our own is taken off it. Called by `step` at each tick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from fal_contract.limits import (
+    DOMAIN_MASS_NODES_MIN,
+    HEARTBEAT_INTERVAL_S,
+    HEARTBEATS_MISSED_MAX,
+    LOST_AFTER_S,
+)
+from fal_scheduler.core.events import NodeChanged, RouteChanged
+from fal_scheduler.core.told import Health, NodeLive
+from fal_scheduler.core.work import Work
+
+UNKNOWN_AFTER_S: Final = HEARTBEAT_INTERVAL_S * HEARTBEATS_MISSED_MAX
+REPLACED_PER_TICK_MAX: Final = 20  # runners of lost nodes; a tick comes once a second
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """One node as the judge sees it. `reached`: a gateway has reached it within LOST_AFTER_S."""
+
+    node_id: str
+    domain: str
+    age_s: float
+    reached: bool = False
+
+
+def judge(nodes: Iterable[Silence]) -> Mapping[str, Health]:
+    """READY, UNKNOWN or LOST for each node, by what is heard of all of them."""
+    nodes = list(nodes)
+    silent = {node.node_id for node in nodes if node.age_s > UNKNOWN_AFTER_S}
+    members: dict[str, list[Silence]] = {}
+    for node in nodes:
+        members.setdefault(node.domain, []).append(node)
+    speaking = {domain for domain, group in members.items() if _speaks(group, silent)}
+    health: dict[str, Health] = {}
+    for node in nodes:
+        if node.node_id not in silent:
+            health[node.node_id] = Health.READY
+        elif node.age_s > LOST_AFTER_S and not node.reached and speaking:
+            health[node.node_id] = Health.LOST
+        else:
+            health[node.node_id] = Health.UNKNOWN
+    return health
+
+
+def _speaks(group: list[Silence], silent: set[str]) -> bool:
+    """Whether a domain still speaks: some node does, and not most of them are silent at once.
+
+    Where most are silent it may be our line to the domain, so such a domain is no witness. One silent node is never
+    "most" of a domain of fewer than DOMAIN_MASS_NODES_MIN.
+    """
+    mute = sum(1 for node in group if node.node_id in silent)
+    if mute == len(group):
+        return False
+    allowed = 1 if len(group) < DOMAIN_MASS_NODES_MIN else 0
+    return mute <= max(allowed, len(group) // 2)
+
+
+def tick(work: Work) -> None:
+    """Judge every node that was heard or should have been, and act on what changed."""
+    state = work.state
+    silences = []
+    for node_id, node in state.nodes.items():
+        if not node.revoked and (live := _live_of_expected(work, node_id)) is not None:
+            silences.append(_silence(work, live))
+    for node_id, health in judge(silences).items():
+        live = state.live[node_id]
+        if live.health is not health and health is not Health.READY:  # only news makes a node ready
+            _changed(work, live, health)
+    _abandon(work)
+
+
+def _live_of_expected(work: Work, node_id: str) -> NodeLive | None:
+    """What is known of a node from which this leader must hear: it was heard, or runners are on it."""
+    state = work.state
+    live = state.live.get(node_id)
+    if live is None and node_id in state.runners_by_node:
+        live = state.live_of(node_id)
+        live.heard_at_s = state.term_began_s
+    return live
+
+
+def _silence(work: Work, live: NodeLive) -> Silence:
+    state, now_s = work.state, work.moment.now_s
+    stalled_s = state.stall_total_s - live.stall_at_heard_s
+    age_s = now_s - max(live.heard_at_s, state.term_began_s) - stalled_s
+    reached = any(now_s - at_s - stalled_s <= LOST_AFTER_S for _, at_s in live.reached.values())
+    return Silence(live.node_id, state.domain_of(live.node_id), age_s, reached)
+
+
+def _changed(work: Work, live: NodeLive, health: Health) -> None:
+    state = work.state
+    if live.health is Health.LOST and health is Health.UNKNOWN:
+        _forgive(work, live)  # the others fell silent too: it is we who are cut off
+    live.health = health
+    state.refresh_node(live.node_id)
+    for runner_id in state.runners_by_node.get(live.node_id, ()):
+        work.emit(RouteChanged(runner_id))
+    work.emit(NodeChanged(live.node_id))
+    kind = "NODE_LOST" if health is Health.LOST else "NODE_UNKNOWN"
+    then = "its runners are replaced" if health is Health.LOST else "its runners may well serve"
+    work.log(kind, live.node_id, f"silent; {then}")
+
+
+def _forgive(work: Work, live: NodeLive) -> None:
+    state = work.state
+    for runner_id in state.runners_by_node.get(live.node_id, ()):
+        if state.abandoned.pop(runner_id, "") is None:
+            state.dirty[state.runners[runner_id].app] = None
+
+
+def _abandon(work: Work) -> None:
+    """Runners of lost nodes may be replaced, so many at a tick. Their GPUs stay promised until the node speaks."""
+    state = work.state
+    left = REPLACED_PER_TICK_MAX
+    for live in state.live.values():
+        if live.health is not Health.LOST:
+            continue
+        for runner_id in state.runners_by_node.get(live.node_id, ()):
+            if left and runner_id not in state.abandoned:
+                state.abandoned[runner_id] = None
+                state.dirty[state.runners[runner_id].app] = None
+                left -= 1

@@ -1,0 +1,230 @@
+"""What nodes and gateways tell, taken in: sessions, statuses, orphans, ends of runners.
+
+Pure. Late news about dead things is normal and changes nothing. What is told changes `State.live`; records change
+only where a container's end is told (`_ended`). Called by `step`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fal_contract.limits import CRASH_BACKOFF_MAX_S, CRASH_BACKOFF_STEP_S
+from fal_scheduler.core import suspicion
+from fal_scheduler.core.events import GatewayReach, NodeChanged, NodeDisconnected, NodeHello, NodeReport, RouteChanged
+from fal_scheduler.core.records import Goal, Runner, RunnerState
+from fal_scheduler.core.told import Backoff, Health, Inventory, NodeLive, RunnerStatus
+from fal_scheduler.core.work import Work
+
+BACKOFF_STEPS_MAX = 64
+
+
+def hello(work: Work, event: NodeHello) -> None:
+    """A session begins: the node tells everything, and what it does not tell is not there."""
+    state = work.state
+    live = state.live_of(event.node_id)
+    clone = suspicion.is_clone(live, event)
+    suspicion.remember_boot(live, event.boot_id)
+    live.session_id, live.connected = event.session_id, True
+    live.agent_id, live.software, live.cluster_id = event.agent_id, event.software, event.cluster_id
+    live.incarnation, live.epoch_seen, live.term_seen = event.incarnation, event.epoch_seen, event.term_seen
+    live.store_revision_seen = event.store_revision_seen
+    live.endpoints, live.capabilities, live.inventory = event.endpoints, event.capabilities, event.inventory
+    _take_all(work, live, event.statuses)
+    if clone:
+        suspicion.quarantine_clone(work, live)
+    suspicion.judge(work, live)
+    _heard(work, live, event.arrived_s)
+    state.refresh_node(live.node_id)
+    if not live.hold:
+        _forget_absent(work, live)
+        _end_ended(work, live)
+    for runner_id in state.runners_by_node.get(live.node_id, ()):
+        state.dirty[state.runners[runner_id].app] = None
+    work.capacity_grew()
+    work.emit(NodeChanged(live.node_id))
+    tell_orphans(work)
+
+
+def _take_all(work: Work, live: NodeLive, statuses: tuple[RunnerStatus, ...]) -> None:
+    """Replace all that was known of the node's containers."""
+    for runner_id in list(live.orphans):
+        work.state.forget_orphan(live.node_id, runner_id)
+    for runner_id in live.statuses:
+        work.emit(RouteChanged(runner_id))
+    live.statuses = {}
+    for status in statuses:
+        _take(work, live, status)
+
+
+def _take(work: Work, live: NodeLive, status: RunnerStatus) -> RunnerStatus | None:
+    """Keep one status, as a runner's or an orphan's; return what was known of the runner before."""
+    state = work.state
+    runner = state.runners.get(status.runner_id)
+    if runner is not None and runner.node == live.node_id:
+        before = live.statuses.get(runner.id)
+        live.statuses[runner.id] = status
+        if before is None or (before.state, before.max_multiplexing) != (status.state, status.max_multiplexing):
+            work.emit(RouteChanged(runner.id))
+        return before
+    if status.ended:
+        state.forget_orphan(live.node_id, status.runner_id)
+    else:
+        state.add_orphan(live.node_id, status)
+    return None
+
+
+def _forget_absent(work: Work, live: NodeLive) -> None:
+    """Runners that should end and are not there have ended. One that should run is assigned again by Complete."""
+    state = work.state
+    for runner_id in list(state.runners_by_node.get(live.node_id, ())):
+        runner = state.runners[runner_id]
+        if runner_id not in live.statuses and runner.goal > Goal.RUN:
+            work.drop(runner)
+            work.log("RUNNER_ENDED", runner_id, f"{live.node_id} runs it no longer")
+
+
+def _end_ended(work: Work, live: NodeLive) -> None:
+    for status in list(live.statuses.values()):
+        runner = work.state.runners.get(status.runner_id)
+        if status.ended and runner is not None and runner.node == live.node_id:
+            _ended(work, runner, status)
+
+
+def recheck(work: Work) -> None:
+    """Do again what news asked for: a batch that held the answer to some was taken back."""
+    for live in work.state.live.values():
+        if not live.hold:
+            _end_ended(work, live)
+    work.state.dirty.update(dict.fromkeys(work.state.apps))
+
+
+def report(work: Work, event: NodeReport) -> None:
+    """What changed on a node since its last report."""
+    state = work.state
+    live = state.live.get(event.node_id)
+    if live is None or live.session_id != event.session_id:
+        return  # a session that was superseded
+    _heard(work, live, event.arrived_s)
+    if event.inventory is not None:
+        _take_inventory(work, live, event.inventory)
+    if event.tunnels is not None and event.tunnels != live.tunnels:
+        live.tunnels = event.tunnels
+        work.emit(NodeChanged(live.node_id))
+    orphans = len(state.orphans)
+    for status in event.statuses:
+        before = _take(work, live, status)
+        runner = state.runners.get(status.runner_id)
+        if runner is None or runner.node != live.node_id or live.hold:
+            continue
+        if status.ended:
+            _ended(work, runner, status)
+        elif status.serves and (before is None or not before.serves):
+            _became_ready(work, runner)
+    for runner_id in event.gone:
+        _gone(work, live, runner_id)
+    if len(state.orphans) != orphans:
+        if len(state.orphans) < orphans:
+            work.capacity_grew()
+        tell_orphans(work)
+
+
+def _take_inventory(work: Work, live: NodeLive, inventory: Inventory) -> None:
+    live.inventory = inventory
+    work.state.refresh_node(live.node_id)
+    work.capacity_grew()
+    work.emit(NodeChanged(live.node_id))
+
+
+def _became_ready(work: Work, runner: Runner) -> None:
+    """A success: failures in a row start anew, and an older revision's runner may give way."""
+    work.state.backoffs.pop(runner.app, None)
+    work.state.dirty[runner.app] = None
+    work.log("RUNNER_READY", runner.id, "ready for requests")
+
+
+def _gone(work: Work, live: NodeLive, runner_id: str) -> None:
+    """The node has forgotten a runner, so nothing of it is left there."""
+    state = work.state
+    state.forget_orphan(live.node_id, runner_id)
+    last = live.statuses.get(runner_id)
+    runner = state.runners.get(runner_id)
+    if runner is not None and runner.node == live.node_id and last is not None and not live.hold:
+        reason = last.reason or "its node has forgotten it"
+        live.statuses[runner_id] = ended = replace(last, state=RunnerState.TERMINATED, reason=reason)
+        _ended(work, runner, ended)
+    if last is not None and (runner is None or runner.node != live.node_id):
+        del live.statuses[runner_id]
+
+
+def _ended(work: Work, runner: Runner, status: RunnerStatus) -> None:
+    """A container is gone. Where it should have run it crashed: the app waits, and its record waits without a node."""
+    if status.assignment_id and runner.assignment is not None and status.assignment_id != runner.assignment.id:
+        return  # the end of an earlier assignment
+    why = status.reason or (f"exit code {status.exit_code}" if status.exit_code is not None else "ended")
+    if runner.goal is not Goal.RUN:
+        work.drop(runner)
+        work.log("RUNNER_ENDED", runner.id, why)
+        return
+    have = work.state.backoffs.get(runner.app)
+    failures = min((have.failures if have is not None else 0) + 1, BACKOFF_STEPS_MAX)
+    wait_s = min(failures * CRASH_BACKOFF_STEP_S, CRASH_BACKOFF_MAX_S)
+    until = (work.moment.now_s + wait_s, work.moment.wall_s + wait_s)
+    work.state.backoffs[runner.app] = Backoff(failures, *until, status)
+    waiting = replace(runner, node="", gpus=(), assignment=None, memory_bytes=0, cpu_milli=0)
+    work.put(waiting, runner)
+    work.state.failures[runner.id] = status
+    work.log("RUNNER_FAILED", runner.id, f"{why}; tried again in {wait_s:g} s", node=runner.node)
+
+
+def _heard(work: Work, live: NodeLive, arrived_s: float) -> None:
+    """The node spoke: whatever was thought of its silence is over."""
+    state = work.state
+    live.heard_at_s = max(live.heard_at_s, arrived_s)
+    live.stall_at_heard_s = state.stall_total_s
+    if live.health is Health.READY:
+        return
+    before, live.health = live.health, Health.READY
+    for runner_id in state.runners_by_node.get(live.node_id, ()):
+        state.abandoned.pop(runner_id, None)
+        state.dirty[state.runners[runner_id].app] = None
+        work.emit(RouteChanged(runner_id))
+    state.refresh_node(live.node_id)
+    work.capacity_grew()
+    work.emit(NodeChanged(live.node_id))
+    work.log("NODE_READY", live.node_id, f"was {before}")
+
+
+def disconnected(work: Work, event: NodeDisconnected) -> None:
+    """The stream broke. Silence counts from what was heard last; nothing else follows from it."""
+    live = work.state.live.get(event.node_id)
+    if live is not None and live.session_id == event.session_id and live.connected:
+        live.connected = False
+        work.emit(NodeChanged(live.node_id))
+
+
+def reach(work: Work, event: GatewayReach) -> None:
+    """A gateway tells which nodes it reaches, all of them."""
+    for node_id, live in work.state.live.items():
+        path = event.paths.get(node_id)
+        before = live.reached.get(event.gateway_id)
+        if path is not None:
+            live.reached[event.gateway_id] = (path, event.arrived_s)
+        elif before is not None:
+            del live.reached[event.gateway_id]
+        if (before[0] if before is not None else None) != path:
+            work.emit(NodeChanged(node_id))
+
+
+def tell_orphans(work: Work) -> None:
+    """Keep the alarm about orphans up to date."""
+    state = work.state
+    if not state.orphans:
+        work.settle("ORPHANS", "cluster")
+        return
+    nodes = len({node_id for node_id, _ in state.orphans})
+    work.alarm(
+        "ORPHANS",
+        "cluster",
+        f"{len(state.orphans)} containers on {nodes} nodes are not known to the store",
+        "Look at `falctl runner list`; then `falctl operator confirm adopt`, or `confirm stop`.",
+    )

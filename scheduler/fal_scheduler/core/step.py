@@ -1,0 +1,192 @@
+"""One event on one state: command or news in, changes and effects out. The core's only entrance.
+
+Pure and deterministic: the same state, event, moment and ids give the same outcome. `step` leaves the new state in
+place (so that the next step can build on it while the commit is under way); a FalError or a broken invariant leaves
+the records as they were. Called by the engine and by tests; nothing else may change a State.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fal_contract.errors import Code, FalError
+from fal_contract.limits import FAILOVER_GRACE_S
+from fal_scheduler.core import commands, invariants, liveness, news
+from fal_scheduler.core.confirm import confirm
+from fal_scheduler.core.events import (
+    AcceptCluster,
+    AddModel,
+    ApplyApp,
+    ApplyPool,
+    AttestModel,
+    Command,
+    Confirm,
+    CordonNode,
+    CreateToken,
+    DeleteApp,
+    Event,
+    GatewayReach,
+    IdSource,
+    Moment,
+    NodeDisconnected,
+    NodeHello,
+    NodeReport,
+    Outcome,
+    Proceed,
+    RedeemToken,
+    RefuseModel,
+    Reply,
+    RevokeNode,
+    RevokeToken,
+    ScaleApp,
+    StopRunner,
+    Tick,
+)
+from fal_scheduler.core.invariants import Violation
+from fal_scheduler.core.place import Placer
+from fal_scheduler.core.reconcile import reconcile
+from fal_scheduler.core.state import State
+from fal_scheduler.core.work import Work
+
+SETTLE_S = 5.0  # how long a new leader waits for all of its nodes before it places anything
+
+
+class BrokenInvariant(Exception):
+    """A step would have broken a rule. It was taken back; the objects named should be frozen."""
+
+    def __init__(self, violations: list[Violation]) -> None:
+        super().__init__("; ".join(f"{found.rule}: {found.message}" for found in violations))
+        self.violations = violations
+
+
+@dataclass(slots=True)
+class Core:
+    """A state and the caches over it."""
+
+    state: State
+    placer: Placer
+    ids: IdSource
+
+    def step(self, event: Event, moment: Moment) -> Outcome:
+        """Do one event. Raises FalError (refused, nothing changed) or BrokenInvariant (taken back)."""
+        work = Work(self.state, moment, self.ids, by_operator=getattr(event, "actor", ""))
+        try:
+            reply = _take(work, event)
+            _reconcile(work, self.placer)
+            violations = invariants.check(self.state, work.changes) if work.changes else []
+        except FalError:
+            work.undo()
+            raise
+        if violations:
+            work.undo()
+            raise BrokenInvariant(violations)
+        return Outcome(tuple(work.changes), tuple(work.effects.values()), reply)
+
+    def freeze(self, violations: list[Violation], moment: Moment) -> Outcome:
+        """Freeze what broke a rule: nothing is started or stopped on it by itself any more."""
+        work = Work(self.state, moment, self.ids)
+        for violation in violations:
+            for subject in violation.subjects:
+                self.state.frozen[subject] = violation.message
+                work.alarm("INVARIANT", subject, violation.message, "Report the replay file beside the store.")
+                if subject in self.state.nodes:
+                    self.state.refresh_node(subject)
+        return Outcome((), tuple(work.effects.values()))
+
+
+def _take(work: Work, event: Event) -> Reply | None:
+    match event:
+        case NodeReport():
+            news.report(work, event)
+        case Tick():
+            _tick(work, event)
+        case NodeHello():
+            news.hello(work, event)
+            _settle(work)
+            return Reply("done", event.node_id)
+        case NodeDisconnected():
+            news.disconnected(work, event)
+        case GatewayReach():
+            news.reach(work, event)
+        case Proceed():
+            pass
+        case _:
+            return _command(work, event)
+    return None
+
+
+def _command(work: Work, event: Command) -> Reply:
+    match event:
+        case ApplyPool():
+            return commands.apply_pool(work, event)
+        case ApplyApp():
+            return commands.apply_app(work, event)
+        case ScaleApp():
+            return commands.scale_app(work, event)
+        case DeleteApp():
+            return commands.delete_app(work, event)
+        case AddModel():
+            return commands.add_model(work, event)
+        case AttestModel():
+            return commands.attest_model(work, event)
+        case RefuseModel():
+            return commands.refuse_model(work, event)
+        case CordonNode():
+            return commands.cordon_node(work, event)
+        case RevokeNode():
+            return commands.revoke_node(work, event)
+        case CreateToken():
+            return commands.create_token(work, event)
+        case RevokeToken():
+            return commands.revoke_token(work, event)
+        case RedeemToken():
+            return commands.redeem_token(work, event)
+        case StopRunner():
+            return commands.stop_runner(work, event)
+        case Confirm():
+            return confirm(work, event)
+        case AcceptCluster():
+            return commands.accept_cluster(work, event)
+    raise FalError(Code.INTERNAL, f"{type(event).__name__} is no command", remedy="Report this.")
+
+
+def _tick(work: Work, event: Tick) -> None:
+    state, now_s = work.state, work.moment.now_s
+    state.stall_total_s += event.stall_s
+    if event.recheck:
+        news.recheck(work)
+    liveness.tick(work)
+    _settle(work)
+    for app_id, backoff in state.backoffs.items():
+        if backoff.until_s <= now_s and app_id in state.waiting:
+            state.dirty[app_id] = None
+    if not state.grace_over and now_s - state.term_began_s >= FAILOVER_GRACE_S:
+        state.grace_over = True
+        state.dirty.update(dict.fromkeys(state.apps))
+
+
+def _settle(work: Work) -> None:
+    """Place again when every node has said what it runs, or has had the time to."""
+    state = work.state
+    if state.settled:
+        return
+    heard = all(
+        node.revoked or ((live := state.live.get(node.id)) is not None and live.session_id)
+        for node in state.nodes.values()
+    )
+    if heard or work.moment.now_s - state.term_began_s >= SETTLE_S:
+        state.settled = True
+        work.capacity_grew()
+
+
+def _reconcile(work: Work, placer: Placer) -> None:
+    """Every app that is dirty, as far as one step goes."""
+    state = work.state
+    done: dict[str, None] = {}
+    while not work.full:
+        app_id = next((app_id for app_id in state.dirty if app_id not in done), None)
+        if app_id is None:
+            return
+        done[app_id] = None
+        del state.dirty[app_id]
+        reconcile(work, placer, app_id)

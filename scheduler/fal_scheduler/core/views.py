@@ -1,0 +1,105 @@
+"""What operators and routes see of a runner and an app: the state derived from record, node and status.
+
+Pure. Rule 5: every runner that is not running has a reason. Called by the APIs and by tests; changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fal_scheduler.core.records import App, Goal, Runner, RunnerState
+from fal_scheduler.core.state import Pending, State
+from fal_scheduler.core.told import Backoff, Health
+
+_ENDING = {
+    Goal.DRAIN: RunnerState.DRAINING,
+    Goal.STOP: RunnerState.TERMINATING,
+    Goal.KILL: RunnerState.TERMINATING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerPhase:
+    """Where a runner is and why; `reason` is empty only where it serves."""
+
+    state: RunnerState
+    reason: str
+    failures: int = 0
+    backoff_until_wall_s: float = 0.0
+
+
+def runner_phase(state: State, runner: Runner) -> RunnerPhase:
+    """The state of a runner as everybody should see it."""
+    backoff = state.backoffs.get(runner.app)
+    if not runner.node:
+        return _unplaced(state, runner, backoff)
+    failures = backoff.failures if backoff is not None else 0
+    status = state.status_of(runner)
+    health = state.health_of(runner.node)
+    if health is not Health.READY:
+        return RunnerPhase(RunnerState.UNKNOWN, f"its node {_name(state, runner.node)} is {health}", failures)
+    if status is not None and status.ended:
+        return RunnerPhase(RunnerState.TERMINATED, status.reason or "its container is gone", failures)
+    if runner.goal is not Goal.RUN:
+        return RunnerPhase(_ENDING[runner.goal], runner.goal_reason, failures)
+    if status is None:
+        return RunnerPhase(RunnerState.STAGING, f"assigned to {_name(state, runner.node)}, which has not answered yet")
+    reason = "" if status.serves else status.reason or f"{status.state.name.lower()} on {_name(state, runner.node)}"
+    return RunnerPhase(status.state, reason, failures)
+
+
+def _unplaced(state: State, runner: Runner, backoff: Backoff | None) -> RunnerPhase:
+    if runner.id in state.failures:
+        failed = state.failures[runner.id]
+        why = failed.reason or (f"exit code {failed.exit_code}" if failed.exit_code is not None else "it ended")
+        count = backoff.failures if backoff is not None else 1
+        until = backoff.until_wall_s if backoff is not None else 0.0
+        return RunnerPhase(RunnerState.CRASH_BACKOFF, f"failed {count} times in a row; last: {why}", count, until)
+    if state.hold_all:
+        return RunnerPhase(RunnerState.PENDING, f"the store is suspected: {state.hold_all}")
+    if not state.settled:
+        return RunnerPhase(RunnerState.PENDING, "waits until the nodes have told a new leader what they run")
+    if backoff is not None and runner.app in state.waiting:
+        return RunnerPhase(
+            RunnerState.PENDING, "waits for its app's crash backoff", backoff.failures, backoff.until_wall_s
+        )
+    pending = pending_of(state, runner)
+    return RunnerPhase(RunnerState.PENDING, pending.reason if pending is not None else "waits for its turn")
+
+
+def pending_of(state: State, runner: Runner) -> Pending | None:
+    """What placement found for a runner without a node."""
+    return state.pending.get((runner.app, runner.revision)) if not runner.node else None
+
+
+def wanted(state: State, app: App) -> int:
+    """Runners that should be there."""
+    if app.deleting:
+        return 0
+    scaling = state.scaling_of(app)
+    return min(scaling.min_concurrency, scaling.max_concurrency)
+
+
+def app_reason(state: State, app: App) -> str:
+    """Why fewer are ready than wanted; empty when all are."""
+    if app.deleting:
+        return "its runners are being stopped"
+    if app.id in state.stops_held:
+        return "has more runners than wanted; the stops wait for `falctl operator confirm stops`"
+    phases = [
+        runner_phase(state, runner)
+        for runner_id in state.runners_by_app.get(app.id, ())
+        if (runner := state.runners[runner_id]).goal is Goal.RUN and runner.revision == app.revision
+    ]
+    ready = sum(1 for phase in phases if not phase.reason)
+    if ready >= wanted(state, app):
+        return ""
+    backoff = state.backoffs.get(app.id)
+    if backoff is not None and not phases:
+        return f"failed {backoff.failures} times in a row; last: {backoff.last.reason}"
+    return next((phase.reason for phase in phases if phase.reason), "its runners are being made")
+
+
+def _name(state: State, node_id: str) -> str:
+    node = state.nodes.get(node_id)
+    return node.name if node is not None else node_id

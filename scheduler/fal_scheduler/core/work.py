@@ -1,0 +1,118 @@
+"""One step under way: the changes it makes, the effects it will have, the apps it touched.
+
+Pure. Made by `step`, handed to commands, news, liveness and reconcile, which change the state only through it. All
+that it changed in records can be taken back (`undo`); what was told stays told.
+"""
+
+from __future__ import annotations
+
+from fal_scheduler.core.events import (
+    AlarmsChanged,
+    AppChanged,
+    AssignmentChanged,
+    Effect,
+    IdSource,
+    Logged,
+    Moment,
+    NodeChanged,
+    RouteChanged,
+)
+from fal_scheduler.core.records import App, Change, Node, Record, Revision, Runner, key_of
+from fal_scheduler.core.state import State
+from fal_scheduler.core.told import Alarm
+
+# Changes of one step. The store takes 100 operations in a commit; a command adds a few of its own to these.
+CHANGES_PER_STEP_MAX = 80
+
+
+class Work:
+    """Collects what one step does. `by_operator` is the operator's name while one of their commands is carried out."""
+
+    def __init__(self, state: State, moment: Moment, ids: IdSource, *, by_operator: str = "") -> None:
+        self.state = state
+        self.moment = moment
+        self.ids = ids
+        self.by_operator = by_operator
+        self.changes: list[Change] = []
+        self.effects: dict[Effect | int, Effect] = {}
+
+    @property
+    def full(self) -> bool:
+        """True when this step may change no more; the rest is another step's."""
+        return len(self.changes) >= CHANGES_PER_STEP_MAX
+
+    def put(self, record: Record, before: Record | None) -> None:
+        """Make `record`, or change it from `before`."""
+        self._change(Change(key_of(record), before, record))
+
+    def drop(self, record: Record) -> None:
+        """Remove `record`."""
+        self._change(Change(key_of(record), record, None))
+
+    def _change(self, change: Change) -> None:
+        self.state.apply(change)
+        self.changes.append(change)
+        before, after = change.before, change.after
+        match after if after is not None else before:
+            case Runner() as runner:
+                assert before is None or isinstance(before, Runner)
+                assert after is None or isinstance(after, Runner)
+                self._runner_changed(runner, before, after)
+            case Node() as node:
+                self.emit(NodeChanged(node.id))
+            case App() as app:
+                self.emit(AppChanged(app.id))
+            case Revision() as revision:
+                self.emit(AppChanged(revision.app))
+            case _:
+                pass
+
+    def _runner_changed(self, runner: Runner, before: Runner | None, after: Runner | None) -> None:
+        state = self.state
+        if before is not None and before.node and (after is None or after.node != before.node):
+            self.emit(AssignmentChanged(before.node, runner.id))
+            self.capacity_grew()
+        if after is not None and after.node:
+            self.emit(AssignmentChanged(after.node, runner.id))
+        if after is None or after.node:
+            state.failures.pop(runner.id, None)
+        if after is None:
+            state.abandoned.pop(runner.id, None)
+        state.dirty[runner.app] = None
+        self.emit(RouteChanged(runner.id))
+
+    def capacity_grew(self) -> None:
+        """Something became free or allowed: runners that wait for a node are tried again."""
+        self.state.dirty.update(self.state.waiting)
+
+    def emit(self, effect: Effect) -> None:
+        """Give `effect` out after the commit; the same one counts once."""
+        self.effects[effect] = effect
+
+    def log(self, kind: str, subject: str, message: str, **facts: str) -> None:
+        """An event that an operator may read."""
+        event = Logged(kind, subject, message, self.moment.wall_s, self.by_operator, facts)
+        self.effects[-len(self.effects) - 1] = event
+
+    def alarm(self, kind: str, subject: str, message: str, remedy: str) -> None:
+        """Raise an alarm, or bring its text up to date; it is logged once."""
+        have = self.state.alarms.get((kind, subject))
+        if have is not None and have.message == message:
+            return
+        since_s = have.since_s if have is not None else self.moment.wall_s
+        self.state.alarms[kind, subject] = Alarm(kind, subject, message, remedy, since_s)
+        self.emit(AlarmsChanged())
+        if have is None:
+            self.log(kind, subject, f"{message}. {remedy}")
+
+    def settle(self, kind: str, subject: str) -> bool:
+        """Take an alarm back; True where it stood."""
+        if self.state.alarms.pop((kind, subject), None) is None:
+            return False
+        self.emit(AlarmsChanged())
+        return True
+
+    def undo(self) -> None:
+        """Take every change of records back."""
+        while self.changes:
+            self.state.apply(self.changes.pop().undone())
