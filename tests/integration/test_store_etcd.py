@@ -154,6 +154,9 @@ def test_a_leader_that_cannot_renew_knows_it_before_the_next_one_leads(server: E
             await new.open()
             guard = await old.campaign("old")
             await old.commit(guard, [Write("a", b"1")])
+            async with asyncio.timeout(WAIT_S):
+                while old.statistics()["renewals"] < 2.0:  # noqa: ASYNC110  (counters have no event)
+                    await asyncio.sleep(0.05)
             order: list[str] = []
 
             async def told() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+
 from fal_contract.errors import Code, FalError
 from fal_scheduler.store.interface import Store, Write
 from fal_scheduler.store.sqlite import SqliteStore
@@ -123,6 +124,35 @@ def test_a_damaged_file_with_a_log_beside_it_is_refused_and_not_touched(path: Pa
     before = fingerprint(path.parent)
     assert refused(path).code is Code.CORRUPT
     assert fingerprint(path.parent) == before
+
+
+def test_a_file_torn_by_a_crash_that_its_log_repairs_is_accepted(path: Path) -> None:
+    """As when the machine dies while the log is folded into the file: half of the pages are new, none is lost."""
+    fill(path, commits=1)
+    reader = sqlite3.connect(path)  # keeps the log when the writer closes
+    reader.execute("SELECT count(*) FROM record").fetchone()
+    fill(path, commits=2)
+    saved = {file.name: file.read_bytes() for file in path.parent.iterdir() if file.name.startswith("store.db")}
+    reader.close()
+    for name, data in saved.items():
+        (path.parent / name).write_bytes(data)
+    path.with_name("store.db-shm").unlink()  # gone with the machine
+    wal = path.with_name("store.db-wal").read_bytes()
+    logged = {int.from_bytes(wal[at : at + 4], "big") for at in range(32, len(wal), 24 + 4096)}
+    torn = sorted(page for page in logged if 1 < page <= path.stat().st_size // 4096)
+    assert torn
+    for page in torn:
+        overwrite(path, (page - 1) * 4096, os.urandom(4096))
+
+    async def main() -> None:
+        store = SqliteStore(path)
+        await store.open()
+        loaded = await store.load()
+        assert loaded.revision == 3
+        assert len(loaded.records) == 40
+        await store.close()
+
+    asyncio.run(main())
 
 
 def test_every_acknowledged_commit_survives_kill_9(path: Path) -> None:

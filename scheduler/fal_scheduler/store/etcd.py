@@ -94,6 +94,7 @@ class EtcdStore:
         self._lead: _Leadership | None = None
         self._revision = 0  # as of our election, last commit or load
         self._must_load = False  # the outcome of a commit is not known
+        self._renewals = 0
         self._commits = asyncio.Lock()
         self._counters = CommitCounters()
 
@@ -214,6 +215,7 @@ class EtcdStore:
             **self._counters.as_mapping(),
             **self._upkeep.statistics(),
             "reconnects": float(self._client.reconnects),
+            "renewals": float(self._renewals),
         }
 
     # Leading.
@@ -299,6 +301,7 @@ class EtcdStore:
             if leader is None or b"%d" % leader.create_revision != lead.token:
                 return
             lead.trusted_until_s = sent_s + self._lease_ttl_s
+            self._renewals += 1
             pause_s = self._lease_ttl_s / 3
 
     async def _revoke(self, lease: int) -> None:
