@@ -228,6 +228,11 @@ def _gpu_of(gpu: agent_pb2.Gpu) -> Gpu:
     )
 
 
+def endpoint_to(endpoint: Endpoint) -> agent_pb2.Endpoint:
+    """An address of a node's proxy."""
+    return agent_pb2.Endpoint(network=endpoint.network, host=endpoint.host, port=endpoint.port)
+
+
 def alarm_to(alarm: Alarm) -> cluster_pb2.Alarm:
     """An alarm for an operator."""
     return fill(cluster_pb2.Alarm(), alarm)
@@ -235,6 +240,7 @@ def alarm_to(alarm: Alarm) -> cluster_pb2.Alarm:
 
 __all__ = [
     "alarm_to",
+    "endpoint_to",
     "fill",
     "hello_of",
     "inventory_of",

@@ -20,7 +20,7 @@ from fal_scheduler.assignments import AssignmentBuilder
 from fal_scheduler.core.events import Logged, NodeChanged, NodeDisconnected, NodeHello, NodeReport
 from fal_scheduler.core.records import Goal, Model, ModelState, Node, Spec
 from fal_scheduler.sessions import AgentSessions
-from virtual_time import run_virtual
+from virtual_time import run_virtually
 
 END = object()
 
@@ -110,7 +110,7 @@ def session_test(test: Callable[[Rig], Awaitable[None]]) -> None:
     async def body() -> None:
         await test(Rig())
 
-    run_virtual(body())
+    run_virtually(body())
 
 
 @asynccontextmanager
