@@ -34,8 +34,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="ops/bench", description="Benchmarks, each against its baseline.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())} (default: all)")
     parser.add_argument("--list", action="store_true", help="name the benchmarks and end")
-    parser.add_argument("--pairs", type=int, default=Options.pairs, help="interleaved pairs of runs, at least 5 count")
-    parser.add_argument("--seconds", type=float, default=Options.seconds_s, help="length of one run")
+    default = Options()
+    parser.add_argument("--pairs", type=int, default=default.pairs, help="interleaved pairs of runs, at least 5 count")
+    parser.add_argument("--seconds", type=float, default=default.seconds_s, help="length of one run")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(names()))

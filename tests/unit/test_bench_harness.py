@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,3 +99,13 @@ def test_options_that_measure_nothing_are_refused() -> None:
 def test_significant_digits() -> None:
     assert significant(123456.0) == 123500.0
     assert significant(0.00123456) == 0.001235
+
+
+def test_the_command_names_what_there_is_and_refuses_what_there_is_not() -> None:
+    root = Path(__file__).resolve().parent.parent.parent
+    command = [sys.executable, str(root / "tests" / "bench" / "run.py")]
+    listed = subprocess.run([*command, "--list"], capture_output=True, text=True, timeout=60, check=True)
+    assert "store" in listed.stdout.split()
+    refused = subprocess.run([*command, "nonsense"], capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 2
+    assert "no benchmark 'nonsense'" in refused.stderr
