@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -84,34 +84,46 @@ class _Reader:
     def look(self) -> Found:
         n = self._n
         try:
-            if not self._initialised:
-                n.nvmlInit()
-                self._initialised = True
-            count = int(n.nvmlDeviceGetCount())
+            count = self._count()
         except n.NVMLError as exc:
-            self._initialised = False
             return Found(problem=self._driver_problem(exc))
         handles: dict[str, Any] = {}
-        devices: list[tuple[Gpu, list[Gpu]]] = []
+        gpus: list[Gpu] = []
+        answering = 0
         for index in range(count):
             try:
                 handle = n.nvmlDeviceGetHandleByIndex(index)
                 gpu = self._device(handle, index)
-                devices.append((gpu, list(self._instances(handle, gpu))))
-                handles[gpu.id] = handle
+                instances = self._instances(handle, gpu)
             except n.NVMLError:  # lost or hung: absent in this look
                 continue
+            answering += 1
+            if instances is None:
+                gpus.append(gpu)
+                handles[gpu.id] = handle
+            else:  # in MIG mode it has no peer access
+                gpus += instances or [replace(gpu, degraded="MIG mode is on but it has no instances; make some")]
         links = self._links_of(handles)
-        gpus: list[Gpu] = []
-        for gpu, instances in devices:
-            gpus += instances or [_with_links(gpu, links)]
+        gpus = [replace(gpu, links=links.get(gpu.id, ())) for gpu in gpus]
         cuda = int(self._try(n.nvmlSystemGetCudaDriverVersion_v2, 0))
         return Found(
             gpus=tuple(gpus),
             driver_version=_text(self._try(n.nvmlSystemGetDriverVersion, "")),
             cuda_version=f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else "",
-            problem="" if len(devices) == count else f"{count - len(devices)} of {count} GPUs do not answer",
+            problem="" if answering == count else f"{count - answering} of {count} GPUs do not answer",
         )
+
+    def _count(self) -> int:
+        """How many devices there are; initialises the library, again when a driver was reloaded under it."""
+        n = self._n
+        if self._initialised:
+            try:
+                return int(n.nvmlDeviceGetCount())
+            except n.NVMLError:
+                self._initialised = False
+        n.nvmlInit()
+        self._initialised = True
+        return int(n.nvmlDeviceGetCount())
 
     def _driver_problem(self, exc: Exception) -> str:
         n, value = self._n, getattr(exc, "value", None)
@@ -191,35 +203,40 @@ class _Reader:
         except (OSError, ValueError):
             return -1
 
-    def _instances(self, handle: Any, gpu: Gpu) -> Iterator[Gpu]:
-        """The MIG instances of a device; none when it is not in MIG mode, or holds none."""
+    def _instances(self, handle: Any, gpu: Gpu) -> list[Gpu] | None:
+        """The MIG instances of a device; None when it is not in MIG mode."""
         n = self._n
         mode: Any = self._try(n.nvmlDeviceGetMigMode, None, handle)
         if mode is None or mode[0] != n.NVML_DEVICE_MIG_ENABLE:
-            return
+            return None
+        instances = []
         for position in range(int(self._try(n.nvmlDeviceGetMaxMigDeviceCount, 0, handle))):
             instance = self._try(n.nvmlDeviceGetMigDeviceHandleByIndex, None, handle, position)
             if instance is None:  # positions may have gaps
                 continue
-            product = _text(n.nvmlDeviceGetName(instance))
-            total, used = self._memory(instance)
-            named = _MIG_NAME.search(product)
-            profile = named.group(1) if named else f"{round(total / 1e9)}gb"
-            yield Gpu(
-                id=_text(n.nvmlDeviceGetUUID(instance)),
-                index=gpu.index,
-                model=mig_model(gpu.model, profile),
-                product=product,
-                memory_bytes=total,
-                memory_used_bytes=used,
-                pci_bus_id=gpu.pci_bus_id,
-                numa_node=gpu.numa_node,
-                parent_id=gpu.id,
-                mig_profile=profile,
-                ecc=gpu.ecc,
-                temperature_c=gpu.temperature_c,
-                pids=self._pids(instance),
-            )
+            instances.append(self._instance(instance, gpu))
+        return instances
+
+    def _instance(self, handle: Any, gpu: Gpu) -> Gpu:
+        product = _text(self._n.nvmlDeviceGetName(handle))
+        total, used = self._memory(handle)
+        named = _MIG_NAME.search(product)
+        profile = named.group(1) if named else f"{round(total / 1e9)}gb"
+        return Gpu(
+            id=_text(self._n.nvmlDeviceGetUUID(handle)),
+            index=gpu.index,
+            model=mig_model(gpu.model, profile),
+            product=product,
+            memory_bytes=total,
+            memory_used_bytes=used,
+            pci_bus_id=gpu.pci_bus_id,
+            numa_node=gpu.numa_node,
+            parent_id=gpu.id,
+            mig_profile=profile,
+            ecc=gpu.ecc,
+            temperature_c=gpu.temperature_c,
+            pids=self._pids(handle),
+        )
 
     def _links_of(self, handles: Mapping[str, Any]) -> dict[str, tuple[Link, ...]]:
         """Links of every device to every other; asked again only when the set of devices changes."""
@@ -228,14 +245,16 @@ class _Reader:
             return links
         n = self._n
         by_bus = {_bus_key(n.nvmlDeviceGetPciInfo(handle).busId): gpu_id for gpu_id, handle in handles.items()}
+        nvlinks = {gpu_id: self._nvlinks(handle, by_bus) for gpu_id, handle in handles.items()}
         links = {}
         for gpu_id, handle in handles.items():
-            direct, switched = self._nvlinks(handle, by_bus)
+            direct, switched = nvlinks[gpu_id]
             mine = []
             for peer_id, peer in handles.items():
                 if peer_id == gpu_id:
                     continue
-                count = direct.get(peer_id, 0) or switched
+                # Switches join those that have links to them.
+                count = direct.get(peer_id, 0) or min(switched, nvlinks[peer_id][1])
                 if count:
                     mine.append(Link(peer_id, LinkKind.NVLINK, count))
                 else:
@@ -268,10 +287,6 @@ class _Reader:
         if level <= n.NVML_TOPOLOGY_MULTIPLE:
             return LinkKind.PCIE_SWITCH
         return LinkKind.PCIE_HOST if level <= n.NVML_TOPOLOGY_NODE else LinkKind.SYSTEM
-
-
-def _with_links(gpu: Gpu, links: Mapping[str, tuple[Link, ...]]) -> Gpu:
-    return replace(gpu, links=links.get(gpu.id, ()))
 
 
 def _bus_key(bus_id: str | bytes) -> str:

@@ -58,7 +58,8 @@ def _group(text: str, field: str) -> Group:
     name = match["model"].upper()
     model = CATALOG.get(name)
     if model is None:
-        near = nearest(name, sorted(CATALOG))
+        same_chip = sorted(known for known in CATALOG if known.rpartition("-")[0] == name)
+        near = " or ".join(same_chip) or nearest(name, sorted(CATALOG))
         remedy = f"Did you mean {near}?" if near else f"Known: {', '.join(sorted(CATALOG))}."
         raise invalid(field, text, f"names the unknown GPU model {match['model']!r}", remedy=remedy)
     options = (match["options"] or "").removeprefix(":")

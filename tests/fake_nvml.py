@@ -1,0 +1,188 @@
+"""A module-like stand-in for pynvml, over the real module's constants and exceptions; no driver needed.
+
+It answers as the library does on the parts it plays: names as text, PCI bus ids with eight-digit domains, power in
+milliwatts, ECC counters that raise NOT_SUPPORTED where the part has none, lost devices that raise GPU_IS_LOST.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+
+
+@dataclass
+class FakeInstance:
+    """A MIG instance."""
+
+    product: str
+    memory_bytes: int
+    uuid: str = ""
+
+
+@dataclass
+class FakeDevice:
+    """A GPU of the fake; tests change it between looks."""
+
+    product: str
+    memory_bytes: int
+    index: int = 0
+    numa: int = 0
+    nvlinks_to_switch: int = 0
+    nvlinks_to: dict[int, int] = field(default_factory=dict)  # index of a peer → straight links
+    ecc: bool = True
+    volatile: int = 0
+    aggregate: int = 0
+    remapped: tuple[int, int, int, int] = (0, 0, 0, 0)
+    temperature_c: int = 40
+    used_bytes: int = 0
+    pids: tuple[int, ...] = ()
+    lost: bool = False
+    mig: list[FakeInstance] = field(default_factory=list)
+    mig_enabled: bool = False
+    uuid: str = ""
+
+    @property
+    def bus_id(self) -> str:
+        return f"00000000:{0x18 + self.index:02X}:00.0"
+
+
+class FakeNvml:
+    """`FakeNvml([FakeDevice(…), …])`; unknown attributes are the real module's (constants, NVMLError)."""
+
+    def __init__(self, devices: Sequence[FakeDevice], *, init_error: int | None = None, memory_v2: bool = True) -> None:
+        self.devices = list(devices)
+        self.init_error = init_error
+        self.memory_v2 = memory_v2
+        self.initialised = 0
+        self.calls: list[str] = []
+        for index, device in enumerate(self.devices):
+            device.index = index
+            device.uuid = device.uuid or f"GPU-{uuid.UUID(int=index + 1)}"
+            for position, instance in enumerate(device.mig):
+                instance.uuid = instance.uuid or f"MIG-{uuid.UUID(int=1000 * (index + 1) + position)}"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("nvml") and callable(getattr(pynvml, name, None)) and name != "nvmlMemory_v2":
+            raise AssertionError(f"the fake does not play {name}")
+        return getattr(pynvml, name)
+
+    def _alive(self, handle: Any) -> Any:
+        device = handle[0] if isinstance(handle, tuple) else handle
+        if device.lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return handle
+
+    def nvmlInit(self) -> None:
+        self.calls.append("nvmlInit")
+        if self.init_error is not None:
+            raise pynvml.NVMLError(self.init_error)
+        self.initialised += 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        if not self.initialised:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
+        return len(self.devices)
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "575.57.08"
+
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
+        return 12090
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeDevice:
+        device = self.devices[index]
+        self._alive(device)
+        return device
+
+    def nvmlDeviceGetName(self, handle: Any) -> str:
+        return str(self._alive(handle).product if not isinstance(handle, tuple) else handle[1].product)
+
+    def nvmlDeviceGetUUID(self, handle: Any) -> str:
+        return str(self._alive(handle).uuid if not isinstance(handle, tuple) else handle[1].uuid)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: Any, version: int | None = None) -> SimpleNamespace:
+        self._alive(handle)
+        if version is not None and not self.memory_v2:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        if isinstance(handle, tuple):
+            return SimpleNamespace(total=handle[1].memory_bytes, used=0)
+        reserved = 0 if version is not None else 500 << 20
+        return SimpleNamespace(total=handle.memory_bytes, used=handle.used_bytes + reserved)
+
+    def nvmlDeviceGetPciInfo(self, handle: FakeDevice) -> SimpleNamespace:
+        return SimpleNamespace(busId=self._alive(handle).bus_id)
+
+    def nvmlDeviceGetMinorNumber(self, handle: FakeDevice) -> int:
+        return int(self._alive(handle).index)
+
+    def nvmlDeviceGetPowerUsage(self, handle: FakeDevice) -> int:
+        self._alive(handle)
+        return 71_900
+
+    def nvmlDeviceGetUtilizationRates(self, handle: FakeDevice) -> SimpleNamespace:
+        self._alive(handle)
+        if handle.mig_enabled:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return SimpleNamespace(gpu=7, memory=1)
+
+    def nvmlDeviceGetTemperature(self, handle: FakeDevice, sensor: int) -> int:
+        assert sensor == pynvml.NVML_TEMPERATURE_GPU
+        return int(self._alive(handle).temperature_c)
+
+    def nvmlDeviceGetTotalEccErrors(self, handle: FakeDevice, kind: int, counter: int) -> int:
+        self._alive(handle)
+        assert kind == pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
+        if not handle.ecc:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return handle.volatile if counter == pynvml.NVML_VOLATILE_ECC else handle.aggregate
+
+    def nvmlDeviceGetRemappedRows(self, handle: FakeDevice) -> tuple[int, int, int, int]:
+        self._alive(handle)
+        if not handle.ecc:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return handle.remapped
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[SimpleNamespace]:
+        self._alive(handle)
+        return [] if isinstance(handle, tuple) else [SimpleNamespace(pid=pid) for pid in handle.pids]
+
+    def nvmlDeviceGetMigMode(self, handle: FakeDevice) -> list[int]:
+        if "A100" not in self._alive(handle).product and "H100" not in handle.product:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return [int(handle.mig_enabled), int(handle.mig_enabled)]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: FakeDevice) -> int:
+        self._alive(handle)
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: FakeDevice, index: int) -> Any:
+        self._alive(device)
+        if index >= len(device.mig):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return (device, device.mig[index])
+
+    def nvmlDeviceGetNvLinkState(self, handle: FakeDevice, link: int) -> int:
+        self.calls.append("nvmlDeviceGetNvLinkState")
+        total = self._alive(handle).nvlinks_to_switch + sum(handle.nvlinks_to.values())
+        if total == 0:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return int(link < total)
+
+    def nvmlDeviceGetNvLinkRemoteDeviceType(self, handle: FakeDevice, link: int) -> int:
+        self._alive(handle)
+        if link < handle.nvlinks_to_switch:
+            return int(pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH)
+        return int(pynvml.NVML_NVLINK_DEVICE_TYPE_GPU)
+
+    def nvmlDeviceGetNvLinkRemotePciInfo(self, handle: FakeDevice, link: int) -> SimpleNamespace:
+        peers = [peer for peer, count in handle.nvlinks_to.items() for _ in range(count)]
+        return SimpleNamespace(busId=self.devices[peers[link - handle.nvlinks_to_switch]].bus_id.encode())
+
+    def nvmlDeviceGetTopologyCommonAncestor(self, device1: FakeDevice, device2: FakeDevice) -> int:
+        self._alive(device1)
+        return int(pynvml.NVML_TOPOLOGY_NODE if device1.numa == device2.numa else pynvml.NVML_TOPOLOGY_SYSTEM)
