@@ -159,9 +159,9 @@ class DirectConnections:
 class TunnelListener:
     """Takes tunnels that nodes dial. `on_change(node_id)` is called for a node's first and last one."""
 
-    def __init__(self, tls: TlsIdentity, on_change: Callable[[str], None]) -> None:
+    def __init__(self, tls: TlsIdentity) -> None:
+        self.on_change: Callable[[str], None] = lambda node_id: None
         self._tls = tls
-        self._on_change = on_change
         self._server: asyncio.Server | None = None
         self._idle: dict[str, dict[HttpConnection, asyncio.Task[None]]] = {}
         self._standing: dict[str, int] = {}
@@ -263,14 +263,14 @@ class TunnelListener:
     def _counted(self, node_id: str) -> Iterator[None]:
         self._standing[node_id] = self._standing.get(node_id, 0) + 1
         if self._standing[node_id] == 1:
-            self._on_change(node_id)
+            self.on_change(node_id)
         try:
             yield
         finally:
             self._standing[node_id] -= 1
             if self._standing[node_id] == 0:
                 del self._standing[node_id]
-                self._on_change(node_id)
+                self.on_change(node_id)
 
     def _offer(self, node_id: str, connection: HttpConnection) -> None:
         keeper = asyncio.create_task(self._keep(node_id, connection), name=f"tunnel-{node_id}")

@@ -27,7 +27,7 @@ from fal_contract.http1 import (
 )
 
 _PATH: Final = re.compile(rb"/v1/runners/([a-z0-9-]{1,63})/([a-z0-9-]{1,127})(/[^?#]*)?(\?[^#]*)?")
-_TICKET: Final = re.compile(rb"term=([0-9]{1,18});lease=([A-Za-z0-9._/-]{0,127})")
+_TICKET: Final = re.compile(rb"term=([0-9]{1,18});lease=([!-:<-~]{0,127})")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,127}")
 _OURS: Final = (b"fal-", b"x-fal-")
 _STATUS: Final[Mapping[Code, tuple[int, bytes]]] = {

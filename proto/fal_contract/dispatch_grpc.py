@@ -1,0 +1,61 @@
+"""The Dispatch stream over gRPC. The only part of the serving client that imports grpc."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc.aio
+
+from fal_contract.dispatch import DispatchLink
+from fal_contract.errors import Code, FalError
+from fal_contract.identity import Identity
+from fal_contract.rpc import channel, fal_errors
+from fal_contract.v1 import serving_pb2, serving_pb2_grpc
+
+
+class GrpcLink:
+    """One stream on a channel of its own."""
+
+    def __init__(self, made: grpc.aio.Channel) -> None:
+        self._channel = made
+        dispatch: Any = serving_pb2_grpc.ServingStub(made).Dispatch  # the stubs know no stream without an iterator
+        self._call = dispatch()
+
+    async def send(self, message: serving_pb2.GatewayMessage) -> None:
+        """Raises FalError when the stream broke."""
+        with fal_errors():
+            try:
+                await self._call.write(message)
+            except grpc.aio.UsageError:  # the stream ended meanwhile; reading tells why
+                raise _ended() from None
+
+    async def receive(self) -> serving_pb2.DispatchMessage:
+        """The next message. Raises FalError at the end."""
+        with fal_errors():
+            message = await self._call.read()
+        if not isinstance(message, serving_pb2.DispatchMessage):  # grpc.aio.EOF
+            raise _ended()
+        return message
+
+    async def close(self) -> None:
+        """End the stream and its channel."""
+        self._call.cancel()
+        await self._channel.close(None)
+
+
+def grpc_dialer(addresses: Sequence[str], identity: Callable[[], Identity]) -> Callable[[], Awaitable[DispatchLink]]:
+    """Dials the schedulers' `addresses` (host:port) in turn; `identity` is asked each time, so that renewals count."""
+    if not addresses:
+        raise FalError(Code.INVALID, "there is no scheduler address", remedy="Give at least one host:port.")
+    turn = itertools.cycle(addresses)
+
+    async def dial() -> DispatchLink:
+        return GrpcLink(channel(next(turn), identity()))
+
+    return dial
+
+
+def _ended() -> FalError:
+    return FalError(Code.UNAVAILABLE, "the scheduler ended the stream", remedy="It is tried again.")
