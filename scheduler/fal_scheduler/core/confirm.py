@@ -114,6 +114,7 @@ def _store(work: Work) -> list[str]:
     lines = [f"the store is confirmed; the cluster's epoch is {epoch}"]
     state.hold_all = ""
     work.settle("STORE_OLDER", "store")
+    work.settle("STORE_FOREIGN", "store")
     for live in held:
         work.settle("STORE_NEW", live.node_id)
         lines.append(f"{live.node_id}: follows this store")

@@ -104,6 +104,7 @@ def _changed(work: Work, live: NodeLive, health: Health) -> None:
         _forgive(work, live)  # the others fell silent too: it is we who are cut off
     live.health = health
     state.refresh_node(live.node_id)
+    state.capacity_at_s = work.moment.now_s
     for runner_id in state.runners_by_node.get(live.node_id, ()):
         work.emit(RouteChanged(runner_id))
     work.emit(NodeChanged(live.node_id))

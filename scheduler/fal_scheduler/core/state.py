@@ -72,6 +72,7 @@ class State:
         self.settled = True  # False while a new leader waits for its nodes to say what they run
         self.hold_all = ""  # why nothing at all is started or stopped by itself
         self.dirty: dict[str, None] = {}  # apps to be reconciled
+        self.capacity_at_s = 0.0  # when what placement looks at changed last; older reasons are worked out anew
         self.waiting: dict[str, None] = {}  # apps with runners that have no node
         self.asked: dict[str, None] = {}  # apps whose stops an operator's command asks for, until they are done
         self.stops_held: dict[str, None] = {}  # apps with stops that wait for a confirm

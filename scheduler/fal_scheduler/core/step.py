@@ -160,6 +160,9 @@ def _tick(work: Work, event: Tick) -> None:
     for app_id, backoff in state.backoffs.items():
         if backoff.until_s <= now_s and app_id in state.waiting:
             state.dirty[app_id] = None
+    for (app_id, _), pending in state.pending.items():
+        if pending.found_at_s < state.capacity_at_s:
+            state.dirty[app_id] = None
     if not state.grace_over and now_s - state.term_began_s >= FAILOVER_GRACE_S:
         state.grace_over = True
         state.dirty.update(dict.fromkeys(state.apps))

@@ -84,6 +84,7 @@ class Work:
     def capacity_grew(self) -> None:
         """Something became free or allowed: runners that wait for a node are tried again."""
         self.state.dirty.update(self.state.waiting)
+        self.state.capacity_at_s = self.moment.now_s
 
     def emit(self, effect: Effect) -> None:
         """Give `effect` out after the commit; the same one counts once."""

@@ -1,0 +1,346 @@
+"""Records and their bytes in the store: `fal.v1.Record`, one a key.
+
+A record of a newer version than ours is refused (VERSION_MISMATCH), one that cannot be read or stands under another's
+key is refused (CORRUPT); both errors name the key. Called by the engine at loading and at each commit, and for specs
+by the APIs. Must not decide anything; everything is copied field by field, and a property test holds the round trip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from fal_contract.errors import Code, FalError
+from fal_contract.v1 import state_pb2 as pb
+from fal_scheduler.codec_spec import scale_from_pb, spec_from_pb, spec_to_pb
+from fal_scheduler.core.records import (
+    App,
+    AssignmentRef,
+    Binding,
+    Goal,
+    Meta,
+    Model,
+    ModelState,
+    Node,
+    Pool,
+    Record,
+    Residency,
+    Revision,
+    Revocation,
+    Runner,
+    key_of,
+)
+from fal_scheduler.core.tokens import JoinToken
+
+RECORD_VERSION: Final = 1
+
+
+def encode(record: Record) -> bytes:
+    """A record as the store keeps it."""
+    match record:
+        case Runner():
+            message = pb.Record(version=RECORD_VERSION, runner=runner_to_pb(record))
+        case App():
+            message = pb.Record(version=RECORD_VERSION, app=app_to_pb(record))
+        case Revision():
+            message = pb.Record(version=RECORD_VERSION, revision=revision_to_pb(record))
+        case Node():
+            message = pb.Record(version=RECORD_VERSION, node=node_to_pb(record))
+        case Pool():
+            message = pb.Record(version=RECORD_VERSION, pool=pool_to_pb(record))
+        case Model():
+            message = pb.Record(version=RECORD_VERSION, model=model_to_pb(record))
+        case JoinToken():
+            message = pb.Record(version=RECORD_VERSION, token=_token_to_pb(record))
+        case Revocation():
+            message = pb.Record(version=RECORD_VERSION, revocation=_revocation_to_pb(record))
+        case Meta():
+            message = pb.Record(version=RECORD_VERSION, meta=_meta_to_pb(record))
+    return message.SerializeToString()
+
+
+def decode(key: str, value: bytes) -> Record:
+    """The record under `key`. Raises VERSION_MISMATCH or CORRUPT, naming the key."""
+    try:
+        message = pb.Record.FromString(value)
+    except DecodeError as error:
+        raise _corrupt(key, "cannot be read") from error
+    if message.version > RECORD_VERSION:
+        raise FalError(
+            Code.VERSION_MISMATCH,
+            f"record {key!r} is of version {message.version}, this scheduler reads up to {RECORD_VERSION}",
+            remedy="Start the newer scheduler that wrote it; nothing was changed.",
+        )
+    kind = message.WhichOneof("kind")
+    if kind is None or message.version == 0:
+        raise _corrupt(key, "names no kind or no version")
+    try:
+        record = _DECODE[kind](message)
+        expected = key_of(record)
+    except (ValueError, IndexError) as error:
+        raise _corrupt(key, f"holds a value that is none ({error})") from error
+    if expected != key:
+        raise _corrupt(key, f"holds the record of {expected!r}")
+    return record
+
+
+def _corrupt(key: str, why: str) -> FalError:
+    return FalError(
+        Code.CORRUPT,
+        f"record {key!r} {why}",
+        remedy="Restore the store from a copy; nothing was changed.",
+    )
+
+
+def _meta_to_pb(meta: Meta) -> pb.Meta:
+    return pb.Meta(
+        cluster_id=meta.cluster_id,
+        epoch=meta.epoch,
+        incarnation=meta.incarnation,
+        created_at_s=meta.created_at_s,
+        accepted_clusters=meta.accepted_clusters,
+    )
+
+
+def _meta_from_pb(meta: pb.Meta) -> Meta:
+    return Meta(meta.cluster_id, meta.epoch, meta.incarnation, meta.created_at_s, tuple(meta.accepted_clusters))
+
+
+def pool_to_pb(pool: Pool) -> pb.Pool:
+    """A pool for the wire."""
+    return pb.Pool(
+        name=pool.name,
+        cloud=pool.cloud,
+        region=pool.region,
+        zone=pool.zone,
+        gpu_hour_price_micros=pool.gpu_hour_price_micros,
+        egress_gib_price_micros=pool.egress_gib_price_micros,
+        networks=pool.networks,
+        spot=pool.spot,
+        cache_bytes=pool.cache_bytes,
+        trusted_network=pool.trusted_network,
+        labels=pool.labels,
+        generation=pool.generation,
+    )
+
+
+def pool_from_pb(pool: pb.Pool) -> Pool:
+    """A pool from the wire."""
+    return Pool(
+        name=pool.name,
+        cloud=pool.cloud,
+        region=pool.region,
+        zone=pool.zone,
+        gpu_hour_price_micros=pool.gpu_hour_price_micros,
+        egress_gib_price_micros=pool.egress_gib_price_micros,
+        networks=tuple(pool.networks),
+        spot=pool.spot,
+        cache_bytes=pool.cache_bytes,
+        trusted_network=pool.trusted_network,
+        labels=dict(pool.labels),
+        generation=pool.generation,
+    )
+
+
+def node_to_pb(node: Node) -> pb.Node:
+    """A node for the wire."""
+    return pb.Node(
+        id=node.id,
+        name=node.name,
+        pool=node.pool,
+        cordoned=node.cordoned,
+        cordon_reason=node.cordon_reason,
+        labels=node.labels,
+        joined_at_s=node.joined_at_s,
+        token_id=node.token_id,
+        revoked=node.revoked,
+    )
+
+
+def _node_from_pb(node: pb.Node) -> Node:
+    return Node(
+        id=node.id,
+        name=node.name,
+        pool=node.pool,
+        cordoned=node.cordoned,
+        cordon_reason=node.cordon_reason,
+        labels=dict(node.labels),
+        joined_at_s=node.joined_at_s,
+        token_id=node.token_id,
+        revoked=node.revoked,
+    )
+
+
+def _token_to_pb(token: JoinToken) -> pb.JoinToken:
+    return pb.JoinToken(
+        id=token.id,
+        secret_sha256=token.secret_sha256,
+        pool=token.pool,
+        expires_at_s=token.expires_at_s,
+        uses_left=token.uses_left,
+        revoked=token.revoked,
+        created_by=token.created_by,
+        created_at_s=token.created_at_s,
+    )
+
+
+def _token_from_pb(token: pb.JoinToken) -> JoinToken:
+    return JoinToken(
+        id=token.id,
+        secret_sha256=token.secret_sha256,
+        pool=token.pool,
+        expires_at_s=token.expires_at_s,
+        uses_left=token.uses_left,
+        revoked=token.revoked,
+        created_by=token.created_by,
+        created_at_s=token.created_at_s,
+    )
+
+
+def _revocation_to_pb(revocation: Revocation) -> pb.Revocation:
+    return pb.Revocation(
+        serial=revocation.serial,
+        subject=revocation.subject,
+        revoked_at_s=revocation.revoked_at_s,
+        reason=revocation.reason,
+    )
+
+
+def _revocation_from_pb(revocation: pb.Revocation) -> Revocation:
+    return Revocation(revocation.serial, revocation.subject, revocation.revoked_at_s, revocation.reason)
+
+
+def app_to_pb(app: App) -> pb.App:
+    """An app for the wire."""
+    message = pb.App(
+        id=app.id,
+        revision=app.revision,
+        generation=app.generation,
+        deleting=app.deleting,
+        created_at_s=app.created_at_s,
+    )
+    if app.scale is not None:
+        message.scale.CopyFrom(
+            pb.ScaleOverride(
+                min_concurrency=app.scale.min_concurrency,
+                max_concurrency=app.scale.max_concurrency,
+                keep_alive_s=app.scale.keep_alive_s,
+            )
+        )
+    return message
+
+
+def _app_from_pb(app: pb.App) -> App:
+    scale = scale_from_pb(app.scale) if app.HasField("scale") else None
+    return App(app.id, app.revision, scale, app.generation, app.deleting, app.created_at_s)
+
+
+def revision_to_pb(revision: Revision) -> pb.Revision:
+    """A revision for the wire."""
+    return pb.Revision(
+        app=revision.app,
+        number=revision.number,
+        spec=spec_to_pb(revision.spec),
+        digest=revision.digest,
+        created_at_s=revision.created_at_s,
+        created_by=revision.created_by,
+    )
+
+
+def _revision_from_pb(revision: pb.Revision) -> Revision:
+    return Revision(
+        revision.app,
+        revision.number,
+        spec_from_pb(revision.spec),
+        revision.digest,
+        revision.created_at_s,
+        revision.created_by,
+    )
+
+
+def model_to_pb(model: Model) -> pb.Model:
+    """A model for the wire."""
+    return pb.Model(
+        id=model.id,
+        kind=model.kind,
+        uri=model.uri,
+        state=pb.ModelState.ValueType(model.state),
+        manifest_digest=model.manifest_digest,
+        bytes=model.bytes,
+        files=model.files,
+        created_at_s=model.created_at_s,
+        reason=model.reason,
+        revision=model.revision,
+    )
+
+
+def _model_from_pb(model: pb.Model) -> Model:
+    return Model(
+        id=model.id,
+        kind=model.kind,
+        uri=model.uri,
+        state=ModelState(model.state),
+        manifest_digest=model.manifest_digest,
+        bytes=model.bytes,
+        files=model.files,
+        created_at_s=model.created_at_s,
+        reason=model.reason,
+        revision=model.revision,
+    )
+
+
+def runner_to_pb(runner: Runner) -> pb.Runner:
+    """A runner for the wire."""
+    assignment = runner.assignment
+    return pb.Runner(
+        id=runner.id,
+        share_group=runner.share_group,
+        node=runner.node,
+        gpus=runner.gpus,
+        assignment=pb.AssignmentRef(id=assignment.id, term=assignment.term) if assignment is not None else None,
+        residencies=[
+            pb.Residency(id=one.id, model=one.model, manifest_digest=one.manifest_digest) for one in runner.residencies
+        ],
+        bindings=[pb.Binding(app=one.app, revision=one.revision, residency=one.residency) for one in runner.bindings],
+        created_at_s=runner.created_at_s,
+        goal=pb.Goal.ValueType(runner.goal),
+        goal_reason=runner.goal_reason,
+        memory_bytes=runner.memory_bytes,
+        cpu_milli=runner.cpu_milli,
+    )
+
+
+def _runner_from_pb(runner: pb.Runner) -> Runner:
+    if not runner.bindings:
+        raise ValueError("a runner without a binding")
+    return Runner(
+        id=runner.id,
+        share_group=runner.share_group,
+        bindings=tuple(Binding(one.app, one.revision, one.residency) for one in runner.bindings),
+        created_at_s=runner.created_at_s,
+        node=runner.node,
+        gpus=tuple(runner.gpus),
+        assignment=AssignmentRef(runner.assignment.id, runner.assignment.term)
+        if runner.HasField("assignment")
+        else None,
+        residencies=tuple(Residency(one.id, one.model, one.manifest_digest) for one in runner.residencies),
+        goal=Goal(runner.goal),
+        goal_reason=runner.goal_reason,
+        memory_bytes=runner.memory_bytes,
+        cpu_milli=runner.cpu_milli,
+    )
+
+
+_DECODE: Final[dict[str, Callable[[pb.Record], Record]]] = {
+    "meta": lambda message: _meta_from_pb(message.meta),
+    "pool": lambda message: pool_from_pb(message.pool),
+    "node": lambda message: _node_from_pb(message.node),
+    "token": lambda message: _token_from_pb(message.token),
+    "revocation": lambda message: _revocation_from_pb(message.revocation),
+    "app": lambda message: _app_from_pb(message.app),
+    "revision": lambda message: _revision_from_pb(message.revision),
+    "model": lambda message: _model_from_pb(message.model),
+    "runner": lambda message: _runner_from_pb(message.runner),
+}

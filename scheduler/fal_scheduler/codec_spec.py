@@ -1,0 +1,101 @@
+"""App specs and scaling between records and messages, field by field. Used by `codec` and by the APIs."""
+
+from __future__ import annotations
+
+from fal_contract.v1 import state_pb2 as pb
+from fal_scheduler.core.records import Probe, Resources, ScaleOverride, Scaling, Spec
+
+
+def scale_from_pb(scale: pb.ScaleOverride) -> ScaleOverride:
+    """Scaling values from the wire; unset ones are None."""
+    return ScaleOverride(
+        scale.min_concurrency if scale.HasField("min_concurrency") else None,
+        scale.max_concurrency if scale.HasField("max_concurrency") else None,
+        scale.keep_alive_s if scale.HasField("keep_alive_s") else None,
+    )
+
+
+def scaling_to_pb(scaling: Scaling) -> pb.Scaling:
+    """Scaling for the wire."""
+    return pb.Scaling(
+        keep_alive_s=scaling.keep_alive_s,
+        min_concurrency=scaling.min_concurrency,
+        max_concurrency=scaling.max_concurrency,
+        concurrency_buffer=scaling.concurrency_buffer,
+        concurrency_buffer_perc=scaling.concurrency_buffer_perc,
+        scaling_delay_s=scaling.scaling_delay_s,
+        max_multiplexing=scaling.max_multiplexing,
+        request_timeout_s=scaling.request_timeout_s,
+        startup_timeout_s=scaling.startup_timeout_s,
+    )
+
+
+def _scaling_from_pb(scaling: pb.Scaling) -> Scaling:
+    return Scaling(
+        keep_alive_s=scaling.keep_alive_s,
+        min_concurrency=scaling.min_concurrency,
+        max_concurrency=scaling.max_concurrency,
+        concurrency_buffer=scaling.concurrency_buffer,
+        concurrency_buffer_perc=scaling.concurrency_buffer_perc,
+        scaling_delay_s=scaling.scaling_delay_s,
+        max_multiplexing=scaling.max_multiplexing,
+        request_timeout_s=scaling.request_timeout_s,
+        startup_timeout_s=scaling.startup_timeout_s,
+    )
+
+
+def spec_to_pb(spec: Spec) -> pb.AppSpec:
+    """A spec for the wire."""
+    resources, probe = spec.resources, spec.probe
+    return pb.AppSpec(
+        image=spec.image,
+        command=spec.command,
+        env=spec.env,
+        model=spec.model,
+        loras=spec.loras,
+        machine_type=spec.machine_type,
+        num_gpus=spec.num_gpus,
+        gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
+        resources=pb.Resources(
+            cpu_milli=resources.cpu_milli,
+            memory_bytes=resources.memory_bytes,
+            pids_max=resources.pids_max,
+            shm_bytes=resources.shm_bytes,
+        ),
+        pools=spec.pools,
+        labels=spec.labels,
+        network=spec.network,
+        scaling=scaling_to_pb(spec.scaling),
+        probe=pb.Probe(
+            ready_path=probe.ready_path,
+            live_path=probe.live_path,
+            interval_s=probe.interval_s,
+            timeout_s=probe.timeout_s,
+            failures_max=probe.failures_max,
+        ),
+        termination_grace_s=spec.termination_grace_s,
+        share_group=spec.share_group,
+    )
+
+
+def spec_from_pb(spec: pb.AppSpec) -> Spec:
+    """A spec from the wire; validation is the caller's (`fal_contract.manifest`)."""
+    resources, probe = spec.resources, spec.probe
+    return Spec(
+        image=spec.image,
+        command=tuple(spec.command),
+        env=dict(spec.env),
+        model=spec.model,
+        loras=tuple(spec.loras),
+        machine_type=tuple(spec.machine_type),
+        num_gpus=spec.num_gpus,
+        gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
+        resources=Resources(resources.cpu_milli, resources.memory_bytes, resources.pids_max, resources.shm_bytes),
+        pools=tuple(spec.pools),
+        labels=dict(spec.labels),
+        network=spec.network,
+        scaling=_scaling_from_pb(spec.scaling),
+        probe=Probe(probe.ready_path, probe.live_path, probe.interval_s, probe.timeout_s, probe.failures_max),
+        termination_grace_s=spec.termination_grace_s,
+        share_group=spec.share_group,
+    )

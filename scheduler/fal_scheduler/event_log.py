@@ -1,0 +1,146 @@
+"""What happened, for operators: a numbered ring in memory and bounded JSON-lines files beside the store.
+
+An edge. Losing it is fine (design, section 6): a full disk is told once and tolerated, never an error for a caller.
+Called by the engine only; the API reads `since`. Must not hold secrets: the core's messages carry none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import replace
+from io import BufferedWriter
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from fal_scheduler.core.events import Logged
+
+RING_EVENTS_MAX: Final = 10_000
+FILE_BYTES_MAX: Final = 16 << 20
+FILES_MAX: Final = 4
+
+_log = structlog.get_logger("fal.events")
+
+
+class EventLog:
+    """Numbers rise by one across restarts where the files are still there."""
+
+    def __init__(self, directory: Path | None, *, file_bytes_max: int = FILE_BYTES_MAX) -> None:
+        """`directory`: where the files go; None keeps the ring only."""
+        self._directory = directory
+        self._file_bytes_max = file_bytes_max
+        self._ring: deque[Logged] = deque(maxlen=RING_EVENTS_MAX)
+        self._file: BufferedWriter | None = None
+        self._file_bytes = 0
+        self._failed = False
+        self._number = 0
+        if directory is not None:
+            self._number = _last_number(directory / "events.jsonl") or _last_number(directory / "events.jsonl.1")
+            self._open()
+
+    @property
+    def last_number(self) -> int:
+        """Number of the newest event; 0 before the first."""
+        return self._number
+
+    def append(self, event: Logged) -> Logged:
+        """Number an event and keep it; `flush` brings it to the file."""
+        self._number += 1
+        numbered = replace(event, number=self._number)
+        self._ring.append(numbered)
+        self._write(numbered)
+        return numbered
+
+    def since(self, after: int, *, subject: str = "") -> list[Logged]:
+        """Events in the ring with a higher number, oldest first; only about `subject` where one is given."""
+        return [event for event in self._ring if event.number > after and subject in ("", event.subject)]
+
+    def flush(self) -> None:
+        """Hand what was appended to the operating system."""
+        if self._file is not None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> None:
+        assert self._directory is not None
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path = self._directory / "events.jsonl"
+            self._file = path.open("ab")
+            self._file_bytes = path.stat().st_size
+        except OSError as error:
+            self._give_up(error)
+
+    def _write(self, event: Logged) -> None:
+        if self._file is None:
+            return
+        line = json.dumps(
+            {
+                "number": event.number,
+                "time_s": event.wall_s,
+                "kind": event.kind,
+                "subject": event.subject,
+                "message": event.message,
+                "actor": event.actor,
+                "facts": dict(event.facts),
+            },
+            separators=(",", ":"),
+        ).encode()
+        try:
+            self._file.write(line + b"\n")
+            self._file_bytes += len(line) + 1
+            if self._file_bytes >= self._file_bytes_max:
+                self._rotate()
+        except OSError as error:
+            self._give_up(error)
+
+    def _rotate(self) -> None:
+        assert self._directory is not None
+        assert self._file is not None
+        self._file.close()
+        path = self._directory / "events.jsonl"
+        for number in range(FILES_MAX - 1, 0, -1):
+            older = path.with_name(f"events.jsonl.{number}")
+            newer = path.with_name(f"events.jsonl.{number - 1}") if number > 1 else path
+            if newer.exists():
+                newer.replace(older)
+        self._open()
+
+    def _give_up(self, error: OSError) -> None:
+        """The disk is full or gone: the ring goes on alone until the next start."""
+        if not self._failed:
+            _log.warning("event log not written", error=str(error), remedy="Free the disk, then restart the scheduler.")
+        self._failed = True
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except OSError:
+                return
+
+
+def _last_number(path: Path) -> int:
+    """Number of the last whole line; 0 where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - (64 << 10)))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["number"])
+        except (ValueError, KeyError, TypeError):
+            continue  # torn by a crash
+    return 0
