@@ -1,0 +1,1 @@
+"""fsd's decisions, pure: no disk, no clock, no asyncio."""

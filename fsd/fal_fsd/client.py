@@ -1,0 +1,69 @@
+"""The agent's side of fal-fsd: a typed client over the node's unix socket.
+
+Every call is idempotent and raises FalError; UNAVAILABLE while fsd is away. One channel, which reconnects by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import grpc.aio
+
+from fal_contract import rpc
+from fal_contract.errors import Code, FalError
+from fal_contract.limits import RPC_TIMEOUT_S, STAGE_TIMEOUT_S
+from fal_contract.v1 import agent_pb2, fsd_pb2, fsd_pb2_grpc
+
+OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
+_ANSWER_TIMEOUT_S: Final = 2.0
+
+
+class CacheClient:
+    """A client of the fsd at `socket`. Close it."""
+
+    def __init__(self, socket: Path) -> None:
+        self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=list(rpc.CHANNEL_OPTIONS))
+        self._stub = fsd_pb2_grpc.NodeCacheStub(self._channel)
+
+    async def stage(
+        self, artifact: agent_pb2.Artifact, owner: str, *, on_progress: OnProgress = lambda done, total: None
+    ) -> Path:
+        """The folder with the artifact's files, every digest checked, pinned for `owner`."""
+        with rpc.fal_errors():
+            request = fsd_pb2.StageRequest(artifact=artifact, owner=owner)
+            async for progress in self._stub.Stage(request, timeout=STAGE_TIMEOUT_S):
+                on_progress(progress.bytes_done, progress.bytes_total)
+                if progress.ready:
+                    return Path(progress.path)
+        raise FalError(Code.UNAVAILABLE, "fal-fsd ended a staging without a word", remedy="It is asked again.")
+
+    async def pin(self, manifest_digest: str, owner: str) -> None:
+        """Keep an artifact that is here. NOT_FOUND."""
+        with rpc.fal_errors():
+            await self._stub.Pin(
+                fsd_pb2.PinRequest(manifest_digest=manifest_digest, owner=owner), timeout=RPC_TIMEOUT_S
+            )
+
+    async def unpin(self, owner: str) -> None:
+        """Let go of all pins of `owner`."""
+        with rpc.fal_errors():
+            await self._stub.Unpin(fsd_pb2.UnpinRequest(owner=owner), timeout=RPC_TIMEOUT_S)
+
+    async def artifacts(self) -> list[fsd_pb2.CachedArtifact]:
+        """What is here or on its way, by digest."""
+        with rpc.fal_errors():
+            reply = await self._stub.ListArtifacts(fsd_pb2.ListArtifactsRequest(), timeout=RPC_TIMEOUT_S)
+        return list(reply.artifacts)
+
+    async def answers(self) -> bool:
+        """True when an fsd is there."""
+        try:
+            await self._stub.ListArtifacts(fsd_pb2.ListArtifactsRequest(), timeout=_ANSWER_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        await self._channel.close(None)
