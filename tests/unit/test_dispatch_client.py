@@ -143,10 +143,16 @@ async def client_of(scheduler: FakeScheduler) -> AsyncIterator[DispatchClient]:
         await client.close()
 
 
+@dataclass(frozen=True)
+class Cluster:
+    scheduler: FakeScheduler
+    client: DispatchClient
+    proxy: ProxyServer
+    worker: FakeWorker
+
+
 @contextlib.asynccontextmanager
-async def cluster(
-    folder: Path, slots: int = 2
-) -> AsyncIterator[tuple[FakeScheduler, DispatchClient, ProxyServer, FakeWorker]]:
+async def cluster(folder: Path, slots: int = 2) -> AsyncIterator[Cluster]:
     scheduler = FakeScheduler()
     async with working(folder) as worker, serving(folder / "p") as proxy, client_of(scheduler) as client:
         proxy.put_runner(entry(worker, slots=slots))
