@@ -10,6 +10,7 @@ Written by conmon and by `fal_runtime.process_supervisor`; read by the drivers. 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from fal_runtime.driver import LogLine, Stream
 from fal_runtime.watch import Watcher
 
 _BLOCK_BYTES: Final = 64 << 10
+_FINISHED: Final = re.compile(rb"^\S+ std(?:out|err) F ", re.MULTILINE)
 _RECORD_BYTES_MAX: Final = 1 << 20  # a record without a newline of this size is dropped
 
 
@@ -69,14 +71,16 @@ class LineAssembler:
 def _tail_bytes(file: BinaryIO, tail_lines: int) -> bytes:
     """The end of `file` holding at least `tail_lines` finished lines, or all of it. Leaves the position at the end."""
     at = file.seek(0, os.SEEK_END)
-    data = b""
-    while at > 0 and data.count(b" F ") <= tail_lines:
+    blocks: list[bytes] = []
+    finished = 0
+    while at > 0 and finished <= tail_lines:
         size = min(_BLOCK_BYTES, at)
         at -= size
         file.seek(at)
-        data = file.read(size) + data
+        blocks.append(file.read(size))
+        finished += len(_FINISHED.findall(blocks[-1]))
     file.seek(0, os.SEEK_END)
-    return data
+    return b"".join(reversed(blocks))
 
 
 def _open(path: Path) -> BinaryIO | None:

@@ -93,6 +93,7 @@ class ProcessDriver:
                 {
                     "isolation": "none: a container sees the files, network and processes of this machine",
                     "limits": "open files only; CPU, memory and pids are not limited",
+                    "image": "ignored: every container runs this machine's programs",
                 }
             ),
         )

@@ -74,6 +74,9 @@ class Log:
         for record in records:
             self._write(record)
 
+    def close(self) -> None:
+        self._file.close()
+
     def _write(self, record: bytes) -> None:
         if self._size + len(record) > self._half and self._size:
             self._file.close()
