@@ -100,6 +100,8 @@ class JoinServer:
         joiner: Joiner,
         clock: Clock,
         on_refused: Callable[[JoinRefusal], None] = lambda refusal: None,
+        connections_max: int = _CONNECTIONS_MAX,
+        connection_life_s: float = _CONNECTION_LIFE_S,
     ) -> None:
         self._ca = ca
         self._identity = identity
@@ -108,7 +110,7 @@ class JoinServer:
         self._on_refused = on_refused
         self._limit = AttemptLimit()
         self._joins = 0
-        self._connections: set[_Connection] = set()
+        self._connections = _Connections(connections_max, connection_life_s)
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
 
@@ -153,8 +155,7 @@ class JoinServer:
         if server is None or runner is None:
             return
         server.close()
-        for connection in list(self._connections):
-            connection.abort()
+        self._connections.abort()
         await runner.cleanup()
         await server.wait_closed()
 
@@ -227,33 +228,46 @@ async def _read(request: web.Request) -> JoinRequest:
         raise pydantic_error(exc, "join request", model=JoinRequest) from None
 
 
-class _Connection(asyncio.Protocol):
-    """aiohttp's protocol with a bounded life, and a bounded number of siblings."""
+class _Connections:
+    """The open ones: at most so many, each for at most so long."""
 
-    def __init__(self, inner: Any, siblings: set[_Connection]) -> None:
-        self._inner = inner
-        self._siblings = siblings
-        self._transport: asyncio.Transport | None = None
-        self._end: asyncio.TimerHandle | None = None
+    def __init__(self, connections_max: int, life_s: float) -> None:
+        self._connections_max = connections_max
+        self._life_s = life_s
+        self._ends: dict[asyncio.Transport, asyncio.TimerHandle] = {}
+
+    def add(self, transport: asyncio.Transport) -> None:
+        if len(self._ends) >= self._connections_max:
+            transport.abort()
+            return
+        self._ends[transport] = asyncio.get_running_loop().call_later(self._life_s, transport.abort)
+
+    def discard(self, transport: asyncio.Transport) -> None:
+        if (end := self._ends.pop(transport, None)) is not None:
+            end.cancel()
 
     def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+        for transport in list(self._ends):
+            transport.abort()
+
+
+class _Connection(asyncio.Protocol):
+    """aiohttp's protocol, entered among the open connections."""
+
+    def __init__(self, inner: Any, connections: _Connections) -> None:
+        self._inner = inner
+        self._connections = connections
+        self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._inner.connection_made(transport)
-        if len(self._siblings) >= _CONNECTIONS_MAX:
-            transport.abort()
-            return
-        self._siblings.add(self)
-        self._end = asyncio.get_running_loop().call_later(_CONNECTION_LIFE_S, transport.abort)
+        self._connections.add(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._siblings.discard(self)
-        if self._end is not None:
-            self._end.cancel()
+        if self._transport is not None:
+            self._connections.discard(self._transport)
         self._inner.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

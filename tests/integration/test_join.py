@@ -89,11 +89,23 @@ def other_ca(tmp_path_factory: pytest.TempPathFactory) -> CertificateAuthority:
 
 @asynccontextmanager
 async def listening(
-    ca: CertificateAuthority, *, identity: Callable[[], Identity] | None = None
+    ca: CertificateAuthority,
+    *,
+    identity: Callable[[], Identity] | None = None,
+    connections_max: int = 256,
+    connection_life_s: float = 30.0,
 ) -> AsyncIterator[World]:
     clock, engine, refusals = ManualClock(wall_s=NOW_S), Engine(), list[JoinRefusal]()
     own = identity or OwnIdentity(ca, name="s-1", hosts=["127.0.0.1"], clock=clock).current
-    server = JoinServer(ca=ca, identity=own, joiner=engine, clock=clock, on_refused=refusals.append)
+    server = JoinServer(
+        ca=ca,
+        identity=own,
+        joiner=engine,
+        clock=clock,
+        on_refused=refusals.append,
+        connections_max=connections_max,
+        connection_life_s=connection_life_s,
+    )
     port = await server.start("127.0.0.1", 0)
     try:
         yield World(ca, clock, engine, f"127.0.0.1:{port}", server, refusals)
@@ -359,6 +371,34 @@ def test_a_port_in_use_is_an_error(ca: CertificateAuthority) -> None:
             await second.start("127.0.0.1", int(world.address.rpartition(":")[2]))
 
     run(ca, scenario)
+
+
+async def _connect(world: World) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = world.address.partition(":")
+    context = ssl.create_default_context(cadata=world.ca.ca_pem.decode())
+    return await asyncio.open_connection(host, int(port), ssl=context)
+
+
+async def _ended(reader: asyncio.StreamReader) -> bool:
+    try:
+        return await reader.read(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_silent_strangers_use_up_neither_connections_nor_time(ca: CertificateAuthority) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(20), listening(ca, connections_max=2, connection_life_s=0.5) as world:
+            silent = [await _connect(world) for _ in range(2)]
+            third, writer = await _connect(world)
+            assert await _ended(third)  # at once: the others are still there
+            assert not silent[0][0].at_eof()
+            assert [await _ended(reader) for reader, _ in silent] == [True, True]
+            await world.join(world.token())
+            for each in (writer, *(writer for _, writer in silent)):
+                each.close()
+
+    asyncio.run(main())
 
 
 # --- renewal
