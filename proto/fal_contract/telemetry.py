@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import socket
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -239,17 +238,3 @@ class LoopLag:
             due_s = loop.time() + self._interval_s
             await asyncio.sleep(self._interval_s)
             self.observe(loop.time() - due_s)
-
-
-def notify_systemd(state: str, address: str | None) -> bool:
-    """Tell systemd `state` (`READY=1`) over $NOTIFY_SOCKET's `address`; False when there is none or it failed."""
-    if not address:
-        return False
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(1.0)
-            sender.connect("\0" + address[1:] if address.startswith("@") else address)
-            sender.sendall(state.encode())
-    except OSError:
-        return False
-    return True

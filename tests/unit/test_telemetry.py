@@ -6,13 +6,13 @@ import asyncio
 import io
 import json
 import logging
-import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import aiohttp
 import pytest
 import structlog
+from prometheus_client import CollectorRegistry, Gauge
+
 from fal_contract.clock import ManualClock
 from fal_contract.errors import Code, FalError
 from fal_contract.telemetry import (
@@ -22,9 +22,7 @@ from fal_contract.telemetry import (
     TelemetryServer,
     configure_logging,
     get_logger,
-    notify_systemd,
 )
-from prometheus_client import CollectorRegistry, Gauge
 
 
 @pytest.fixture(autouse=True)
@@ -173,13 +171,3 @@ def test_loop_lag_samples_a_running_loop() -> None:
         return lag.lag_max_s
 
     assert 0 < asyncio.run(scenario()) < 5
-
-
-def test_systemd_is_told(tmp_path: Path) -> None:
-    path = str(tmp_path / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
-        receiver.bind(path)
-        assert notify_systemd("READY=1", path)
-        assert receiver.recv(64) == b"READY=1"
-    assert not notify_systemd("READY=1", None)
-    assert not notify_systemd("READY=1", str(tmp_path / "gone"))
