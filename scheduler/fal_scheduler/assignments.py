@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import agent_pb2, state_pb2
-from fal_scheduler import wire
+from fal_scheduler.codec_spec import spec_to_pb
 from fal_scheduler.core.records import Goal, Model, ModelState, Runner
 from fal_scheduler.core.state import State
 
@@ -64,7 +64,7 @@ class AssignmentBuilder:
         key = (runner.app, runner.revision, revision.digest)
         spec = self._specs.get(key)
         if spec is None:
-            spec = self._specs[key] = wire.fill(state_pb2.AppSpec(), revision.spec)
+            spec = self._specs[key] = spec_to_pb(revision.spec)
             if len(self._specs) > _CACHED_MAX:
                 self._specs.popitem(last=False)
         return spec

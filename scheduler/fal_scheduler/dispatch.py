@@ -21,9 +21,9 @@ from fal_contract.limits import WANT_WINDOW_S
 from fal_contract.v1 import agent_pb2, serving_pb2
 from fal_contract.versions import agree
 from fal_scheduler.core.events import AppChanged, Effect, GatewayReach, NodeChanged, RouteChanged
-from fal_scheduler.core.phase import why_not_serving
+from fal_scheduler.core.serving import why_not_serving
 from fal_scheduler.core.slots import Held, Lease, SlotBook, Want
-from fal_scheduler.engine import EnginePort
+from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.leading_edge import LeadingEdge
 from fal_scheduler.routes import RouteTable
 from fal_scheduler.stream_edges import first_message, send_bounded, until_first

@@ -10,8 +10,8 @@ from collections.abc import Collection
 
 from fal_contract.v1 import serving_pb2
 from fal_scheduler import wire
-from fal_scheduler.core.phase import phase_of, serves
 from fal_scheduler.core.records import Runner, RunnerState
+from fal_scheduler.core.serving import serves
 from fal_scheduler.core.slots import SlotRunner
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Health
@@ -59,10 +59,9 @@ def _route(state: State, runner: Runner) -> serving_pb2.Route:
     status = live.statuses[runner.id]
     revision = state.revisions.get((runner.app, runner.revision))
     scaling = revision.spec.scaling if revision is not None else None
-    phase, _ = phase_of(state, runner)
-    if live.health not in (Health.UNKNOWN, Health.LOST):
-        # IDLE and RUNNING alternate with every request; a gateway has no use for the difference.
-        phase = RunnerState.IDLE
+    # IDLE and RUNNING alternate with every request; a gateway has no use for the difference.
+    silent = live.health in (Health.UNKNOWN, Health.LOST)
+    phase = RunnerState.UNKNOWN if silent else RunnerState.IDLE
     return serving_pb2.Route(
         runner_id=runner.id,
         app=runner.app,

@@ -30,7 +30,7 @@ from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
 from fal_scheduler.core.events import AssignmentChanged, Effect, Logged, NodeChanged, NodeDisconnected
 from fal_scheduler.core.records import Goal, Runner
-from fal_scheduler.engine import EnginePort
+from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.leading_edge import LeadingEdge
 from fal_scheduler.log_streams import LogStreams
 from fal_scheduler.stream_edges import first_message, send_bounded, too_slow, until_first

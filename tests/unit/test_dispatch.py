@@ -226,7 +226,7 @@ def test_refusals_say_why_and_change_with_the_reason() -> None:
         rig.serve("t/a-1", state=RunnerState.SETUP)
         rig.engine.emit(AppChanged("t/a"))
         (again,) = (await link.next("refusals")).refusals.refusals
-        assert "SETUP" in again.what
+        assert "setup on name-n1" in again.what
         link.want(("t/a", 1))  # told again: answered again
         assert (await link.next("refusals")).refusals.refusals[0].app == "t/a"
         rig.serve("t/a-1")

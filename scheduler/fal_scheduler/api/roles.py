@@ -1,0 +1,47 @@
+"""Which role may call which method: the one table for every service of the scheduler.
+
+A method without a row is refused to everyone (`rpc_guard.Guard`); a test says that there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from fal_contract.identity import ADMINS, READERS, WRITERS, Role
+
+_CLUSTER: Final[Mapping[str, frozenset[Role]]] = {
+    "GetStatus": READERS,
+    "ListPools": READERS,
+    "ListNodes": READERS,
+    "ListModels": READERS,
+    "GetModel": READERS,
+    "PlanApp": READERS,
+    "ListApps": READERS,
+    "GetApp": READERS,
+    "ListRunners": READERS,
+    "GetRunner": READERS,
+    "RunnerLogs": READERS,
+    "Explain": READERS,
+    "Events": READERS,
+    "ApplyPool": WRITERS,
+    "CordonNode": WRITERS,
+    "AddModel": WRITERS,
+    "ApplyApp": WRITERS,
+    "ScaleApp": WRITERS,
+    "DeleteApp": WRITERS,
+    "StopRunner": WRITERS,
+    "RevokeNode": ADMINS,
+    "CreateToken": ADMINS,
+    "ListTokens": ADMINS,
+    "RevokeToken": ADMINS,
+    "Confirm": ADMINS,
+}
+NODES: Final = frozenset({Role.NODE})
+
+ROLES: Final[Mapping[str, frozenset[Role]]] = {
+    **{f"/fal.v1.Cluster/{method}": roles for method, roles in _CLUSTER.items()},
+    "/fal.v1.AgentService/Session": NODES,
+    "/fal.v1.AgentService/RenewCertificate": NODES,
+    "/fal.v1.Serving/Dispatch": frozenset({Role.SERVING, Role.OPERATOR, Role.ADMIN}),
+}

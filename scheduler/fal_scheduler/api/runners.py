@@ -1,0 +1,80 @@
+"""Runners and orphans."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from fal_contract.errors import Code, FalError, not_found
+from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
+from fal_scheduler.api.views import find_node, orphan_view, runner_view, runner_views
+from fal_scheduler.core.events import StopRunner
+from fal_scheduler.core.state import State
+from fal_scheduler.leadership import Leadership
+
+TAIL_LINES_MAX = 100_000
+
+
+def list_runners(leader: Leadership, request: cluster_pb2.ListRunnersRequest) -> cluster_pb2.ListRunnersReply:
+    """Runners in order of id, orphans among them; of a team, an app, a node. Raises NOT_FOUND for the node."""
+    state = leader.view
+    node_id = find_node(state, request.node).id if request.node else ""
+    chosen = [
+        view
+        for view in runner_views(state)
+        if request.team in ("", view.runner.id.split("/", 1)[0])
+        and request.app in ("", view.runner.bindings[0].app)
+        and node_id in ("", view.runner.node)
+    ]
+    return cluster_pb2.ListRunnersReply(runners=chosen)
+
+
+def get_runner(leader: Leadership, request: cluster_pb2.GetRunnerRequest) -> cluster_pb2.RunnerView:
+    """One runner or orphan."""
+    return find_runner(leader.view, request.id)
+
+
+def find_runner(state: State, runner_id: str) -> cluster_pb2.RunnerView:
+    """A runner or orphan by id. Raises NOT_FOUND."""
+    runner = state.runners.get(runner_id)
+    if runner is not None:
+        return runner_view(state, runner)
+    for node_id, orphan in sorted(state.orphans):
+        if orphan == runner_id:
+            return orphan_view(state, node_id, state.live[node_id].orphans[orphan])
+    raise not_found("runner", runner_id, remedy="List runners with `falctl runner list`.")
+
+
+async def stop_runner(leader: Leadership, request: cluster_pb2.StopRunnerRequest, actor: str) -> cluster_pb2.RunnerView:
+    """Stop a runner or orphan; the app replaces a runner while it still wants one. Raises NOT_FOUND."""
+    before = find_runner(leader.view, request.id)
+    await leader.engine.submit(StopRunner(request.id, request.kill, request.reason, actor))
+    try:
+        return find_runner(leader.view, request.id)
+    except FalError:  # it had no node, so it is gone at once
+        before.state = state_pb2.RUNNER_STATE_TERMINATED
+        before.reason = request.reason or f"stopped by {actor}"
+        return before
+
+
+async def runner_logs(leader: Leadership, request: cluster_pb2.RunnerLogsRequest) -> AsyncIterator[agent_pb2.LogChunk]:
+    """A runner's output, from its node. Raises NOT_FOUND, UNAVAILABLE (the node is silent)."""
+    view = find_runner(leader.view, request.id)
+    if not view.runner.node:
+        tail = view.status.log_tail if view.HasField("status") else ()
+        if not tail:
+            raise FalError(
+                Code.FAILED_PRECONDITION,
+                f"runner {request.id!r} has no output: {view.reason}",
+                remedy="Wait until it is on a node.",
+            )
+        lines = [agent_pb2.LogLine(stream="stdout", text=text) for text in tail]
+        yield agent_pb2.LogChunk(lines=lines, end=True)
+        return
+    chunks = leader.sessions.logs.follow(
+        view.runner.node,
+        request.id,
+        tail_lines=min(request.tail_lines, TAIL_LINES_MAX),
+        follow=request.follow,
+    )
+    async for chunk in chunks:
+        yield chunk
