@@ -107,7 +107,7 @@ async def read_frame(reader: asyncio.StreamReader) -> dict[str, Any]:
 def decode(body: bytes) -> dict[str, Any]:
     """The map in a frame's body."""
     try:
-        message = msgpack.unpackb(body, raw=False, strict_map_key=True, max_buffer_size=FRAME_BYTES_MAX)
+        message = msgpack.unpackb(body, raw=False, strict_map_key=True)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as exc:
         raise FalError(
             Code.INVALID, f"a control message is not msgpack: {exc}", remedy="The peer is no fal process."
