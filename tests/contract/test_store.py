@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from etcd_server import EtcdServer, why_no_etcd
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import COMMIT_BYTES_MAX, COMMIT_OPERATIONS_MAX, STORE_KEY_BYTES_MAX
