@@ -1,0 +1,476 @@
+"""A cluster around the pure core, without I/O: simulated nodes run containers and tell what they see.
+
+Shared by property tests and crash-point tests. Everything is drawn from one `Random`, so that a seed repeats a run.
+The nodes follow the agent's contract: assignments are admitted once, a container that is in no assignment runs on, and
+only a goal stops one. `check` compares the core's state with an independent reading of records and containers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from random import Random
+
+from fal_contract.errors import FalError
+from fal_scheduler.codec import decode, encode
+from fal_scheduler.core import invariants, tokens
+from fal_scheduler.core.events import (
+    ApplyApp,
+    ApplyPool,
+    Confirm,
+    CordonNode,
+    CreateToken,
+    DeleteApp,
+    Event,
+    GatewayReach,
+    Moment,
+    NodeDisconnected,
+    NodeHello,
+    NodeReport,
+    Outcome,
+    Proceed,
+    RedeemToken,
+    ScaleApp,
+    StopRunner,
+    Tick,
+)
+from fal_scheduler.core.fleet import Fleet
+from fal_scheduler.core.place import Placer
+from fal_scheduler.core.records import (
+    Change,
+    Goal,
+    Meta,
+    Pool,
+    Resources,
+    Runner,
+    RunnerState,
+    ScaleOverride,
+    Scaling,
+    Spec,
+    key_of,
+)
+from fal_scheduler.core.state import State
+from fal_scheduler.core.step import Core
+from fal_scheduler.core.suspicion import term_needed
+from fal_scheduler.core.told import Gpu, GpuLink, Inventory, RunnerStatus
+from fal_scheduler.core.views import runner_phase
+
+GIB = 1 << 30
+_FORWARD = {
+    RunnerState.STAGING: RunnerState.SETUP,
+    RunnerState.SETUP: RunnerState.IDLE,
+    RunnerState.IDLE: RunnerState.RUNNING,
+    RunnerState.RUNNING: RunnerState.IDLE,
+}
+
+
+class CountingIds:
+    """Ids that count."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def suffix(self) -> str:
+        self._next += 1
+        return f"{self._next:08d}"
+
+
+def sim_gpus(node: str, count: int, model: str, gib: int, *, paired: bool = False) -> tuple[Gpu, ...]:
+    """GPUs of one node; `paired` joins 0 with 1, 2 with 3 … by NVLink."""
+    return tuple(
+        Gpu(
+            f"GPU-{node}-{at}",
+            model,
+            gib * GIB,
+            index=at,
+            links=(GpuLink(f"GPU-{node}-{at ^ 1}", "NVLINK", 4),) if paired and (at ^ 1) < count else (),
+        )
+        for at in range(count)
+    )
+
+
+def spec_of(
+    *, gpus: int = 1, model: str = "", least: int = 1, most: int = 8, memory_gib: int = 1, tag: str = ""
+) -> tuple[Spec, str]:
+    """A spec and a digest that tells it from others."""
+    spec = Spec(
+        image="host",
+        env={"TAG": tag} if tag else {},
+        num_gpus=gpus,
+        machine_type=(model,) if model else (),
+        resources=Resources(1000, memory_gib * GIB),
+        scaling=Scaling(min_concurrency=least, max_concurrency=most),
+    )
+    return spec, f"digest of {spec!r}"
+
+
+@dataclass
+class SimNode:
+    """A machine whose agent follows the contract. `told` are statuses that the next report carries."""
+
+    id: str
+    inventory: Inventory
+    session: int = 0
+    connected: bool = False
+    term_seen: int = 0
+    containers: dict[str, RunnerStatus] = field(default_factory=dict)
+    changed: dict[str, None] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)  # GPUs that two containers would have held
+
+    def assign(self, runners: tuple[Runner, ...], *, term: int) -> None:
+        """The whole assignment set, as Complete brings it."""
+        if term < self.term_seen:
+            return
+        self.term_seen = term
+        for runner in runners:
+            self.put(runner)
+
+    def put(self, runner: Runner) -> None:
+        """One assignment: start it, or bring its goal along."""
+        assert runner.assignment is not None
+        have = self.containers.get(runner.id)
+        if have is None and runner.goal is Goal.RUN:
+            self._admit(runner)
+        elif have is None or have.ended:
+            state = RunnerStatus(runner.id, RunnerState.TERMINATED, runner.assignment.id, reason="not here")
+            self._set(have or state)
+        elif runner.goal >= Goal.STOP:
+            self._set(replace(have, state=RunnerState.TERMINATED, exit_code=143, reason=runner.goal_reason))
+        elif runner.goal is Goal.DRAIN and have.state is not RunnerState.DRAINING:
+            self._set(replace(have, state=RunnerState.DRAINING))
+
+    def drop(self, runner_id: str) -> None:
+        """The scheduler has forgotten it: an ended one is forgotten here too."""
+        have = self.containers.get(runner_id)
+        if have is not None and have.ended:
+            del self.containers[runner_id]
+            self.gone.append(runner_id)
+
+    def _admit(self, runner: Runner) -> None:
+        assert runner.assignment is not None
+        held = {gpu for one in self.containers.values() if not one.ended for gpu in one.gpus}
+        overlap = held.intersection(runner.gpus)
+        status = RunnerStatus(
+            runner.id,
+            RunnerState.STAGING,
+            assignment_id=runner.assignment.id,
+            term=runner.assignment.term,
+            app=runner.app,
+            revision=runner.revision,
+            gpus=runner.gpus,
+            share_group=runner.share_group,
+            memory_bytes=runner.memory_bytes,
+            cpu_milli=runner.cpu_milli,
+        )
+        if overlap:
+            self.doubled += sorted(overlap)
+            status = replace(status, state=RunnerState.TERMINATED, refused=True, reason="GPU is held", gpus=())
+        self._set(status)
+
+    def _set(self, status: RunnerStatus) -> None:
+        self.containers[status.runner_id] = status
+        self.changed[status.runner_id] = None
+
+    def advance(self, runner_id: str) -> None:
+        """One container comes one phase further; a draining one ends."""
+        have = self.containers[runner_id]
+        if have.state is RunnerState.DRAINING:
+            self._set(replace(have, state=RunnerState.TERMINATED, exit_code=0))
+        elif have.state in _FORWARD:
+            self._set(replace(have, state=_FORWARD[have.state]))
+
+    def crash(self, runner_id: str) -> None:
+        """One container exits by itself."""
+        have = self.containers[runner_id]
+        if not have.ended:
+            self._set(replace(have, state=RunnerState.TERMINATED, exit_code=1, reason="exit code 1"))
+
+    def hello(self, now_s: float, meta: Meta) -> NodeHello:
+        """A new session with everything."""
+        self.session += 1
+        self.connected = True
+        self.changed.clear()
+        self.gone.clear()
+        return NodeHello(
+            self.id,
+            f"{self.id}-s{self.session}",
+            f"boot-{self.id}",
+            now_s,
+            cluster_id=meta.cluster_id,
+            epoch_seen=meta.epoch,
+            term_seen=self.term_seen,
+            incarnation=meta.incarnation,
+            inventory=self.inventory,
+            statuses=tuple(self.containers.values()),
+        )
+
+    def report(self, now_s: float) -> NodeReport:
+        """What changed since the last one."""
+        statuses = tuple(self.containers[id_] for id_ in self.changed if id_ in self.containers)
+        told = NodeReport(self.id, f"{self.id}-s{self.session}", now_s, statuses=statuses, gone=tuple(self.gone))
+        self.changed.clear()
+        self.gone.clear()
+        return told
+
+
+class World:
+    """Core and nodes. `step` does one event and checks everything after it."""
+
+    def __init__(self, rng: Random, *, nodes: int = 4) -> None:
+        self.rng = rng
+        self.now_s = 1000.0
+        self.core = self._core()
+        self.nodes: dict[str, SimNode] = {}
+        self.steps = 0
+        self._found(nodes)
+
+    def _core(self) -> Core:
+        state = State()
+        state.term, state.term_began_s, state.grace_over = 1, self.now_s - 400.0, True
+        state.apply(Change("meta", None, Meta("c1", 1, "store-1", 0.0)))
+        return Core(state, Placer(state.fleet), CountingIds())
+
+    def _found(self, nodes: int) -> None:
+        for pool, zone in (("east", "z1"), ("west", "z2")):
+            self.step(ApplyPool(Pool(pool, zone=zone)))
+            token = tokens.create(
+                f"t-{pool}", "secret", pool=pool, ttl_s=86400.0, uses=1000, created_by="op", now_s=self.wall_s
+            )
+            self.step(CreateToken(token))
+        for at in range(nodes):
+            node_id = f"n-{at}"
+            self.step(RedeemToken(f"t-{'east' if at % 2 else 'west'}", "secret", node_id, f"node{at}"))
+            model, gib = (("H100-80GB", 80), ("A100-40GB", 40))[at % 3 == 2]
+            gpus = sim_gpus(node_id, 2 + 2 * (at % 2), model, gib, paired=True)
+            self.nodes[node_id] = SimNode(node_id, Inventory(1, gpus, "555", "12.4", 16_000, 64 * GIB))
+            self.hello(node_id)
+
+    @property
+    def state(self) -> State:
+        return self.core.state
+
+    @property
+    def wall_s(self) -> float:
+        return 1_700_000_000.0 + self.now_s
+
+    def step(self, event: Event) -> Outcome | None:
+        """One event; None where it was refused. Also: taken back and done again, it comes to the same."""
+        state = self.state
+        needed = term_needed(state, event)
+        state.term = max(state.term, needed)
+        before = _records(state)
+        try:
+            outcome = self.core.step(event, Moment(self.now_s, self.wall_s))
+        except FalError as error:
+            assert error.remedy
+            assert _records(state) == before, "a refused command changed something"
+            self.check()
+            return None
+        self.check_changes(outcome, before)
+        if outcome.changes or outcome.effects:  # a heartbeat of a healthy node does neither
+            self.check()
+        self.steps += 1
+        return outcome
+
+    def settle(self) -> None:
+        """Let a big plan go on until nothing is left to do."""
+        for _ in range(1000):
+            if not self.state.dirty:
+                return
+            self.step(Proceed())
+        raise AssertionError(f"never done: {list(self.state.dirty)}")
+
+    # --- nodes ------------------------------------------------------------------------------------------------------
+
+    def hello(self, node_id: str) -> None:
+        """A node begins a session and is told its assignments."""
+        meta = self.state.meta
+        assert meta is not None
+        self.step(self.nodes[node_id].hello(self.now_s, meta))
+        self.deliver(node_id)
+
+    def deliver(self, node_id: str) -> None:
+        """The node learns all of its assignments, and forgets what the scheduler forgot."""
+        state, node = self.state, self.nodes[node_id]
+        live = state.live.get(node_id)
+        if not node.connected or (live is not None and live.hold):
+            return
+        mine = tuple(state.runners[id_] for id_ in state.runners_by_node.get(node_id, ()))
+        node.assign(mine, term=state.term)
+        for runner_id in [id_ for id_ in node.containers if id_ not in state.runners]:
+            node.drop(runner_id)
+
+    def report(self, node_id: str) -> None:
+        """A node tells what changed, if its line stands."""
+        if self.nodes[node_id].connected:
+            self.step(self.nodes[node_id].report(self.now_s))
+
+    def cut(self, node_id: str) -> None:
+        """A node's line breaks."""
+        node = self.nodes[node_id]
+        node.connected = False
+        self.step(NodeDisconnected(node_id, f"{node_id}-s{node.session}"))
+
+    def tick(self, seconds_s: float) -> None:
+        """Time passes; connected nodes have sent heartbeats."""
+        self.now_s += seconds_s
+        for node_id, node in self.nodes.items():
+            if node.connected:
+                self.step(NodeReport(node_id, f"{node_id}-s{node.session}", self.now_s))
+        self.step(Tick())
+
+    def heal(self, rounds: int = 60) -> None:
+        """Faults stop; agents do their work until everything rests."""
+        for node_id, node in self.nodes.items():
+            if not node.connected:
+                self.hello(node_id)
+        for what in ("node", "store", "stop", "stops"):
+            self.step(Confirm(what))
+        for _ in range(rounds):
+            self.settle()
+            for node_id, node in self.nodes.items():
+                self.deliver(node_id)
+                for runner_id, status in list(node.containers.items()):
+                    if status.state in (RunnerState.STAGING, RunnerState.SETUP, RunnerState.DRAINING):
+                        node.advance(runner_id)
+                self.report(node_id)
+            self.step(Confirm("stops"))
+            self.tick(15.0)
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def check_changes(self, outcome: Outcome, before: dict[str, object]) -> None:
+        """Changes say exactly what became of the records, and come back the same from their bytes."""
+        for change in outcome.changes:
+            assert before.get(change.key) == change.before
+            if change.after is None:
+                before.pop(change.key, None)
+            else:
+                before[change.key] = change.after
+                assert decode(change.key, encode(change.after)) == change.after
+        assert before == _records(self.state)
+
+    def check(self) -> None:
+        """Everything that must hold after every step."""
+        state = self.state
+        assert not [found for part in invariants.audit(state) for found in part]
+        _check_promises(self)
+        check_indexes(state)
+        for runner in state.runners.values():
+            phase = runner_phase(state, runner)
+            assert phase.reason or phase.state in (RunnerState.IDLE, RunnerState.RUNNING), (runner, phase)
+        for node in self.nodes.values():
+            assert not node.doubled, f"{node.id} was asked to share {node.doubled}"
+
+
+def _check_promises(world: World) -> None:
+    """By the records and the machines alone: a GPU is promised to one runner, and exists."""
+    promised: dict[str, str] = {}
+    for runner in world.state.runners.values():
+        for gpu in runner.gpus:
+            assert gpu not in promised, f"{gpu} is promised to {promised[gpu]} and {runner.id}"
+            promised[gpu] = runner.id
+            assert gpu in {one.id for one in world.nodes[runner.node].inventory.gpus}
+    for node in world.nodes.values():
+        memory = sum(one.memory_bytes for one in world.state.runners.values() if one.node == node.id)
+        assert memory <= node.inventory.memory_bytes
+
+
+def check_indexes(state: State) -> None:
+    """Every index follows from records and what was told."""
+    by_app: dict[str, set[str]] = {}
+    by_node: dict[str, set[str]] = {}
+    for runner in state.runners.values():
+        by_app.setdefault(runner.app, set()).add(runner.id)
+        if runner.node:
+            by_node.setdefault(runner.node, set()).add(runner.id)
+    assert {key: set(ids) for key, ids in state.runners_by_app.items()} == by_app
+    assert {key: set(ids) for key, ids in state.runners_by_node.items()} == by_node
+    told = {(live.node_id, runner_id) for live in state.live.values() for runner_id in live.orphans}
+    assert set(state.orphans) == told
+    fresh = Fleet()
+    for facts in state.fleet.facts.values():
+        fresh.set_node(facts)
+    for runner in state.runners.values():
+        if runner.node:
+            fresh.hold(runner.node, runner.id, runner.gpus, runner.memory_bytes, runner.cpu_milli)
+    for node_id, runner_id in state.orphans:
+        status = state.live[node_id].orphans[runner_id]
+        fresh.hold(node_id, runner_id, status.gpus, status.memory_bytes, status.cpu_milli)
+    have, expected = state.fleet.fresh(), fresh.fresh()
+    for column in ("ready", "first", "healthy", "total", "free", "memory_free", "cpu_free"):
+        assert (getattr(have, column) == getattr(expected, column)).all(), column
+
+
+def _records(state: State) -> dict[str, object]:
+    tables = (state.pools, state.nodes, state.tokens, state.revocations, state.apps, state.revisions)
+    found: dict[str, object] = {"meta": state.meta}
+    for table in (*tables, state.models, state.runners):
+        found.update({key_of(record): record for record in table.values()})  # type: ignore[attr-defined]
+    return found
+
+
+def random_step(world: World) -> None:
+    """One random thing happens, to operators, nodes or the line between."""
+    rng, state = world.rng, world.state
+    node_id = rng.choice(sorted(world.nodes))
+    node = world.nodes[node_id]
+    app_id = f"default/app{rng.randrange(4)}"
+    match rng.randrange(22):
+        case 0 | 1:
+            spec, digest = spec_of(
+                gpus=rng.choice((0, 1, 1, 2, 4)),
+                model=rng.choice(("", "", "H100-80GB", "A100-40GB", "B200-180GB")),
+                least=rng.randrange(4),
+                memory_gib=rng.choice((1, 8, 30)),
+                tag=str(rng.randrange(3)),
+            )
+            world.step(ApplyApp(app_id, spec, digest, rng.choice((None, None, 0, 1))))
+        case 2:
+            world.step(ScaleApp(app_id, ScaleOverride(min_concurrency=rng.randrange(6)), reset=rng.randrange(5) == 0))
+        case 3:
+            if rng.randrange(5) < 2:
+                world.step(DeleteApp(app_id))
+        case 4:
+            world.step(CordonNode(node_id, rng.randrange(5) < 2, "test"))
+        case 5:
+            if state.runners:
+                world.step(StopRunner(rng.choice(sorted(state.runners)), kill=rng.randrange(2) == 0))
+        case 6:
+            if node.connected:
+                world.cut(node_id)
+        case 7:
+            world.hello(node_id)
+        case 8 | 9:
+            world.tick(rng.choice((1.0, 1.0, 5.0, 20.0, 70.0)))
+        case 10:
+            running = [id_ for id_, one in node.containers.items() if not one.ended]
+            if running:
+                node.crash(rng.choice(running))
+        case 11 | 12:
+            free = {gpu.id for gpu in node.inventory.gpus} - {
+                gpu for one in node.containers.values() for gpu in one.gpus
+            }
+            promised = {gpu for one in state.runners.values() for gpu in one.gpus}
+            if free - promised:
+                _plant_orphan(world, node, min(free - promised))
+        case 14:
+            world.step(Confirm(rng.choice(("adopt", "stop", "stops", "store", "node"))))
+        case 13:
+            world.step(GatewayReach("g1", {node_id: "direct"}, world.now_s))
+        case _:
+            world.deliver(node_id)
+            for runner_id in list(node.containers):
+                if rng.randrange(10) < 7:
+                    node.advance(runner_id)
+            world.report(node_id)
+
+
+def _plant_orphan(world: World, node: SimNode, gpu: str) -> None:
+    """A container that the store does not know, on a GPU that nobody was promised. Told before anything else."""
+    runner_id = f"default/orphan-{world.rng.randrange(10**6)}"
+    status = RunnerStatus(runner_id, RunnerState.IDLE, f"a-{runner_id}", 1, "default/app0", 1, gpus=(gpu,))
+    if node.connected:
+        node.containers[runner_id] = status
+        node.changed[runner_id] = None
+        world.report(node.id)
