@@ -1,0 +1,1 @@
+"""What runs containers (drivers) and what runs in them (worker)."""

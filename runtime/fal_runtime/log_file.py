@@ -20,6 +20,7 @@ from fal_contract.limits import LOG_LINE_BYTES_MAX
 from fal_runtime.driver import LogLine, Stream
 from fal_runtime.watch import Watcher
 
+FOLLOW_RECHECK_S: Final = 1.0  # the end of a container is no event in its log's directory
 _BLOCK_BYTES: Final = 64 << 10
 _FINISHED: Final = re.compile(rb"^\S+ std(?:out|err) F ", re.MULTILINE)
 _RECORD_BYTES_MAX: Final = 1 << 20  # a record without a newline of this size is dropped
@@ -170,6 +171,6 @@ async def read_log(
                     yield line
                 if last:
                     return
-                await subscription.changed()
+                await subscription.changed(FOLLOW_RECHECK_S)
         finally:
             follower.close()

@@ -159,7 +159,9 @@ class ProcessDriver:
 
     async def wait(self, id: str) -> ContainerStatus:
         directory = self._directory(id)
-        with self._watcher.subscribe(directory) as subscription:
+        pids = _read(directory / "pids.json")
+        watched = (pids["supervisor"][0], pids["child"][0]) if pids else ()
+        with self._watcher.subscribe(directory, watched) as subscription:
             while True:
                 status = self._status(self._directory(id))
                 if status.phase is Phase.EXITED:

@@ -13,7 +13,7 @@ import ctypes.util
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +26,7 @@ _IN_ONLYDIR: Final = 0x01000000
 _EVENTS: Final = _IN_MODIFY | _IN_CLOSE_WRITE | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_ONLYDIR
 _EVENT_HEAD: Final = struct.Struct("iIII")  # wd, mask, cookie, length of the name
 _READ_BYTES: Final = 64 << 10
-RECHECK_S: Final = 1.0  # without events, how long `changed` waits at most
+RECHECK_S: Final = 30.0  # without events, how long `changed` waits at most
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -59,16 +59,20 @@ class Watcher:
         self._by_wd: dict[int, set[Subscription]] = {}
 
     @contextmanager
-    def subscribe(self, directory: Path) -> Iterator[Subscription]:
-        """Watch `directory` while the context lasts; check the condition after entering, then wait."""
+    def subscribe(self, directory: Path, pids: tuple[int, ...] = ()) -> Iterator[Subscription]:
+        """Watch `directory` and the end of the processes `pids` while the context lasts.
+
+        Check the condition after entering, then wait.
+        """
         subscription = Subscription()
         wd = self._add(directory)
         if wd >= 0:
             self._by_wd.setdefault(wd, set()).add(subscription)
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._drop, wd, subscription)
+            for pid in pids:
+                stack.enter_context(_notified_of_end(pid, subscription))
             yield subscription
-        finally:
-            self._drop(wd, subscription)
 
     def _add(self, directory: Path) -> int:
         if self._fd < 0:
@@ -114,3 +118,27 @@ class Watcher:
             targets = self._by_wd.get(wd, ()) if wd >= 0 else [s for group in self._by_wd.values() for s in group]
             for subscription in targets:
                 subscription.notify()
+
+
+@contextmanager
+def _notified_of_end(pid: int, subscription: Subscription) -> Iterator[None]:
+    """Notify once when process `pid` ends; at once when it is gone already."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        subscription.notify()
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def ended() -> None:
+        loop.remove_reader(fd)
+        subscription.notify()
+
+    loop.add_reader(fd, ended)
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):  # the loop may be closed by now
+            loop.remove_reader(fd)
+        os.close(fd)

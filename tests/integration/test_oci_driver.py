@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
@@ -323,6 +324,7 @@ def test_without_user_namespaces_it_still_is_not_root(tmp_path: Path) -> None:
             assert written == 1
         finally:
             await driver.clean(frozenset())
+            await probe.clean(frozenset())
 
     run(main())
 
@@ -569,6 +571,70 @@ def test_an_interrupted_creation_is_cleaned(driver: OciDriver) -> None:
             assert not [name for name in cgroups.below("/falctl") if spec.id in name]
 
     run(main())
+
+
+@pytest.mark.parametrize("written", [("created.json",), ("created.json", "record.json")])
+def test_an_agent_killed_while_creating(driver: OciDriver, written: tuple[str, ...], tmp_path: Path) -> None:
+    """What its last breath did not write down is found and taken away, whatever runs; then it is made anew."""
+
+    async def main() -> None:
+        spec = ContainerSpec(id=id_of("breath"), command=("/bin/sh", "-c", "echo up; sleep 600"))
+        await driver.create(spec)
+        created = json.loads((driver._containers / spec.id / "created.json").read_text())
+        for name in written:
+            (driver._containers / spec.id / name).unlink()
+        again = OciDriver(tmp_path / "state")
+        assert await again.status(spec.id) is None
+        assert await again.list() == []
+        removed = await again.clean(frozenset({spec.id}))
+        assert any(spec.id in words for words in removed)
+        for pid in (created["pid"], created["conmon"]):
+            await until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"{pid} is gone")  # type: ignore[misc]
+        assert not [name for name in cgroups.below("/falctl") if spec.id in name]
+        assert not [point for point in mounts.mount_points() if spec.id in str(point)]
+        assert await up(again, spec) == "up"
+        again.close()
+
+    run(main())
+
+
+def test_many_start_at_once(driver: OciDriver, tmp_path: Path) -> None:
+    async def main() -> None:
+        specs = [
+            ContainerSpec(id=id_of("many"), command=("/bin/sh", "-c", f"echo {n}"), socket_dir=tmp_path / f"s{n}")
+            for n in range(8)
+        ]
+        ended = await asyncio.gather(*(finished(driver, spec) for spec in specs))
+        assert [lines for _status, lines in ended] == [[str(n)] for n in range(8)]
+        assert all(status.exit_code == 0 for status, _lines in ended)
+        await asyncio.gather(*(driver.remove(spec.id) for spec in specs))
+        assert await driver.list() == []
+
+    run(main())
+
+
+def test_only_the_devices_it_was_given_are_usable(driver: OciDriver) -> None:
+    node = Path(f"/dev/falctl-test-{os.urandom(4).hex()}")
+    look = """
+import json, sys
+try:
+    print(json.dumps(open(sys.argv[1], "rb").read(2).hex()))
+except OSError as error:
+    print(json.dumps(error.errno))
+"""
+    os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 5))  # another /dev/zero
+    try:
+        node.chmod(0o666)
+
+        async def main() -> None:
+            for devices, expected in (((str(node),), "0000"), ((), errno.ENOENT)):
+                spec = python(look, str(node), gpu_devices=devices)
+                _status, lines = await finished(driver, spec)
+                assert json.loads(lines[-1]) == expected
+
+        run(main())
+    finally:
+        node.unlink()
 
 
 def test_what_is_not_supported_is_refused(driver: OciDriver) -> None:

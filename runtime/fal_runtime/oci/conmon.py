@@ -139,8 +139,14 @@ def _pid_of(id: str, answer: bytes) -> int:
         said = {"message": answer.decode("utf-8", "replace")}
     pid = int(said.get("data", said.get("pid", -1)))
     if pid <= 0:
-        message = str(said.get("message") or "conmon ended without a word").strip()
+        message = _plain(str(said.get("message") or "conmon ended without a word"))
         raise driver_failed(
             f"container {id} was not created: {message}", remedy="Check the command, its mounts and the limits."
         )
     return pid
+
+
+def _plain(message: str) -> str:
+    """runc's log line without its frame: `time=… level=error msg="text"` → text."""
+    _before, found, text = message.strip().rpartition('msg="')
+    return text.rstrip('"').replace('\\"', '"') if found else text

@@ -81,9 +81,20 @@ class OciDriver:
 
     async def probe(self) -> Capabilities:
         async with self._probing:
-            mode, capabilities = await probe.find(self._run_once, self._userns, self._run)
-            self._mode = self._forced or mode
-            return capabilities
+            return await self._probe()
+
+    async def _probe(self) -> Capabilities:
+        mode, capabilities = await probe.find(self._run_once, self._userns, self._run)
+        self._mode = self._forced or mode
+        return capabilities
+
+    async def _mode_here(self) -> Mode:
+        """The forced or probed mode; probes once, however many ask."""
+        async with self._probing:
+            if self._mode is None:
+                await self._probe()
+            assert self._mode is not None
+            return self._mode
 
     async def _run_once(self, mode: Mode, spec: ContainerSpec) -> int | None:
         """The exit code of a container made in `mode`; leaves nothing."""
@@ -103,11 +114,7 @@ class OciDriver:
             return
         if files.directory.exists():  # a creation that was interrupted
             await self.remove(spec.id)
-        mode = self._mode
-        if mode is None:
-            await self.probe()
-            mode = self._mode
-        assert mode is not None
+        mode = await self._mode_here()
         making = asyncio.create_task(self._create(spec, files, mode))
         try:
             await asyncio.shield(making)
@@ -128,10 +135,19 @@ class OciDriver:
         etc = self._etc = self._etc or host_image.make_etc(self._run)
         skeleton = host_image.make_skeleton(self._run, self._layout, rootfs.extra_mount_points(spec, self._layout))
         cgroup_path = f"/{socket_dir.CGROUP_PARENT}/{socket_dir.cgroup_name(self._scope, spec.id)}"
-        places = (str(spec.socket_dir or ""), str(spec.models_dir or ""))
-        files.make(
-            Record(spec.id, mode.program, str(run_dir), cgroup_path, uid_start, str(etc), str(skeleton), *places)
+        record = Record(
+            id=spec.id,
+            runtime=mode.program,
+            run_dir=str(run_dir),
+            cgroup_path=cgroup_path,
+            uid_start=uid_start,
+            user_namespace=mode.user_namespace,
+            etc=str(etc),
+            skeleton=str(skeleton),
+            socket_dir=str(spec.socket_dir or ""),
+            models_dir=str(spec.models_dir or ""),
         )
+        files.make(record)
         userns_fd = await self._userns.get(uid_start) if mode.user_namespace else None
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o711)
         rootfs.assemble(run_dir, spec, self._layout, skeleton, etc, userns_fd=userns_fd)
@@ -172,12 +188,15 @@ class OciDriver:
         return ContainerFiles(self._containers / id).status(self._runtime_root)
 
     async def list(self) -> builtins.list[ContainerStatus]:
-        found = [ContainerFiles(path).status(self._runtime_root) for path in sorted(self._containers.iterdir())]
+        paths = [path for path in sorted(self._containers.iterdir()) if not path.name.startswith(probe.ID_PREFIX)]
+        found = [ContainerFiles(path).status(self._runtime_root) for path in paths]
         return [status for status in found if status is not None]
 
     async def wait(self, id: str) -> ContainerStatus:
         files = self._files(id)
-        with self._watcher.subscribe(files.paths().exits) as subscription:
+        created = files.created()
+        watched = (created.conmon, created.pid) if created is not None else ()
+        with self._watcher.subscribe(files.paths().exits, watched) as subscription:
             while (status := self._status(id)).phase is not Phase.EXITED:
                 await subscription.changed()
             return status
@@ -244,8 +263,7 @@ class OciDriver:
 
     async def attach_model(self, id: str, name: str, source: Path) -> str:
         record = self._record_with_models(id)
-        mapped = self._mode is None or self._mode.user_namespace
-        userns_fd = await self._userns.get(record.uid_start) if mapped else None
+        userns_fd = await self._userns.get(record.uid_start) if record.user_namespace else None
         models_dir.attach_model(Path(record.models_dir), name, source, userns_fd=userns_fd)
         return f"{MODELS_DIR_INSIDE}/{name}"
 
@@ -274,6 +292,9 @@ class OciDriver:
             if scope == self._scope and id not in known:
                 cgroups.remove(f"/{socket_dir.CGROUP_PARENT}/{name}")
                 words.append(f"cgroup {name}")
+        if not known:
+            shutil.rmtree(self._run, ignore_errors=True)
+            self._etc = None
         return words
 
     def close(self) -> None:

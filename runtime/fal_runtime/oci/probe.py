@@ -24,6 +24,7 @@ from fal_runtime.uid_ranges import FIRST_ID
 
 RUNTIMES: Final = ("runc", "crun")
 TIMEOUT_S: Final = 30.0
+ID_PREFIX: Final = "falctl-probe-"  # a runner's id has a dot in it
 _GOOD: Final = 42
 _NO_FILTER: Final = 41
 # Exits 42 when it runs under a seccomp filter, 41 when not.
@@ -73,7 +74,7 @@ async def find(run_once: RunOnce, userns: UsernsCache, run_dir: Path) -> tuple[M
 async def _try(run_once: RunOnce, mode: Mode, details: dict[str, str]) -> int | None:
     """Run one container in this mode; its exit code, or None with the reason in `details`."""
     name = Path(mode.program).name + (" with user namespace" if mode.user_namespace else "")
-    spec = ContainerSpec(id=f"probe.{os.getpid()}", command=("/bin/sh", "-c", _SCRIPT))
+    spec = ContainerSpec(id=f"{ID_PREFIX}{os.getpid()}", command=("/bin/sh", "-c", _SCRIPT))
     try:
         async with asyncio.timeout(TIMEOUT_S):
             exit_code = await run_once(mode, spec)

@@ -39,6 +39,7 @@ class Record:
     run_dir: str
     cgroup_path: str
     uid_start: int
+    user_namespace: bool
     etc: str
     skeleton: str
     socket_dir: str = ""
