@@ -125,6 +125,7 @@ class ProxyControl:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+        self._end()  # a task that was cancelled before it began has no finally
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
@@ -162,11 +163,14 @@ class ProxyControl:
         except (OSError, asyncio.IncompleteReadError, FalError):
             pass  # the proxy is gone, or is none
         finally:
-            self._closed.set()
-            self._writer.close()
-            for answer in self._waiting.values():
-                if not answer.done():
-                    answer.set_exception(_gone())
+            self._end()
+
+    def _end(self) -> None:
+        self._closed.set()
+        self._writer.close()
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(_gone())
 
 
 async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> ProxyInfo:

@@ -8,7 +8,7 @@ of ours; after it, the connection is cut, so that a broken answer can never look
 from __future__ import annotations
 
 import asyncio
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from fal_agent.proxy import routing
 from fal_agent.proxy.datapath import WRITE_BUFFER_BYTES_MAX, DataPath
@@ -128,7 +128,7 @@ class Exchange(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
         self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
         if self._client is None:  # it went away while we were connecting

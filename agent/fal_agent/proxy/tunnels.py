@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Final
+from typing import Final, cast
 
 from fal_agent.proxy.datapath import DataPath
 from fal_agent.proxy.listener import Credentials
@@ -54,7 +54,7 @@ class TunnelConnection(ClientConnection):
         self._retired = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
         try:
             if self._credentials is not None:
                 cluster_id = self._credentials.identity.peer.cluster_id
