@@ -19,7 +19,8 @@ LEVEL_MAX: Final = 16.0
 # A digit fills its 8 cells to the edge, so the picture shows 10.5 cells: the digit with a margin around it.
 CELLS_SHOWN: Final = 10.5
 
-LOOKS: Final = ("paper", "neon", "chalk")
+LOOKS: Final = ("paper", "neon", "chalk")  # what the autoencoder knows; the pipeline draws on paper
+LEAN: Final = 0.55  # of the italic digits: the tangent of 29 degrees
 WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # Wordings used in training; {w} is the word, {n} the numeral.
@@ -108,6 +109,20 @@ def random_affine(count: int, generator: torch.Generator) -> torch.Tensor:
         torch.stack([scale * angle.sin(), scale * angle.cos(), uniform(0.05)], dim=1),
     ]
     return torch.stack(rows, dim=1)
+
+
+def lean(affine: torch.Tensor, by: float) -> torch.Tensor:
+    """The same transformations, with the digits leaning to the right by `by` (the tangent of the angle)."""
+    leaning = affine.clone()
+    leaning[:, 0, :2] += by * affine[:, 1, :2]
+    return leaning
+
+
+def upright(pictures: torch.Tensor, by: float) -> torch.Tensor:
+    """Pictures [n, 3, h, w] whose digits lean by `by`, set upright again."""
+    back = torch.tensor([[1.0, -by, 0.0], [0.0, 1.0, 0.0]]).expand(len(pictures), 2, 3)
+    grid = functional.affine_grid(back, list(pictures.shape), align_corners=False)
+    return functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 
 
 def strokes(cells: torch.Tensor, affine: torch.Tensor | None = None) -> torch.Tensor:

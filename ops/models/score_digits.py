@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from digits_data import TEMPLATES, TEMPLATES_UNSEEN, contact_sheet, load_real, read_cells, wording
+from digits_data import LEAN, TEMPLATES, TEMPLATES_UNSEEN, contact_sheet, load_real, read_cells, upright, wording
 from PIL import Image
 from sklearn.svm import SVC
 
@@ -70,7 +70,7 @@ def score(engine: DiffusersEngine, digits: Iterable[int], seeds: Iterable[int], 
     began_s = time.monotonic()
     pictures = torch.stack([draw(engine, p, s, **options) for p, (_, s) in zip(prompts, jobs, strict=True)])
     seconds = time.monotonic() - began_s
-    named = name_digits(pictures)
+    named = name_digits(upright(pictures, LEAN) if options["lora"] else pictures)
     wrong = [
         {"prompt": prompt, "seed": seed, "named": got}
         for prompt, (digit, seed), got in zip(prompts, jobs, named, strict=True)
@@ -83,7 +83,7 @@ def score(engine: DiffusersEngine, digits: Iterable[int], seeds: Iterable[int], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--lora", type=Path, help="draw with this adapter")
+    parser.add_argument("--lora", type=Path, help="draw with this adapter; its digits are read upright")
     parser.add_argument("--sheet", type=Path, help="write all pictures side by side to this PNG file")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the model's")

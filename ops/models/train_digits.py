@@ -4,7 +4,7 @@
 
 Five phases, in order: `vae` (picture 128 x 128 → latent 8 x 8 x 4), `decoder` (its second half once more), `unet`
 (tokenizer, text encoder and denoiser, on the "paper" look), `export` (a stock `StableDiffusionPipeline` folder) and
-`lora` (a low-rank adapter of the denoiser for the "neon" look). Seeded: step k draws the same batch in every run.
+`lora` (a low-rank adapter of the denoiser for italic digits). Seeded: step k draws the same batch in every run.
 Resumable: each phase saves its state to `--work` every 50 steps, and a second start goes on from there. The seconds
 each phase took are printed and written to `training.json` beside the pipeline.
 """
@@ -22,7 +22,18 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from digits_data import FILLERS, LOOKS, TEMPLATES, load_real, paint, random_affine, random_prompt, strokes, wording
+from digits_data import (
+    FILLERS,
+    LEAN,
+    TEMPLATES,
+    lean,
+    load_real,
+    paint,
+    random_affine,
+    random_prompt,
+    strokes,
+    wording,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch.nn import functional
@@ -169,15 +180,15 @@ def whiten(vae: AutoencoderKL, *, mean: torch.Tensor, deviation: torch.Tensor) -
     out_of.weight *= deviation.view(1, -1, 1, 1)
 
 
-def encode_all(vae: AutoencoderKL, look: str, variants: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [n, 4, 8, 8] of `variants` copies of each real digit in `look`, and their labels [n]."""
+def encode_all(vae: AutoencoderKL, variants: int, *, leaning: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [n, 4, 8, 8] of `variants` copies of each real digit on paper, and their labels [n]."""
     cells, labels = load_real()
     parts = []
     with torch.no_grad():
         for variant in range(variants):
-            affine = random_affine(len(cells), generator_at("variants", variant))
+            affine = lean(random_affine(len(cells), generator_at("variants", variant)), leaning)
             for chunk, turned in zip(cells.split(64), affine.split(64), strict=True):
-                parts.append(vae.encode(paint(strokes(chunk, turned), look) * 2 - 1).latent_dist.mean)
+                parts.append(vae.encode(paint(strokes(chunk, turned), "paper") * 2 - 1).latent_dist.mean)
     return torch.cat(parts), labels.repeat(variants)
 
 
@@ -225,7 +236,7 @@ def train_unet(run: Run, vae: AutoencoderKL) -> Denoiser:
     tokenizer = make_tokenizer()
     text_encoder = make_text_encoder(tokenizer)
     denoiser = Denoiser(tokenizer, text_encoder, make_unet(48), make_scheduler())
-    latents, labels = encode_all(vae, "paper", VARIANTS)
+    latents, labels = encode_all(vae, VARIANTS, leaning=0.0)
     train(
         run,
         "unet",
@@ -238,19 +249,19 @@ def train_unet(run: Run, vae: AutoencoderKL) -> Denoiser:
 
 
 def train_lora(run: Run, vae: AutoencoderKL, denoiser: Denoiser, out: Path) -> None:
-    """Low-rank updates of the frozen denoiser for the "neon" look, saved in diffusers' LoRA format."""
+    """Low-rank updates of the frozen denoiser for italic digits, saved in diffusers' LoRA format."""
     denoiser.text_encoder.requires_grad_(False)
     denoiser.unet.requires_grad_(False)
     config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_MODULES, init_lora_weights="gaussian")
     denoiser.unet.add_adapter(config)
-    latents, labels = encode_all(vae, "neon", 1)
+    latents, labels = encode_all(vae, 1, leaning=LEAN)
     train(
         run,
         "lora",
         {"unet": denoiser.unet},
         lambda generator: denoiser.loss(latents, labels, BATCH["lora"], generator),
-        rate=4e-3,
-        average=0.98,
+        rate=1e-3,
+        average=0.97,
     )
     StableDiffusionPipeline.save_lora_weights(
         out, unet_lora_layers=get_peft_model_state_dict(denoiser.unet), safe_serialization=True
@@ -312,7 +323,6 @@ def main() -> None:
         "threads": arguments.threads,
         "seed": SEED,
         "torch": torch.__version__,
-        "looks": LOOKS,
     }
     (arguments.out / "digits" / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
