@@ -60,6 +60,21 @@ def down(
         print_json("dev", {"ended": ended})
 
 
+@group.command("restart")
+def restart(
+    name: Annotated[str, typer.Argument(help="Process, as `falctl dev status` names it.")],
+    directory: DirOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """End one process and start it again as it was started."""
+    from falctl.dev_cluster import restart_process
+    from falctl.output import print_json
+
+    process = restart_process(directory or default_dir(), name, say=(lambda _: None) if json else typer.echo)
+    if json:
+        print_json("dev", {"name": process.name, "pid": process.pid})
+
+
 @group.command("status")
 def status(directory: DirOption = None, json: JsonFlag = False) -> None:
     """Which of its processes run."""

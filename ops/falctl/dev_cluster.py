@@ -128,9 +128,10 @@ def _start_scheduler(folder: Path, options: DevOptions, endpoint: str, started: 
     )
     if made.returncode != 0:
         raise FalError(Code.INTERNAL, f"fal-scheduler init failed: {made.stderr.strip()}", remedy="See the message.")
-    argv = [daemon("fal-scheduler"), "run", "--data-dir", str(data), "--store", options.store]
-    if endpoint:
-        argv += ["--etcd-endpoints", endpoint]
+    config = [f'data_dir = "{data}"', f'store = "{options.store}"', 'hosts = ["localhost", "127.0.0.1"]']
+    config += ["[rpc]", "port = 0", "[join]", "port = 0", "[metrics]", "port = 0"]
+    config += ["[etcd]", f'endpoints = ["{endpoint}"]'] if endpoint else []
+    argv = [daemon("fal-scheduler"), "run", "--config", _write_config(data / "scheduler.toml", config)]
     log = _log(folder, "scheduler")
     process = processes.start("scheduler", argv, log=log)
     started.append(process)
@@ -157,11 +158,10 @@ def _start_agents(folder: Path, options: DevOptions, started: list[Process], say
         token_file = state / "join-token"
         token_file.touch(mode=0o600)
         token_file.write_text(token)
-        argv = [daemon("fal-agent"), "run", "--state-dir", str(state), "--node-name", name]
-        argv += ["--schedulers", f"127.0.0.1:{ports['rpc']}", "--join-url", f"https://127.0.0.1:{ports['join']}"]
-        argv += ["--join-token-file", str(token_file), "--driver", options.driver]
-        if options.sim_gpus:
-            argv += ["--sim-gpus", options.sim_gpus]
+        config = [f'state_dir = "{state}"', f'node_name = "{name}"', f'driver = "{options.driver}"']
+        config += [f'schedulers = ["127.0.0.1:{ports["rpc"]}"]', f'join_url = "https://127.0.0.1:{ports["join"]}"']
+        config += [f'join_token_file = "{token_file}"', f'sim_gpus = "{options.sim_gpus}"', 'proxy_host = "127.0.0.1"']
+        argv = [daemon("fal-agent"), "run", "--config", _write_config(state / "agent.toml", config)]
         started.append(processes.start(f"agent-{name}", argv, log=_log(folder, f"agent-{name}")))
         say(f"agent {name} in pool {pool['name']}")
 
@@ -216,6 +216,22 @@ def stop_cluster(folder: Path, *, keep: bool, say: Say) -> list[str]:
     return ended
 
 
+def restart_process(folder: Path, name: str, *, say: Say) -> Process:
+    """End one process if it still runs, and start it again as it was started. Its ports stay the same."""
+    remembered = _remembered(folder)
+    old = next((process for process in remembered if process.name == name), None)
+    if old is None:
+        known = ", ".join(process.name for process in remembered) or "none"
+        raise FalError(Code.NOT_FOUND, f"There is no process {name!r}", remedy=f"Processes of {folder}: {known}.")
+    processes.end(old, grace_s=GRACE_S)
+    new = processes.start(name, old.argv, log=_log(folder, name))
+    data = json.loads((folder / "dev.json").read_text())
+    data["processes"] = [asdict(new) if one["name"] == name else one for one in data["processes"]]
+    _write_json(folder / "dev.json", data)
+    say(f"{name} runs again, pid {new.pid}")
+    return new
+
+
 def cluster_status(folder: Path) -> list[dict[str, Any]]:
     """One row a process."""
     return [
@@ -224,15 +240,23 @@ def cluster_status(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def _write_config(path: Path, lines: list[str]) -> str:
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
 def _log(folder: Path, name: str) -> Path:
     return folder / "logs" / f"{name}.log"
 
 
 def _remember(folder: Path, options: DevOptions, started: list[Process]) -> None:
-    text = json.dumps({"options": asdict(options), "processes": [asdict(p) for p in started]}, indent=2)
-    temporary = folder / "dev.json.tmp"
-    temporary.write_text(text)
-    temporary.replace(folder / "dev.json")
+    _write_json(folder / "dev.json", {"options": asdict(options), "processes": [asdict(p) for p in started]})
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=2))
+    temporary.replace(path)
 
 
 def _remembered(folder: Path) -> list[Process]:
@@ -240,4 +264,4 @@ def _remembered(folder: Path) -> list[Process]:
         data = json.loads((folder / "dev.json").read_text())
     except FileNotFoundError:
         return []
-    return [Process(**one) for one in data["processes"]]
+    return [Process(one["name"], one["pid"], one["start_ticks"], tuple(one["argv"])) for one in data["processes"]]

@@ -22,6 +22,7 @@ class Process:
     name: str
     pid: int
     start_ticks: int  # field 22 of /proc/PID/stat
+    argv: tuple[str, ...]
 
     @property
     def alive(self) -> bool:
@@ -58,7 +59,7 @@ def start(name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str] |
     ticks = start_ticks(pid)
     if ticks is None:
         raise died(name, log)
-    return Process(name, pid, ticks)
+    return Process(name, pid, ticks, tuple(argv))
 
 
 def died(name: str, log: Path) -> FalError:

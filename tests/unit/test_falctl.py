@@ -131,7 +131,7 @@ class TestProcesses:
     def test_start_recognise_end(self, tmp_path: Path) -> None:
         process = processes.start("sleeper", ["sleep", "60"], log=tmp_path / "log")
         assert process.alive
-        stranger = processes.Process("sleeper", process.pid, process.start_ticks + 1)
+        stranger = processes.Process("sleeper", process.pid, process.start_ticks + 1, ())
         assert not stranger.alive  # the pid alone does not name it
         assert not processes.end(stranger, grace_s=5)
         assert process.alive
