@@ -1,0 +1,263 @@
+"""The real worker, the real little model: a process on a unix socket that draws digits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from fal_runtime.worker.main import EXIT_LOAD_FAILED
+from worker_client import Client, connected, is_ready, until
+
+MODELS = Path(__file__).resolve().parents[2] / "ops" / "models"
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs the worker extra"),
+]
+
+
+T = TypeVar("T")
+
+
+class Worker:
+    """A worker process, its socket, and the log it has written so far."""
+
+    def __init__(self, process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+        self.process, self._socket, self._log = process, socket, log
+
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._log.read_text().splitlines()]
+
+    def ask(self, body: Callable[[Client], Awaitable[T]]) -> T:
+        """Run `body` with a client of this worker."""
+
+        async def main() -> T:
+            async with connected(self._socket) as client:
+                return await body(client)
+
+        return asyncio.run(main())
+
+    def draw(self, **keys: Any) -> bytes:
+        """A picture as PNG bytes."""
+
+        async def body(client: Client) -> bytes:
+            status, png, _ = await client.post("/infer", keys)
+            assert status == 200, png
+            return bytes(png)
+
+        return self.ask(body)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, model: Path, *flags: str) -> Iterator[Worker]:
+    """A worker process that is ready; its socket and log lie in `folder`."""
+    command = [sys.executable, "-m", "fal_runtime.worker", "--model", str(model), "--socket", str(folder / "s")]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "--threads", "1", *flags], env=ENVIRONMENT, stdout=log)
+    try:
+        started = Worker(process, folder / "s", folder / "log")
+        started.ask(_wait_ready)
+        yield started
+    finally:
+        process.kill()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    folder = tmp_path_factory.mktemp("w")
+    lora = f"team/italic={MODELS / 'digits-lora'}"
+    with serving(folder, MODELS / "digits", "--lora", lora, "--grace", "60") as started:
+        yield started
+
+
+async def _wait_ready(client: Client) -> None:
+    await until(lambda: is_ready(client), "ready", deadline_s=120)
+
+
+def leaning(png: bytes) -> float:
+    """How far the ink leans to the right: the slope of its columns over its rows."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(png)) as picture:
+        assert picture.size == (128, 128)
+        grey = np.asarray(picture.convert("L"), dtype=float)
+    ink = np.clip(grey[0, 0] - 30 - grey, 0, None)
+    assert ink.sum() > 0, "an empty page"
+    rows, columns = np.mgrid[:128, :128]
+    rows, columns = rows - (ink * rows).sum() / ink.sum(), columns - (ink * columns).sum() / ink.sum()
+    return float(-(ink * rows * columns).sum() / (ink * rows**2).sum())
+
+
+def test_it_says_where_the_seconds_went(worker: Worker) -> None:
+    lines = worker.log()
+    assert lines[0]["event"] == "start"
+    assert lines[0]["up_s"] < 0.1, "the first line comes before the imports"
+    phases = {line["phase"]: line["seconds"] for line in lines if line["event"] == "phase"}
+    assert list(phases)[:4] == ["start", "import", "load", "warm"]
+    assert phases["import"] > 0
+    ready = next(line for line in lines if line["event"] == "ready")
+    assert (ready["pipeline"], ready["loras"]) == ("StableDiffusionPipeline", ["team/italic"])
+    assert ready["options"] == ["guidance", "height", "lora", "steps", "width"]
+
+
+def test_a_seed_is_a_picture(worker: Worker) -> None:
+    seven = worker.draw(prompt="a handwritten seven", seed=1)
+    assert worker.draw(prompt="a handwritten seven", seed=1) == seven
+    assert worker.draw(prompt="a handwritten seven", seed=2) != seven
+    assert worker.draw(prompt="a handwritten two", seed=1) != seven
+    assert worker.draw(prompt="a handwritten seven", seed=1, steps=2) != seven
+
+
+def test_the_adapter_changes_the_look_and_does_not_leak(worker: Worker) -> None:
+    italic = {"name": "team/italic", "scale": 1.0}
+    pairs = [
+        (worker.draw(prompt=prompt, seed=5), worker.draw(prompt=prompt, seed=5, lora=italic))
+        for prompt in ("one", "three", "six", "eight")
+    ]
+    leans = [leaning(with_adapter) - leaning(plain) for plain, with_adapter in pairs]
+    assert sum(leans) / len(leans) > 0.25, leans
+    assert worker.draw(prompt="eight", seed=5) == pairs[-1][0]
+    assert worker.draw(prompt="eight", seed=5, lora=italic | {"scale": 0.5}) not in pairs[-1]
+
+
+def test_another_size(worker: Worker) -> None:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(worker.draw(prompt="one", seed=1, width=160, height=128, steps=2))) as picture:
+        assert picture.size == (160, 128)
+
+
+def test_progress_and_cancellation_within_one_step(worker: Worker) -> None:
+    async def body(client: Client) -> list[tuple[str, Any]]:
+        seen = []
+        async for name, data in client.events({"prompt": "nine", "steps": 200}, x_fal_request_id="long"):
+            seen.append((name, data))
+            if (name, data) == ("step", {"i": 3, "n": 200}):
+                assert (await client.post("/cancel/long"))[0] == 202
+        return seen
+
+    seen = worker.ask(body)
+    assert [data["i"] for name, data in seen if name == "step"][:3] == [1, 2, 3]
+    assert (seen[-1][0], seen[-1][1]["code"]) == ("error", "CANCELLED")
+    ended = next(line for line in worker.log() if line.get("request_id") == "long")
+    assert ended["outcome"] == "cancelled"
+    assert ended["steps"] < 60, "it went on for much longer than it takes to send a request"
+    worker.draw(prompt="nine", seed=1)
+
+
+def test_a_bad_request_is_refused_and_the_next_one_served(worker: Worker) -> None:
+    async def body(client: Client) -> None:
+        status, answer, _ = await client.post("/infer", {"prompt": "nine", "width": 100})
+        assert (status, answer["error"]["field"], answer["error"]["remedy"]) == (400, "width", "Use 96, for instance.")
+        status, answer, _ = await client.post("/infer", {"prompt": "nine", "lora": {"name": "oil"}})
+        assert (status, answer["error"]["remedy"]) == (400, "Loaded: team/italic.")
+
+    worker.ask(body)
+    worker.draw(prompt="any words at all, even ünknown ones: 9 🎨" * 20, seed=1)
+
+
+def test_sigterm_ends_it_cleanly(worker: Worker) -> None:
+    """Last in this file: it stops the module's worker."""
+
+    async def body(client: Client) -> list[str]:
+        names = []
+        async for name, _ in client.events({"prompt": "four", "steps": 20}):
+            if not names:
+                worker.process.send_signal(signal.SIGTERM)
+            names.append(name)
+        return names
+
+    assert worker.ask(body)[-2:] == ["output", "completed"]
+    assert worker.process.wait(60) == 0
+    assert worker.log()[-1]["event"] == "stopped"
+
+
+# Another stock pipeline, of another shape (two text encoders), with weights that mean nothing.
+MAKE_SDXL = """
+import sys
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+digits, out = sys.argv[1:]
+text = CLIPTextModel.from_pretrained(digits, subfolder="text_encoder")
+config = CLIPTextConfig.from_pretrained(digits, subfolder="text_encoder", projection_dim=32)
+tokenizer = CLIPTokenizer.from_pretrained(digits, subfolder="tokenizer")
+unet = UNet2DConditionModel(
+    sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=(2, 4),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=32 + 6 * 8, cross_attention_dim=2 * config.hidden_size,
+)
+StableDiffusionXLPipeline(
+    vae=AutoencoderKL.from_pretrained(digits, subfolder="vae"), text_encoder=text, tokenizer=tokenizer,
+    text_encoder_2=CLIPTextModelWithProjection(config), tokenizer_2=tokenizer, unet=unet,
+    scheduler=EulerDiscreteScheduler(), add_watermarker=False,
+).save_pretrained(out)
+"""
+
+
+def test_another_stock_pipeline(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("w")
+    make = [sys.executable, "-c", MAKE_SDXL, str(MODELS / "digits"), str(folder / "sdxl")]
+    made = subprocess.run(make, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+
+    async def body(client: Client) -> list[tuple[str, Any]]:
+        return [event async for event in client.events({"prompt": "x", "seed": 1, "steps": 3})]
+
+    with serving(folder, folder / "sdxl") as started:
+        seen = started.ask(body)
+    assert [data for name, data in seen if name == "step"] == [{"i": i, "n": 3} for i in (1, 2, 3)]
+    assert [(data["width"], data["height"]) for name, data in seen if name == "output"] == [(128, 128)]
+    ready = next(line for line in started.log() if line["event"] == "ready")
+    assert ready["pipeline"] == "StableDiffusionXLPipeline"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no index", "pickle only"])
+def test_a_model_that_does_not_load_exits_3_with_one_line(tmp_path: Path, damage: str) -> None:
+    model = tmp_path / "m"
+    shutil.copytree(MODELS / "digits", model)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "no index":
+        (model / "model_index.json").unlink()
+    else:
+        weights.rename(weights.with_suffix(".bin"))
+    command = [sys.executable, "-m", "fal_runtime.worker", "--model", str(model), "--socket", str(tmp_path / "s")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == EXIT_LOAD_FAILED
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert str(model) in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("look", ["upright", "italic"])
+def test_an_independent_classifier_names_the_digits_right(look: str) -> None:
+    command = [sys.executable, str(MODELS / "score_digits.py"), "--model", str(MODELS / "digits"), "--seeds", "2"]
+    if look == "italic":
+        command += ["--lora", str(MODELS / "digits-lora")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["of"] == 20
+    assert report["right"] >= 18, report
+    assert report["classifier_held_out"] > 0.9
