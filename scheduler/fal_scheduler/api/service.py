@@ -1,0 +1,153 @@
+"""The gRPC servicers: find the term's parts, name the caller, hand over. Nothing is decided here.
+
+Errors leave as `FalError` and become gRPC statuses in the guard in front of every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from fal_contract.rpc_guard import current_peer
+from fal_contract.v1 import agent_pb2, cluster_pb2, cluster_pb2_grpc
+from fal_contract.v1.agent_pb2_grpc import AgentServiceServicer
+from fal_contract.v1.serving_pb2_grpc import ServingServicer
+from fal_scheduler.api import apps, explain, join_tokens, nodes, pools, runners, status, weights
+from fal_scheduler.leadership import CurrentLeadership
+
+Context = Any  # grpc.aio.ServicerContext; generic in the stubs only
+
+
+def _actor() -> str:
+    return current_peer().subject
+
+
+class ClusterService(cluster_pb2_grpc.ClusterServicer):
+    """`fal.v1.Cluster`."""
+
+    def __init__(self, current: CurrentLeadership) -> None:
+        self._current = current
+
+    async def GetStatus(self, request: cluster_pb2.GetStatusRequest, context: Context) -> cluster_pb2.ClusterStatus:
+        return status.get_status(self._current.get(), request)
+
+    async def ApplyPool(self, request: cluster_pb2.ApplyPoolRequest, context: Context) -> cluster_pb2.ApplyPoolReply:
+        return await pools.apply_pool(self._current.get(), request, _actor())
+
+    async def ListPools(self, request: cluster_pb2.ListPoolsRequest, context: Context) -> cluster_pb2.ListPoolsReply:
+        return pools.list_pools(self._current.get(), request)
+
+    async def ListNodes(self, request: cluster_pb2.ListNodesRequest, context: Context) -> cluster_pb2.ListNodesReply:
+        return nodes.list_nodes(self._current.get(), request)
+
+    async def CordonNode(self, request: cluster_pb2.CordonNodeRequest, context: Context) -> cluster_pb2.NodeView:
+        return await nodes.cordon_node(self._current.get(), request, _actor())
+
+    async def RevokeNode(self, request: cluster_pb2.RevokeNodeRequest, context: Context) -> cluster_pb2.NodeView:
+        return await nodes.revoke_node(self._current.get(), request, _actor())
+
+    async def CreateToken(
+        self, request: cluster_pb2.CreateTokenRequest, context: Context
+    ) -> cluster_pb2.CreateTokenReply:
+        return await join_tokens.create_token(self._current.get(), request, _actor())
+
+    async def ListTokens(self, request: cluster_pb2.ListTokensRequest, context: Context) -> cluster_pb2.ListTokensReply:
+        return join_tokens.list_tokens(self._current.get(), request)
+
+    async def RevokeToken(self, request: cluster_pb2.RevokeTokenRequest, context: Context) -> cluster_pb2.TokenView:
+        return await join_tokens.revoke_token(self._current.get(), request, _actor())
+
+    async def AddModel(self, request: cluster_pb2.AddModelRequest, context: Context) -> cluster_pb2.ModelView:
+        return await weights.add_model(self._current.get(), request, _actor())
+
+    async def ListModels(self, request: cluster_pb2.ListModelsRequest, context: Context) -> cluster_pb2.ListModelsReply:
+        return weights.list_models(self._current.get(), request)
+
+    async def GetModel(self, request: cluster_pb2.GetModelRequest, context: Context) -> cluster_pb2.ModelView:
+        return weights.get_model(self._current.get(), request)
+
+    async def ApplyApp(self, request: cluster_pb2.ApplyAppRequest, context: Context) -> cluster_pb2.ApplyAppReply:
+        return await apps.apply_app(self._current.get(), request, _actor())
+
+    async def PlanApp(self, request: cluster_pb2.ApplyAppRequest, context: Context) -> cluster_pb2.ApplyAppReply:
+        return apps.plan_app(self._current.get(), request)
+
+    async def ListApps(self, request: cluster_pb2.ListAppsRequest, context: Context) -> cluster_pb2.ListAppsReply:
+        return apps.list_apps(self._current.get(), request)
+
+    async def GetApp(self, request: cluster_pb2.GetAppRequest, context: Context) -> cluster_pb2.AppView:
+        return apps.get_app(self._current.get(), request)
+
+    async def ScaleApp(self, request: cluster_pb2.ScaleAppRequest, context: Context) -> cluster_pb2.AppView:
+        return await apps.scale_app(self._current.get(), request, _actor())
+
+    async def DeleteApp(self, request: cluster_pb2.DeleteAppRequest, context: Context) -> cluster_pb2.DeleteAppReply:
+        return await apps.delete_app(self._current.get(), request, _actor())
+
+    async def ListRunners(
+        self, request: cluster_pb2.ListRunnersRequest, context: Context
+    ) -> cluster_pb2.ListRunnersReply:
+        return runners.list_runners(self._current.get(), request)
+
+    async def GetRunner(self, request: cluster_pb2.GetRunnerRequest, context: Context) -> cluster_pb2.RunnerView:
+        return runners.get_runner(self._current.get(), request)
+
+    async def RunnerLogs(
+        self, request: cluster_pb2.RunnerLogsRequest, context: Context
+    ) -> AsyncIterator[agent_pb2.LogChunk]:
+        async for chunk in runners.runner_logs(self._current.get(), request):
+            yield chunk
+
+    async def StopRunner(self, request: cluster_pb2.StopRunnerRequest, context: Context) -> cluster_pb2.RunnerView:
+        return await runners.stop_runner(self._current.get(), request, _actor())
+
+    async def Explain(self, request: cluster_pb2.ExplainRequest, context: Context) -> cluster_pb2.ExplainReply:
+        return explain.explain(self._current.get(), request)
+
+    async def Events(self, request: cluster_pb2.EventsRequest, context: Context) -> AsyncIterator[cluster_pb2.Event]:
+        async for event in status.events(self._current.get(), request):
+            yield event
+
+    async def Confirm(self, request: cluster_pb2.ConfirmRequest, context: Context) -> cluster_pb2.ConfirmReply:
+        return await status.confirm(self._current.get(), request, _actor())
+
+
+class AgentService(AgentServiceServicer):
+    """`fal.v1.AgentService`."""
+
+    def __init__(self, current: CurrentLeadership) -> None:
+        self._current = current
+
+    async def Session(  # type: ignore[override]  # writes through the context: flow control is awaited
+        self, request_iterator: AsyncIterator[agent_pb2.AgentMessage], context: Context
+    ) -> None:
+        await self._current.get().sessions.run(current_peer().name, request_iterator, context.write)
+
+    async def RenewCertificate(
+        self, request: agent_pb2.RenewCertificateRequest, context: Context
+    ) -> agent_pb2.RenewCertificateReply:
+        leader, peer = self._current.get(), current_peer()
+        revoked = leader.revocations.is_revoked(peer)
+        certificate = leader.ca.renew(request.csr_pem, peer, revoked=revoked, now_s=leader.clock.wall_s())
+        return agent_pb2.RenewCertificateReply(certificate_pem=certificate)
+
+
+class ServingService(ServingServicer):
+    """`fal.v1.Serving`."""
+
+    def __init__(self, current: CurrentLeadership) -> None:
+        self._current = current
+
+    async def Dispatch(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[Any], context: Context
+    ) -> None:
+        peer = current_peer()
+        await self._current.get().dispatcher.run(peer.name, peer.role, request_iterator, context.write)
+
+
+def services() -> Iterable[Any]:
+    """Descriptors of every service here."""
+    from fal_contract.v1 import serving_pb2
+
+    for module, name in ((cluster_pb2, "Cluster"), (agent_pb2, "AgentService"), (serving_pb2, "Serving")):
+        yield module.DESCRIPTOR.services_by_name[name]
