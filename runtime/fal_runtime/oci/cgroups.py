@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from functools import cache
 from pathlib import Path
 from typing import Final, Literal
 
@@ -19,8 +20,9 @@ CONMON_CGROUP: Final = "/falctl-conmon"
 _KILL_ROUNDS_MAX: Final = 100
 
 
+@cache
 def _mounted() -> list[tuple[str, Path]]:
-    """(type, mount point) of every mounted cgroup filesystem."""
+    """(type, mount point) of every mounted cgroup filesystem; they stay for as long as the machine runs."""
     found = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _source, target, fs_type, *_ = line.split(" ")

@@ -54,7 +54,8 @@ class OciDriver:
 
     `state_dir` keeps records, logs and exit codes; `run_dir` (on a path that everybody may search: the mapped root of a
     user namespace walks it) keeps mounts and the runtime's state until the next boot. `mode` forces what the probe
-    would choose.
+    would choose. The command is process 1 of its container: the kernel gives it only signals that it handles, so `stop`
+    takes the whole grace when it does not handle SIGTERM.
     """
 
     name: Final = "oci"

@@ -130,7 +130,8 @@ def mount_points() -> list[Path]:
 
 
 def is_mount_point(path: Path) -> bool:
-    return path.resolve() in mount_points()
+    """Is another filesystem mounted at `path`? (A bind of the same one is not seen; we ask about tmpfs only.)"""
+    return os.path.ismount(path)
 
 
 def unmount_all(path: Path) -> int:
