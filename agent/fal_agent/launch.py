@@ -66,7 +66,7 @@ def container_spec(
         models_dir=places.models / container_id(message.runner_id),
         gpu_devices=tuple(devices),
     )
-    return replace(bare, env=_env(message, driver, bare))
+    return replace(bare, env={**places.worker_env, **_env(message, driver, bare)})
 
 
 def keep_assignment(places: Places, message: agent_pb2.Assignment) -> None:

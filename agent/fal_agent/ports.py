@@ -101,6 +101,7 @@ class Places:
     models: Path
     runners: Path
     worker_command: tuple[str, ...]
+    worker_env: Mapping[str, str] = field(default_factory=dict)  # what finds our packages; an app's own wins
 
 
 OnEvent = Callable[[str, str, str], None]  # kind, subject, message

@@ -1,0 +1,84 @@
+"""Settings of fal-agent: flags, then FAL_AGENT_* variables, then the file."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import Field
+
+from fal_contract.config import ConfigModel
+from fal_contract.errors import invalid
+from fal_contract.ids import check_name
+from fal_contract.limits import LABEL_CHARS_MAX
+from fal_contract.telemetry import LogLevel
+
+ENV_PREFIX: Final = "FAL_AGENT"
+_STATE_PATH_BYTES_MAX: Final = 70  # sockets lie below it, and their paths are bounded
+DriverName = Literal["auto", "oci", "process"]
+
+
+def host_name() -> str:
+    """This machine's name as a legal node name."""
+    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in socket.gethostname().split(".")[0].lower())
+    return name.strip("-")[:63] or "node"
+
+
+class AgentOptions(ConfigModel):
+    """What an agent needs to know at its start."""
+
+    state_dir: Path = Field(description="folder for identity, journal and everything of this node")
+    schedulers: list[str] = Field(description="rpc addresses of the schedulers, host:port")
+    join_url: str = Field("", description="join address of a scheduler, https://host:port; for the first start")
+    join_token: str = Field("", description="join token; better in a file")
+    join_token_file: Path | None = Field(None, description="file with the join token")
+    node_name: str = Field(default_factory=host_name, description="name of this machine, for operators")
+    driver: DriverName = Field("auto", description="container driver; auto: oci where it works, else process")
+    sim_gpus: str = Field("", description="simulated GPUs instead of real ones, such as 8xH100-80GB")
+    proxy_host: str = Field("0.0.0.0", description="address on which the proxy listens")
+    proxy_port: int = Field(0, ge=0, le=65535, description="port of the proxy; 0: any, the same at each start")
+    addresses: list[str] = Field(
+        default_factory=list,
+        description="where gateways reach the proxy, NETWORK=HOST[:PORT]; default: the address towards the scheduler",
+    )
+    fsd_socket: Path | None = Field(None, description="socket of the node's fal-fsd; default: one of its own")
+    metrics_host: str = Field("127.0.0.1", description="address for /metrics and /healthz")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port for /metrics and /healthz; 0: any")
+    log_level: LogLevel = Field("info", description="debug, info, warning or error")
+
+
+def check(options: AgentOptions) -> AgentOptions:
+    """What the types cannot say. Raises FalError(INVALID)."""
+    check_name(options.node_name, field="node_name")
+    if len(str(options.state_dir.absolute()).encode()) > _STATE_PATH_BYTES_MAX:
+        raise invalid(
+            "state_dir",
+            str(options.state_dir.absolute()),
+            f"is longer than {_STATE_PATH_BYTES_MAX} bytes",
+            remedy="Unix sockets lie below it; use a shorter path.",
+        )
+    if not options.schedulers:
+        raise invalid("schedulers", [], "is empty", remedy="Give --schedulers HOST:PORT.")
+    for address in options.schedulers:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise invalid("schedulers", address, "is not host:port", remedy="Give the scheduler's rpc address.")
+    for text in options.addresses:
+        parse_address(text)
+    return options
+
+
+def parse_address(text: str) -> tuple[str, str, int]:
+    """`NETWORK=HOST[:PORT]` → network, host, port (0 when absent). IPv6 in brackets."""
+    network, equals, rest = text.partition("=")
+    host, port = rest, "0"
+    if rest.startswith("["):
+        host, _, tail = rest[1:].partition("]")
+        port = tail.removeprefix(":") or "0"
+    elif ":" in rest:
+        host, _, port = rest.rpartition(":")
+    if not equals or not network or not host or not port.isdigit() or int(port) > 65535 or len(host) > LABEL_CHARS_MAX:
+        raise invalid("addresses", text, "is not NETWORK=HOST[:PORT]", remedy="For instance lan=10.0.0.7:9400.")
+    check_name(network, field="addresses")
+    return network, host, int(port)
