@@ -124,9 +124,11 @@ class DirectConnections:
             connection.close()
 
     def close(self) -> None:
-        """Drop all."""
-        for node_id in list(self._idle):
-            self.forget(node_id)
+        """Cut all."""
+        for kept in self._idle.values():
+            for _, connection in kept:
+                connection.abort()
+        self._idle.clear()
 
     async def _dial(self, node_id: str, address: Address) -> HttpConnection:
         try:

@@ -221,10 +221,12 @@ def test_a_successor_that_dies_changes_nothing(tmp_path: Path) -> None:
             await old.control.put_runner(entry(worker))
             predecessor = await take_over(tmp_path / "p" / "proxy.sock", tmp_path)
             assert predecessor.handed.runners[0].entry == entry(worker)
-            waiting = asyncio.create_task(Caller(old.address).bytes_of("/infer"))
+            caller = Caller(old.address)
+            waiting = asyncio.create_task(caller.bytes_of("/infer"))
             predecessor.close()  # as a crash would
             assert json.loads(await waiting)["path"] == "/infer"
             assert (await old.only_runner()).served == 1
+            caller.direct.close()
             again = await ProxyControl.connect(tmp_path / "p" / "proxy.sock", on_stats=lambda stats: None)
             assert again.info.pid == old.process.pid
             await again.close()
@@ -250,9 +252,11 @@ def test_sigterm_finishes_what_is_under_way(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with working(tmp_path) as worker, running(tmp_path / "p") as proxy:
             await proxy.control.put_runner(entry(worker))
-            stream = await Caller(proxy.address).ask("/stream?n=20")
+            caller = Caller(proxy.address)
+            stream = await caller.ask("/stream?n=20")
             proxy.process.terminate()
             assert (await stream.read(1 << 20)).endswith(b"data: 19\n\n")
+            caller.direct.close()
             assert await proxy.exited() == 0
 
     asyncio.run(scenario())

@@ -79,8 +79,8 @@ class ClientConnection(asyncio.Protocol):
         """How long it may wait for a request; None: another keeps watch."""
         return self._path.bounds.idle_timeout_s
 
-    def watch_idle(self) -> None:
-        """Close it when no request comes in time."""
+    def wait_for_request(self) -> None:
+        """It became idle: close it when no request comes in time."""
         self._arm(self.idle_timeout_s())
 
     # asyncio.Protocol
@@ -103,7 +103,7 @@ class ClientConnection(asyncio.Protocol):
             self._close_after_reading()
             return
         self._path.joined(self)
-        self._arm(self.idle_timeout_s())
+        self.wait_for_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = _State.CLOSED
@@ -270,7 +270,7 @@ class ClientConnection(asyncio.Protocol):
             self._close()
         else:
             self._state = _State.HEAD
-            self._arm(self.idle_timeout_s())
+            self.wait_for_request()
 
     def _close_after_reading(self) -> None:
         """After an answer to what is no request: the client may still be sending, and must see the answer."""

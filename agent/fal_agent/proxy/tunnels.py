@@ -89,8 +89,12 @@ class TunnelConnection(ClientConnection):
         """Ask the gateway to use this connection no more; a request under way is finished first."""
         self._retired = True
         if self.idle:
+            self.wait_for_request()
+
+    def wait_for_request(self) -> None:
+        super().wait_for_request()
+        if self._retired:
             self.write(TUNNEL_BYE)
-            self.watch_idle()
 
     def _ping_or_end(self) -> None:
         if self.idle:
@@ -137,6 +141,7 @@ class Tunnels:
         told = {gateway.gateway_id: gateway for gateway in gateways}
         for gateway_id in [known for known in self._gateways if told.get(known) != self._gateways[known]]:
             self._end_lanes(gateway_id, 0)
+            self._lanes.pop(gateway_id, None)
         self._gateways = told
         self.fit()
 
@@ -174,8 +179,6 @@ class Tunnels:
         lanes = self._lanes.get(gateway_id, [])
         while len(lanes) > keep:
             lanes.pop().cancel()
-        if not lanes:
-            self._lanes.pop(gateway_id, None)
 
     async def _lane(self, gateway: GatewayEntry) -> None:
         """One tunnel, for ever."""
