@@ -259,10 +259,15 @@ class World:
         needed = term_needed(state, event)
         state.term = max(state.term, needed)
         before = _records(state)
+        remedy = ""
+        outcome: Outcome | None
         try:
             outcome = self.core.step(event, Moment(self.now_s, self.wall_s))
-        except FalError as error:
-            assert error.remedy
+        except FalError as refusal:
+            remedy = refusal.remedy
+            outcome = None
+        if outcome is None:
+            assert remedy, "an error without a remedy"
             assert _records(state) == before, "a refused command changed something"
             self.check()
             return None
