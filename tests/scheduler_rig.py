@@ -79,6 +79,7 @@ class Agent:
 
     def __init__(self, leader: Leadership, node_id: str, *, gpus: int = 8, boot_id: str = "b1") -> None:
         self.node_id = node_id
+        self.cluster_id = CLUSTER
         self.held: dict[str, agent_pb2.Assignment] = {}
         self.statuses: dict[str, agent_pb2.RunnerStatus] = {}
         self.gateways: agent_pb2.GatewaySet | None = None
@@ -119,10 +120,13 @@ class Agent:
             runners=list(self.statuses.values()),
             endpoints=[agent_pb2.Endpoint(network="lan", host="10.0.0.1", port=7443)],
             capabilities=agent_pb2.Capabilities(driver="fake", isolates=True),
-            cluster_id=self._leader.view.meta.cluster_id if self.statuses and self._leader.view.meta else "",
+            cluster_id=self.cluster_id if self.statuses else "",
         )
         self._say(agent_pb2.AgentMessage(hello=hello))
-        self.task = asyncio.create_task(self._leader.sessions.run(self.node_id, self._incoming(), self._receive))
+        self.task = asyncio.create_task(self._connect())
+
+    async def _connect(self) -> None:
+        await self._leader.sessions.run(self.node_id, self._incoming(), self._receive)
 
     def hang_up(self) -> None:
         """Close the stream."""
