@@ -158,6 +158,19 @@ print(json.dumps((time.process_time() - cpu) / (time.monotonic() - wall)))
     assert run(said(driver, spin, resources=Resources(cpu_milli=200))) < 0.4
 
 
+def test_runners_weigh_more_than_one_process(driver: OciDriver) -> None:
+    """All of them lie in one cgroup: with its default weight they would share the portion of a single process."""
+    run(driver.probe())
+    found = [
+        int(path.read_text())
+        for hierarchy in cgroups.hierarchies()
+        for path in (hierarchy / "falctl" / "cpu.shares", hierarchy / "falctl" / "cpu.weight")
+        if path.exists()
+    ]
+    cpus = os.cpu_count() or 1
+    assert found in ([min(1024 * cpus, 262_144)], [min(100 * cpus, 10_000)])
+
+
 def test_there_is_no_network(driver: OciDriver) -> None:
     look = """
 import json, os, socket

@@ -18,6 +18,8 @@ from fal_runtime.driver import driver_failed
 Mode = Literal["v1", "v2", "hybrid", "none"]
 CONMON_CGROUP: Final = "/falctl-conmon"
 _KILL_ROUNDS_MAX: Final = 100
+_SHARES_MAX: Final = 262_144  # cpu.shares of v1
+_WEIGHT_MAX: Final = 10_000  # cpu.weight of v2
 
 
 @cache
@@ -57,6 +59,26 @@ def _make(hierarchy: Path, path: str) -> Path:
             if own.exists() and parent.exists() and not own.read_text().strip():
                 own.write_text(parent.read_text())
     return directory
+
+
+def make_parent(path: str) -> None:
+    """The cgroup above all containers, with the CPU weight of one ordinary process per CPU.
+
+    By default all containers together would weigh as much as a single process of the host.
+    """
+    cpus = os.cpu_count() or 1
+    for hierarchy in hierarchies():
+        try:
+            directory = _make(hierarchy, path)
+            if (directory / "cpu.shares").exists():
+                (directory / "cpu.shares").write_text(str(min(1024 * cpus, _SHARES_MAX)))
+            if (directory / "cpu.weight").exists():
+                (directory / "cpu.weight").write_text(str(min(100 * cpus, _WEIGHT_MAX)))
+        except OSError as error:
+            raise driver_failed(
+                f"cgroup {path} cannot be made in {hierarchy}: {error.strerror}",
+                remedy="Run as root with writable cgroups; with systemd, set Delegate=yes in the unit.",
+            ) from error
 
 
 def enter(pid: int, path: str) -> None:

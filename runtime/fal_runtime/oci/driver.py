@@ -287,7 +287,8 @@ class OciDriver:
             if path.name in known or path == self._runtime_root or path == self._etc or str(path) in used:
                 continue
             rootfs.dismantle(path)
-            words.append(f"run directory {path.name}")
+            if not path.name.startswith(("etc-", "skeleton-")):  # copies that nobody uses any more are no leftovers
+                words.append(f"run directory {path.name}")
         for name in cgroups.below(f"/{socket_dir.CGROUP_PARENT}"):
             scope, _dot, id = name.partition(".")
             if scope == self._scope and id not in known:

@@ -20,6 +20,7 @@ from fal_runtime.driver import Capabilities, ContainerSpec, driver_failed
 from fal_runtime.oci import cgroups, mounts
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.userns import UsernsCache
+from fal_runtime.socket_dir import CGROUP_PARENT
 from fal_runtime.uid_ranges import FIRST_ID
 
 RUNTIMES: Final = ("runc", "crun")
@@ -44,6 +45,7 @@ async def find(run_once: RunOnce, userns: UsernsCache, run_dir: Path) -> tuple[M
         raise driver_failed("the oci driver needs root", remedy="Run the agent as root, or use --driver process.")
     if shutil.which("conmon") is None:
         raise driver_failed("conmon is not installed", remedy="apt install conmon, or use --driver process.")
+    cgroups.make_parent(f"/{CGROUP_PARENT}")
     idmap = await _idmap_works(userns, details)
     nosymfollow = _nosymfollow_works(run_dir, details)
     for runtime in RUNTIMES:

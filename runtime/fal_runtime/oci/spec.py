@@ -23,6 +23,8 @@ from fal_runtime.oci.seccomp import profile
 
 OCI_VERSION: Final = "1.0.2"
 CPU_PERIOD_US: Final = 100_000
+CPU_SHARES: Final = 1024  # the weight of one CPU's worth
+CPU_SHARES_MAX: Final = 262_144
 TMP_BYTES_DEFAULT: Final = 1 << 30
 OOM_SCORE_ADJ: Final = 500  # the node's own daemons go last
 
@@ -171,7 +173,11 @@ def _resources(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
         )
     resources: dict[str, Any] = {"devices": devices}
     if limits.cpu_milli:
-        resources["cpu"] = {"quota": limits.cpu_milli * CPU_PERIOD_US // 1000, "period": CPU_PERIOD_US}
+        resources["cpu"] = {
+            "quota": limits.cpu_milli * CPU_PERIOD_US // 1000,
+            "period": CPU_PERIOD_US,
+            "shares": min(max(limits.cpu_milli * CPU_SHARES // 1000, 2), CPU_SHARES_MAX),
+        }
     if limits.memory_bytes:
         resources["memory"] = {"limit": limits.memory_bytes}
         if host.cgroup_v2:
