@@ -58,13 +58,20 @@ def start_cluster(folder: Path, options: DevOptions, *, say: Say) -> dict[str, A
         profile = _start_scheduler(folder, options, endpoint, started, say)
         GLOBALS.profile = str(write_profile(PROFILE, profile))
         _start_agents(folder, options, started, say)
-        _remember(folder, options, started)
+        gateway = _start_gateway(folder, started, say)
+        _remember(folder, options, started, gateway)
         _wait_for_nodes(options.nodes, say)
     except BaseException:
-        _remember(folder, options, started)
+        _remember(folder, options, started, "")
         stop_cluster(folder, keep=True, say=lambda _: None)
         raise
-    return {"dir": str(folder), "profile": PROFILE, **asdict(options), "pids": {p.name: p.pid for p in started}}
+    return {
+        "dir": str(folder),
+        "profile": PROFILE,
+        "gateway": gateway,
+        **asdict(options),
+        "pids": {p.name: p.pid for p in started},
+    }
 
 
 def _check(folder: Path, options: DevOptions) -> None:
@@ -119,15 +126,8 @@ def _start_etcd(folder: Path, started: list[Process], say: Say) -> str:
 
 def _start_scheduler(folder: Path, options: DevOptions, endpoint: str, started: list[Process], say: Say) -> Profile:
     data = folder / "scheduler"
-    made = subprocess.run(
-        [daemon("fal-scheduler"), "init", "--data-dir", str(data), "--host", "localhost", "--ip", "127.0.0.1"],
-        capture_output=True,
-        text=True,
-        timeout=START_TIMEOUT_S,
-        check=False,
-    )
-    if made.returncode != 0:
-        raise FalError(Code.INTERNAL, f"fal-scheduler init failed: {made.stderr.strip()}", remedy="See the message.")
+    argv = [daemon("fal-scheduler"), "init", "--data-dir", str(data), "--host", "localhost", "--ip", "127.0.0.1"]
+    _run_to_end(argv)
     config = [f'data_dir = "{data}"', f'store = "{options.store}"', 'hosts = ["localhost", "127.0.0.1"]']
     config += ["[rpc]", "port = 0", "[join]", "port = 0", "[metrics]", "port = 0"]
     config += ["[etcd]", f'endpoints = ["{endpoint}"]'] if endpoint else []
@@ -166,6 +166,35 @@ def _start_agents(folder: Path, options: DevOptions, started: list[Process], say
         say(f"agent {name} in pool {pool['name']}")
 
 
+def _start_gateway(folder: Path, started: list[Process], say: Say) -> str:
+    """A gateway on loopback that also takes tunnels; returns its URL."""
+    data, home = folder / "scheduler", folder / "gateway"
+    home.mkdir(mode=0o700)
+    ports = json.loads((data / "ports.json").read_text())
+    identity = home / "identity.pem"
+    argv = [daemon("fal-scheduler"), "issue", "--data-dir", str(data), "--role", "serving", "--name", "dev-gateway"]
+    _run_to_end([*argv, "--out", str(identity)])
+    ports_file = home / "ports.json"
+    config = [f'schedulers = ["127.0.0.1:{ports["rpc"]}"]', f'identity = "{identity}"', f"port = {free_port()}"]
+    config += [f'ports_file = "{ports_file}"', 'tunnel_host = "127.0.0.1"', "tunnel_port = 0"]
+    argv = [daemon("fal-gateway"), "run", "--config", _write_config(home / "gateway.toml", config)]
+    log = _log(folder, "gateway")
+    process = processes.start("gateway", argv, log=log)
+    started.append(process)
+    processes.wait_for_file(ports_file, process, log=log, timeout_s=START_TIMEOUT_S)
+    url = f"http://127.0.0.1:{json.loads(ports_file.read_text())['http']}"
+    say(f"gateway at {url}")
+    return url
+
+
+def _run_to_end(argv: list[str]) -> None:
+    """Run one of our commands; its error becomes ours."""
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().removeprefix("error: ")
+        raise FalError(Code.INTERNAL, f"{Path(argv[0]).name} {argv[1]} failed: {said}", remedy="See the message.")
+
+
 def _wait_for_nodes(count: int, say: Say) -> None:
     from fal_contract.v1 import cluster_pb2 as pb
 
@@ -195,17 +224,7 @@ def stop_cluster(folder: Path, *, keep: bool, say: Say) -> list[str]:
             ended.append(name)
             say(f"ended {name}")
     for state in sorted((folder / "agents").glob("*")) if (folder / "agents").exists() else ():
-        purged = subprocess.run(
-            [daemon("fal-agent"), "purge", "--state-dir", str(state)],
-            capture_output=True,
-            text=True,
-            timeout=START_TIMEOUT_S,
-            check=False,
-        )
-        if purged.returncode != 0:
-            raise FalError(
-                Code.INTERNAL, f"Cleaning up after {state.name} failed: {purged.stderr.strip()}", remedy="Try again."
-            )
+        _run_to_end([daemon("fal-agent"), "purge", "--state-dir", str(state)])
     profile = profiles_dir(os.environ) / f"{PROFILE}.toml"
     if profile.exists() and str(folder) in profile.read_text():
         profile.unlink()
@@ -249,8 +268,10 @@ def _log(folder: Path, name: str) -> Path:
     return folder / "logs" / f"{name}.log"
 
 
-def _remember(folder: Path, options: DevOptions, started: list[Process]) -> None:
-    _write_json(folder / "dev.json", {"options": asdict(options), "processes": [asdict(p) for p in started]})
+def _remember(folder: Path, options: DevOptions, started: list[Process], gateway: str) -> None:
+    _write_json(
+        folder / "dev.json", {"options": asdict(options), "gateway": gateway, "processes": [asdict(p) for p in started]}
+    )
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -18,10 +18,10 @@ _ENUM_PREFIXES: Final = ("RUNNER_STATE_", "MODEL_STATE_", "GPU_HEALTH_", "GOAL_"
 
 
 def console() -> Console:
-    """A console on stdout; plain where stdout is no terminal."""
+    """A console on stdout; plain and as wide as needed where stdout is no terminal."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 
 
 def print_error(error: FalError) -> None:
