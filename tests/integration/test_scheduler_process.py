@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -22,7 +17,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from fal_agent.join import join
 from fal_contract.clock import SystemClock
 from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity, Role, new_cluster_id
@@ -37,91 +31,33 @@ from fal_contract.v1 import (
     state_pb2,
 )
 from fal_scheduler.ca import CertificateAuthority
-from scheduler_rig import Agent, app_request
+from scheduler_process import (
+    PORTS,
+    Process,
+    RemoteAgent,
+    cluster,
+    command,
+    identity,
+    init,
+    joined,
+    node_ready,
+    ready,
+    scheduler,
+)
+from scheduler_rig import app_request
 
-SCHEDULER = (sys.executable, "-m", "fal_scheduler.main")
 SERVICES = ("fal.v1.Cluster", "fal.v1.AgentService", "fal.v1.Serving")
-
-
-def command(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*SCHEDULER, *args], capture_output=True, text=True, timeout=60, check=False, env=environment()
-    )
-
-
-def environment() -> dict[str, str]:
-    """Ours is found the way this test found it; nothing of the caller's configuration."""
-    paths = os.pathsep.join(path for path in sys.path if path)
-    return {"PATH": os.environ["PATH"], "PYTHONPATH": paths}
-
-
-class Process:
-    """A running scheduler."""
-
-    def __init__(self, data: Path, *args: str) -> None:
-        self.data = data
-        self.log = data.parent / f"log-{time.monotonic_ns()}"
-        with self.log.open("wb") as log:
-            self.popen = subprocess.Popen(
-                [*SCHEDULER, "run", "--data-dir", str(data), *PORTS, *args],
-                stdout=log,
-                stderr=log,
-                env=environment(),
-            )
-        deadline = time.monotonic() + 30
-        while not (data / "ports.json").exists() or self.ports["pid"] != self.popen.pid:
-            if self.popen.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(self.log.read_text())
-            time.sleep(0.02)
-
-    @property
-    def ports(self) -> dict[str, int]:
-        ports: dict[str, int] = json.loads((self.data / "ports.json").read_text())
-        return ports
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.ports['rpc']}"
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.popen.send_signal(number)
-        return self.popen.wait(20)
-
-
-PORTS = ("--rpc-port", "0", "--join-port", "0", "--metrics-port", "0")
-
-
-@contextmanager
-def scheduler(data: Path, *args: str) -> Iterator[Process]:
-    process = Process(data, *args)
-    try:
-        yield process
-    finally:
-        if process.popen.poll() is None:
-            process.end(signal.SIGKILL)
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A data folder after init, with an identity for each role beside it."""
     folder = tmp_path / "s"
-    made = command("init", "--data-dir", str(folder), "--host", "localhost", "--ip", "127.0.0.1")
-    assert made.returncode == 0, made.stderr
+    init(folder)
     ca = CertificateAuthority.open(folder / "identity")
     for role in (Role.VIEWER, Role.OPERATOR, Role.SERVING, Role.NODE):
         ca.new_identity(role=role, name=f"the-{role}", now_s=SystemClock().wall_s()).save(tmp_path / str(role))
     return folder
-
-
-def identity(data: Path, role: str) -> Identity:
-    return Identity.load(data / "operator" if role == "admin" else data.parent / role)
-
-
-@asynccontextmanager
-async def cluster(process: Process, role: str = "admin") -> AsyncIterator[cluster_pb2_grpc.ClusterAsyncStub]:
-    async with channel(process.address, identity(process.data, role)) as opened:
-        with fal_errors():
-            yield cluster_pb2_grpc.ClusterStub(opened)
 
 
 async def code_of(call: Callable[[], object]) -> Code | None:
@@ -207,52 +143,6 @@ def test_health_reflection_metrics(data: Path) -> None:
         while "fal_scheduler_leads 1.0" not in asyncio.run(fetch(process.ports["metrics"], "/metrics")):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-
-
-class RemoteAgent(Agent):
-    """An obedient agent over real gRPC."""
-
-    def __init__(self, process: Process, own: Identity, *, gpus: int = 8) -> None:
-        super().__init__(None, own.peer.name, gpus=gpus)  # type: ignore[arg-type]
-        self.cluster_id = own.peer.cluster_id
-        self._process = process
-        self._own = own
-
-    async def __aenter__(self) -> RemoteAgent:
-        self.dial()
-        return self
-
-    async def _connect(self) -> None:
-        async with channel(self._process.address, self._own) as opened:
-            with fal_errors():
-                async for message in agent_pb2_grpc.AgentServiceStub(opened).Session(self._incoming()):
-                    await self._receive(message)
-
-
-async def joined(process: Process, name: str) -> Identity:
-    """A node that joined with a token."""
-    async with cluster(process) as stub:
-        await stub.ApplyPool(cluster_pb2.ApplyPoolRequest(pool=state_pb2.Pool(name="p", cloud="metal")))
-        made = await stub.CreateToken(cluster_pb2.CreateTokenRequest(pool="p", ttl_s=60, uses=1))
-    address = f"127.0.0.1:{process.ports['join']}"
-    return (await join(address, made.token, node_name=name, boot_id="b1", clock=SystemClock())).identity
-
-
-async def node_ready(stub: cluster_pb2_grpc.ClusterAsyncStub) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            if (await stub.ListNodes(cluster_pb2.ListNodesRequest())).nodes[0].health == "ready":
-                return
-            await asyncio.sleep(0.05)
-
-
-async def ready(stub: cluster_pb2_grpc.ClusterAsyncStub, app: str, count: int) -> None:
-    async with asyncio.timeout(30):
-        while True:
-            view = await stub.GetApp(cluster_pb2.GetAppRequest(id=app), timeout=10)
-            if sum(1 for x in view.runners if x.state == state_pb2.RUNNER_STATE_IDLE) == count:
-                return
-            await asyncio.sleep(0.05)
 
 
 def test_join_deploy_dispatch_kill_and_return(data: Path) -> None:
