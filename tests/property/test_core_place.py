@@ -1,0 +1,188 @@
+"""Placement: what it finds is free and fits, what fits is never refused, and explanations say the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core_world import GIB, sim_gpus
+from fal_scheduler.core.explain import FILTERS, explain, summarise, why_pending
+from fal_scheduler.core.place import Placement, Placer
+from fal_scheduler.core.records import Binding, Change, Node, Pool, Resources, Runner, Spec, key_of
+from fal_scheduler.core.state import State
+from fal_scheduler.core.told import Gpu, Health, Hold, Inventory
+
+MODELS = ("H100-80GB", "A100-40GB", "L4-24GB")
+MEMORY_GIB = {"H100-80GB": 80, "A100-40GB": 40, "L4-24GB": 24}
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> State:
+    """Up to six nodes of every sort, partly taken."""
+    state = State()
+    for name in ("east", "west"):
+        pool = Pool(name, labels={"pool": name})
+        state.apply(Change(key_of(pool), None, pool))
+    for at in range(draw(st.integers(0, 6))):
+        node = Node(
+            f"n-{at}",
+            f"node{at}",
+            draw(st.sampled_from(("east", "west"))),
+            cordoned=draw(st.integers(0, 5)) == 0,
+            labels=draw(st.sampled_from(({}, {"disk": "nvme"}))),
+        )
+        gpus: tuple[Gpu, ...] = ()
+        for kind in draw(st.lists(st.sampled_from(MODELS), max_size=2, unique=True)):
+            count = draw(st.integers(1, 4))
+            gpus += sim_gpus(f"{at}-{kind}", count, kind, MEMORY_GIB[kind], paired=draw(st.booleans()))
+        sick = draw(st.sets(st.sampled_from([gpu.id for gpu in gpus]), max_size=2)) if gpus else set()
+        gpus = tuple(_sick(gpu) if gpu.id in sick else gpu for gpu in gpus)
+        live = state.live_of(node.id)
+        live.health = draw(st.sampled_from((Health.READY, Health.READY, Health.READY, Health.UNKNOWN)))
+        live.hold = draw(st.sampled_from((Hold.NONE, Hold.NONE, Hold.NONE, Hold.STORE)))
+        live.inventory = Inventory(1, gpus, "", "", draw(st.sampled_from((4000, 16_000))), 32 * GIB)
+        state.apply(Change(key_of(node), None, node))
+        taken = draw(st.sets(st.sampled_from([gpu.id for gpu in gpus]))) if gpus else set()
+        for number, gpu in enumerate(sorted(taken)):
+            runner = Runner(f"default/x-{at}-{number}", "g", (Binding("default/x", 1),), 0.0, node.id, (gpu,))
+            state.apply(Change(key_of(runner), None, runner))
+    return state
+
+
+def _sick(gpu: Gpu) -> Gpu:
+    return Gpu(gpu.id, gpu.model, gpu.memory_bytes, gpu.index, healthy=False, health_reason="ECC", links=gpu.links)
+
+
+SPECS = st.builds(
+    Spec,
+    image=st.just("host"),
+    num_gpus=st.integers(0, 5),
+    machine_type=st.lists(st.sampled_from((*MODELS, "B200-180GB")), max_size=2, unique=True).map(tuple),
+    gpu_memory_bytes_min=st.sampled_from((0, 0, 40 * GIB, 100 * GIB)),
+    resources=st.builds(Resources, cpu_milli=st.sampled_from((0, 1000, 8000)), memory_bytes=st.sampled_from((0, GIB))),
+    pools=st.sampled_from(((), (), ("east",), ("north",))),
+    labels=st.sampled_from(({}, {}, {"disk": "nvme"}, {"pool": "west"})),
+)
+
+
+def naive(state: State, spec: Spec) -> set[str]:
+    """Nodes that could take the spec, by the plainest reading of the rules."""
+    found = set()
+    for node in state.nodes.values():
+        live = state.live[node.id]
+        labels = {**state.pools[node.pool].labels, **node.labels}
+        inventory = live.inventory
+        assert inventory is not None
+        held = {gpu for runner in state.runners.values() if runner.node == node.id for gpu in runner.gpus}
+        by_kind: dict[tuple[str, int], int] = {}
+        for gpu in inventory.gpus:
+            if gpu.healthy and gpu.id not in held and gpu.memory_bytes >= spec.gpu_memory_bytes_min:
+                by_kind[gpu.model, gpu.memory_bytes] = by_kind.get((gpu.model, gpu.memory_bytes), 0) + 1
+        enough = spec.num_gpus == 0 or any(
+            count >= spec.num_gpus and (not spec.machine_type or model in spec.machine_type)
+            for (model, _), count in by_kind.items()
+        )
+        if (
+            live.health is Health.READY
+            and not live.hold
+            and not node.cordoned
+            and (not spec.pools or node.pool in spec.pools)
+            and all(labels.get(key) == value for key, value in spec.labels.items())
+            and spec.resources.cpu_milli <= inventory.cpu_milli
+            and spec.resources.memory_bytes <= inventory.memory_bytes
+            and enough
+        ):
+            found.add(node.id)
+    return found
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(clusters(), SPECS)
+def test_place_finds_exactly_what_fits(state: State, spec: Spec) -> None:
+    feasible = naive(state, spec)
+    found = Placer(state.fleet).place(spec)
+    verdicts = explain(state, spec)
+    assert {verdict.node_id for verdict in verdicts if verdict.feasible} == feasible
+    assert (found is not None) == bool(feasible)
+    if found is None:
+        pending = why_pending(state, spec)
+        assert pending.reason
+        assert sum(count for _, count in pending.refused) == len(state.nodes)
+        assert [name for name, _ in pending.refused] == [name for name in FILTERS if name in dict(pending.refused)]
+        assert all(verdict.detail for verdict in verdicts)
+        return
+    assert found == Placer(state.fleet).place(spec), "the same snapshot gives the same answer"
+    _check_fits(state, spec, found, feasible)
+
+
+def _check_fits(state: State, spec: Spec, found: Placement, feasible: set[str]) -> None:
+    assert found.node_id in feasible
+    inventory = state.live[found.node_id].inventory
+    assert inventory is not None
+    gpus = {gpu.id: gpu for gpu in inventory.gpus}
+    held = {gpu for runner in state.runners.values() for gpu in runner.gpus}
+    assert len(set(found.gpus)) == len(found.gpus) == spec.num_gpus
+    for gpu_id in found.gpus:
+        assert gpus[gpu_id].healthy
+        assert gpu_id not in held
+        assert gpus[gpu_id].memory_bytes >= spec.gpu_memory_bytes_min
+    if spec.num_gpus and spec.machine_type:
+        # The preferred type that anybody could give.
+        types = [gpus[gpu_id].model for gpu_id in found.gpus]
+        assert len(set(types)) == 1
+        for better in spec.machine_type[: spec.machine_type.index(types[0])]:
+            assert not naive(state, _only(spec, better))
+
+
+def _only(spec: Spec, machine_type: str) -> Spec:
+    return replace(spec, machine_type=(machine_type,))
+
+
+def _one_node(state: State, name: str, gpus: tuple[Gpu, ...], memory_gib: int = 64) -> None:
+    node = Node(name, name, "p")
+    live = state.live_of(name)
+    live.health, live.inventory = Health.READY, Inventory(1, gpus, "", "", 64_000, memory_gib * GIB)
+    state.apply(Change(key_of(node), None, node))
+
+
+def test_best_fit_leaves_the_fewest_gpus_then_the_least_memory_then_goes_by_id() -> None:
+    state = State()
+    _one_node(state, "b", sim_gpus("b", 4, "H100-80GB", 80), memory_gib=32)
+    _one_node(state, "a", sim_gpus("a", 8, "H100-80GB", 80))
+    _one_node(state, "d", sim_gpus("d", 4, "H100-80GB", 80))
+    _one_node(state, "c", sim_gpus("c", 4, "H100-80GB", 80), memory_gib=32)
+    placer = Placer(state.fleet)
+    assert [placer.place(Spec("host", num_gpus=count)).node_id for count in (2, 4, 8)] == ["b", "b", "a"]  # type: ignore[union-attr]
+
+
+def test_linked_gpus_are_preferred_and_pairs_are_not_broken_for_one() -> None:
+    state = State()
+    _one_node(state, "a", sim_gpus("a", 6, "H100-80GB", 80, paired=True))
+    first = Placer(state.fleet).place(Spec("host", num_gpus=1))
+    assert first is not None
+    runner = Runner("default/x-1", "g", (Binding("default/x", 1),), 0.0, "a", first.gpus)
+    state.apply(Change(key_of(runner), None, runner))
+    two = Placer(state.fleet).place(Spec("host", num_gpus=2))
+    assert two is not None
+    assert two.gpus == ("GPU-a-2", "GPU-a-3")
+    one = Placer(state.fleet).place(Spec("host", num_gpus=1))
+    assert one is not None
+    assert one.gpus == ("GPU-a-1",), "its partner is taken already"
+
+
+def test_reasons_name_the_nearest_miss() -> None:
+    state = State()
+    _one_node(state, "n1", sim_gpus("n1", 4, "H100-80GB", 80))
+    assert why_pending(state, Spec("host", num_gpus=8, machine_type=("H100-80GB",))).reason == (
+        "no node has 8 such GPUs; n1 has 4 H100-80GB, 8 asked"
+    )
+    unknown = why_pending(state, Spec("host", num_gpus=1, machine_type=("H200-141GB",)))
+    assert unknown.reason == "no node has GPU model H200-141GB; the nearest model is H100-80GB"
+    assert unknown.nearest_miss == "n1 has H100-80GB, none of H200-141GB"
+    runner = Runner("default/x-1", "g", (Binding("default/x", 1),), 0.0, "n1", ("GPU-n1-0",))
+    state.apply(Change(key_of(runner), None, runner))
+    full = summarise(explain(state, Spec("host", num_gpus=4, machine_type=("H100-80GB",))), Spec("host", num_gpus=4))
+    assert full.nearest_miss == "n1 has 3 of 4 H100-80GB free, 4 asked"
+    assert full.refused == (("gpu-free", 1),)
