@@ -66,6 +66,7 @@ class ControlServer:
         self._on_successor = on_successor
         self._server: asyncio.Server | None = None
         self._writers: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
+        self._successors: set[asyncio.Task[None]] = set()
         self._push: asyncio.TimerHandle | None = None
         self._pushed_s = -REPORT_WINDOW_S
 
@@ -100,15 +101,15 @@ class ControlServer:
             delay_s = max(0.0, self._pushed_s + REPORT_WINDOW_S - loop.time())
             self._push = loop.call_later(delay_s, self._push_now)
 
-    async def close(self) -> None:
-        """Cut all controllers. The socket's name stays: it may be a successor's by now."""
+    async def close(self, *, successor: bool) -> None:
+        """Cut all controllers, and the `successor` if wanted. The socket's name stays: it may be another's by now."""
         if self._push is not None:
             self._push.cancel()
             self._push = None
         if self._server is not None:
             self._server.close()
             self._server = None
-        tasks = [task for task in self._writers.values() if task is not asyncio.current_task()]
+        tasks = [*self._writers.values(), *(self._successors if successor else ())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -129,7 +130,9 @@ class ControlServer:
         assert task is not None
         try:
             role = await self._greet(reader, writer)
-            if role != "successor":
+            if role == "successor":
+                self._successors.add(task)
+            else:
                 self._writers[writer] = task
                 self.changed()
             while True:
@@ -146,7 +149,11 @@ class ControlServer:
             pass  # closed by us
         finally:
             self._writers.pop(writer, None)
-            writer.close()
+            self._successors.discard(task)
+            if task.cancelling():
+                writer.transport.abort()
+            else:
+                writer.close()
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         async with asyncio.timeout(HELLO_TIMEOUT_S):

@@ -140,8 +140,11 @@ class Predecessor:
                 if message["t"] == "finished":
                     return take(message, "runner", str), Outcome(take(message, "outcome", str))
         except (OSError, asyncio.IncompleteReadError, FalError, ValueError):
-            self._writer.close()
             return None
+
+    def disconnect(self) -> None:
+        """It has nothing more to tell."""
+        self._writer.transport.abort()
 
     def close(self) -> None:
         """Give up; before `confirm`, the old proxy goes on."""

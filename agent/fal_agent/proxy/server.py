@@ -101,7 +101,7 @@ class ProxyServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._tunnels.close()
-        await self._control.close()
+        await self._control.close(successor=True)
         if self._listener is not None:
             self._listener.close()
         for connection in list(self._path.connections):
@@ -147,9 +147,12 @@ class ProxyServer:
 
     async def _follow(self, predecessor: Predecessor) -> None:
         """Count what ends over there, until it is gone."""
-        while (finished := await predecessor.next_finished()) is not None:
-            self._slots.release_inherited(*finished, self._path.now_s())
-            self._changed()
+        try:
+            while (finished := await predecessor.next_finished()) is not None:
+                self._slots.release_inherited(*finished, self._path.now_s())
+                self._changed()
+        finally:
+            predecessor.disconnect()
         self._slots.drop_inherited(self._path.now_s())
         self._changed()
 
@@ -186,7 +189,7 @@ class ProxyServer:
         _log.info("handed over", in_flight=self._slots.in_flight_total())
         self._listener.close()
         self._tunnels.retire()
-        self._spawn(self._control.close())
+        self._spawn(self._control.close(successor=False))
         # Connections that were in their TLS handshake when we stopped accepting are in the data path by then.
         await asyncio.sleep(DATA_CONNECT_TIMEOUT_S)
         self._ending.set()

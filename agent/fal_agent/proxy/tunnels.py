@@ -9,7 +9,6 @@ gateway stand as many tunnels as the node has slots, at least 4; what breaks is 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Final, cast
@@ -126,6 +125,7 @@ class Tunnels:
         self._gateways: dict[str, GatewayEntry] = {}
         self._lanes: dict[str, list[asyncio.Task[None]]] = {}
         self._open: dict[str, set[TunnelConnection]] = {}
+        self._why: dict[str, str] = {}  # gateway → the last reason logged
 
     @property
     def gateways(self) -> tuple[GatewayEntry, ...]:
@@ -213,18 +213,29 @@ class Tunnels:
 
     async def _dial(self, gateway: GatewayEntry) -> TunnelConnection | None:
         """A tunnel over the first endpoint that works, or None."""
-        credentials = self._credentials()
-        loop = asyncio.get_running_loop()
+        why = "it has told no address"
         for host, port in gateway.endpoints:
-            with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(DATA_CONNECT_TIMEOUT_S):
-                    _, connection = await loop.create_connection(
-                        lambda: TunnelConnection(self._path, gateway.gateway_id, credentials, self._clock),
-                        host,
-                        port,
-                        ssl=credentials.client if credentials else None,
-                    )
-                if connection.refused is None:
-                    return connection
-                _log.warning("gateway refused", gateway=gateway.gateway_id, host=host, why=str(connection.refused))
+            try:
+                connection = await self._connect(gateway.gateway_id, host, port)
+            except (OSError, TimeoutError) as exc:
+                why = f"{host}:{port}: {exc or type(exc).__name__}"
+                continue
+            if connection.refused is None:
+                self._why.pop(gateway.gateway_id, None)
+                return connection
+            why = f"{host}:{port}: {connection.refused.what}"
+        if self._why.get(gateway.gateway_id) != why:  # many lanes, many attempts: one line
+            self._why[gateway.gateway_id] = why
+            _log.warning("no tunnel to gateway", gateway=gateway.gateway_id, why=why)
         return None
+
+    async def _connect(self, gateway_id: str, host: str, port: int) -> TunnelConnection:
+        credentials = self._credentials()
+        async with asyncio.timeout(DATA_CONNECT_TIMEOUT_S):
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: TunnelConnection(self._path, gateway_id, credentials, self._clock),
+                host,
+                port,
+                ssl=credentials.client if credentials else None,
+            )
+        return connection
