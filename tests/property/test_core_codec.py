@@ -1,0 +1,121 @@
+"""Records come back from their bytes as they were; what is newer, torn or misplaced is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fal_contract.errors import Code, FalError
+from fal_contract.v1 import state_pb2 as pb
+from fal_scheduler.codec import decode, encode
+from fal_scheduler.core.records import (
+    App,
+    AssignmentRef,
+    Binding,
+    Goal,
+    Meta,
+    Model,
+    Node,
+    Pool,
+    Record,
+    Residency,
+    Revision,
+    Revocation,
+    Runner,
+    key_of,
+)
+from fal_scheduler.core.tokens import JoinToken
+from fal_scheduler.recovery import recover
+
+NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,10}[a-z0-9])?", fullmatch=True)
+OWNED = st.builds("{}/{}".format, NAMES, NAMES)
+TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
+U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+FLOATS = st.floats(0.0, 1e12)
+for kind, strategy in ((str, TEXT), (int, st.integers(0, 2**31)), (float, FLOATS), (bytes, st.binary(max_size=40))):
+    st.register_type_strategy(kind, strategy)
+
+
+def _of(kind: type, **fields: st.SearchStrategy[object]) -> st.SearchStrategy[Record]:
+    return st.builds(kind, **fields)
+
+
+RUNNERS = _of(
+    Runner,
+    id=OWNED,
+    bindings=st.lists(st.builds(Binding, OWNED, U64, NAMES), min_size=1, max_size=3).map(tuple),
+    residencies=st.lists(st.builds(Residency, NAMES, OWNED, NAMES), max_size=3).map(tuple),
+    assignment=st.none() | st.builds(AssignmentRef, NAMES, U64),
+    gpus=st.lists(NAMES, max_size=4).map(tuple),
+    goal=st.sampled_from(Goal),
+    memory_bytes=U64,
+    cpu_milli=U32,
+)
+RECORDS = st.one_of(
+    _of(Meta, epoch=U64),
+    _of(Pool, name=NAMES, generation=U64),
+    _of(Node, id=NAMES, name=NAMES, pool=NAMES),
+    _of(JoinToken, id=NAMES, pool=NAMES),
+    _of(Revocation, serial=NAMES),
+    _of(App, id=OWNED, revision=st.integers(1, 2**40)),
+    _of(Revision, app=OWNED, number=st.integers(1, 99_999_999)),
+    _of(Model, id=OWNED, bytes=U64),
+    RUNNERS,
+)
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(RECORDS)
+def test_a_record_comes_back_as_it_was(record: Record) -> None:
+    assert decode(key_of(record), encode(record)) == record
+
+
+def test_every_kind_of_record_has_a_key_of_its_own_kind() -> None:
+    """The keys that the head of state.proto fixes."""
+    runner = Runner("t1/digits-7k2m9q4c", "t1/digits", (Binding("t1/digits", 3),), 0.0)
+    assert key_of(runner) == "team/t1/runner/digits-7k2m9q4c"
+    assert key_of(App("t1/digits", 3)) == "team/t1/app/digits"
+    assert key_of(Model("t1/m", "model", "file:///m")) == "team/t1/model/m"
+    assert key_of(Pool("metal")) == "pool/metal"
+    assert key_of(Node("n-1", "a", "metal")) == "node/n-1"
+    assert key_of(Revocation("0f", "node/n-1", 0.0)) == "revoked/0f"
+    assert key_of(JoinToken("tk", b"", "metal", 0.0, 1)) == "token/tk"
+    assert key_of(Meta("c", 1, "i", 0.0)) == "meta"
+
+
+POOL = Pool("metal")
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        (b"\xff\xff\xff", Code.CORRUPT),
+        (b"", Code.CORRUPT),
+        (pb.Record(version=2, pool=pb.Pool(name="metal")).SerializeToString(), Code.VERSION_MISMATCH),
+        (pb.Record(version=1, pool=pb.Pool(name="other")).SerializeToString(), Code.CORRUPT),
+        (pb.Record(version=1, runner=pb.Runner(id="t/r", goal=pb.GOAL_RUN)).SerializeToString(), Code.CORRUPT),
+        (pb.Record(version=1, model=pb.Model(id="t/m")).SerializeToString(), Code.CORRUPT),
+        (encode(POOL)[:-1], Code.CORRUPT),
+    ],
+)
+def test_what_cannot_be_read_is_refused_and_named(value: bytes, code: Code) -> None:
+    with pytest.raises(FalError) as failure:
+        recover({"pool/metal": value}, term=1, revision=1, now_s=0.0)
+    assert failure.value.code is code
+    assert "pool/metal" in failure.value.what
+    assert failure.value.remedy
+
+
+def test_broken_rules_in_the_store_do_not_stop_it_from_being_read() -> None:
+    """Two runners with one GPU and one assignment: named as violations, for the engine to freeze."""
+    records: list[Record] = [Node("n-1", "a", "p"), Pool("p")]
+    records += [
+        Runner(f"t/a-{at}", "g", (Binding("t/a", 1),), 0.0, "n-1", ("GPU-1",), AssignmentRef("same", 1))
+        for at in range(2)
+    ]
+    stored = {key_of(record): encode(record) for record in records}
+    state, found = recover(stored, term=2, revision=9, now_s=5.0)
+    assert len(state.runners) == 2
+    assert {one.rule for one in found} == {"gpu-once", "assignment-unique", "reference"}
+    assert {subject for one in found for subject in one.subjects} == {"t/a-0", "t/a-1"}
