@@ -80,6 +80,9 @@ class Agent:
     def __init__(self, leader: Leadership, node_id: str, *, gpus: int = 8, boot_id: str = "b1") -> None:
         self.node_id = node_id
         self.cluster_id = CLUSTER
+        self.term_seen = 0
+        self.incarnation = ""
+        self.welcome: agent_pb2.Welcome | None = None
         self.held: dict[str, agent_pb2.Assignment] = {}
         self.statuses: dict[str, agent_pb2.RunnerStatus] = {}
         self.gateways: agent_pb2.GatewaySet | None = None
@@ -121,6 +124,8 @@ class Agent:
             endpoints=[agent_pb2.Endpoint(network="lan", host="10.0.0.1", port=7443)],
             capabilities=agent_pb2.Capabilities(driver="fake", isolates=True),
             cluster_id=self.cluster_id if self.statuses else "",
+            term_seen=self.term_seen,
+            incarnation=self.incarnation,
         )
         self._say(agent_pb2.AgentMessage(hello=hello))
         self.task = asyncio.create_task(self._connect())
@@ -140,6 +145,11 @@ class Agent:
             self.statuses.pop(runner_id, None)
         self._say(agent_pb2.AgentMessage(report=agent_pb2.Report(runners=statuses, gone=gone)))
 
+    def tell_event(self, kind: str, subject: str, message: str) -> None:
+        """Report an event of the node."""
+        event = agent_pb2.NodeEvent(time_s=1.0, kind=kind, subject=subject, message=message)
+        self._say(agent_pb2.AgentMessage(report=agent_pb2.Report(events=[event])))
+
     def _say(self, message: agent_pb2.AgentMessage) -> None:
         self._seq += 1
         message.seq = self._seq
@@ -151,7 +161,9 @@ class Agent:
 
     async def _receive(self, message: agent_pb2.SchedulerMessage) -> None:
         kind = message.WhichOneof("kind")
-        if kind == "complete":
+        if kind == "welcome":
+            self.welcome = message.welcome
+        elif kind == "complete":
             self.held = {x.runner_id: x for x in message.complete.assignments}
             self._take(message.complete.assignments)
         elif kind == "delta":

@@ -248,7 +248,10 @@ class AgentSessions:
         session.dirty.update(dict.fromkeys(session.stuck))
 
     def _changed(self, session: _Session) -> list[str]:
-        """Runners to look at again, in order of id; clears what was noted."""
+        """Runners to look at again, in order of id; clears what was noted. While the node is held nothing is said."""
+        live = self._engine.view.live.get(session.node_id)
+        if live is not None and live.hold:
+            return []  # the end of the hold looks at everything again
         ids = set(session.dirty)
         if session.resync:
             ids.update(session.told, (runner.id for runner in self._engine.assignments(session.node_id)))
