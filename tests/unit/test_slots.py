@@ -94,3 +94,10 @@ def test_a_runner_never_changes_its_app() -> None:
     book = book_of(SlotRunner("t/r", "t/a", "n1", 1))
     with pytest.raises(ValueError, match="cannot move"):
         book.put_runner(SlotRunner("t/r", "t/b", "n1", 1))
+
+
+def test_wants_for_one_app_and_model_add_up() -> None:
+    book = book_of(SlotRunner("t/r", "t/a", "n1", 8))
+    book.want("g", [Want("t/a", 2, priority=1), Want("t/a", 3, priority=4), Want("t/a", 0)])
+    assert book.unmet("g") == [Want("t/a", 5, priority=4)]
+    assert [x.slots for x in book.grant(0.0)] == [5]

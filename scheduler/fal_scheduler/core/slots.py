@@ -148,8 +148,13 @@ class SlotBook:
         return kept, gone
 
     def want(self, gateway: str, wants: Sequence[Want]) -> None:
-        """Replace the gateway's list of wants."""
-        table = {(want.app, want.model): want for want in wants if want.slots > 0}
+        """Replace the gateway's list of wants; those for one app and model are taken together."""
+        table: dict[tuple[str, str], Want] = {}
+        for want in wants:
+            key = (want.app, want.model)
+            have = table.get(key)
+            if want.slots > 0:
+                table[key] = _joined(have, want) if have else want
         if table:
             self._wants[gateway] = table
         else:
@@ -321,6 +326,10 @@ class SlotBook:
     def _new_id(self) -> str:
         self._next += 1
         return f"{self.term}-{self._next:08d}"
+
+
+def _joined(one: Want, other: Want) -> Want:
+    return replace(one, slots=one.slots + other.slots, priority=max(one.priority, other.priority))
 
 
 def _add(table: dict[K, int], key: K, change: int) -> None:
