@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "purge":
             from fal_agent.purge import purge
 
-            for what in _run(purge(Path(arguments.state_dir))):
+            for what in asyncio.run(purge(Path(arguments.state_dir))):
                 print(what)
             return 0
-        _run(_agent(arguments))
+        # Not uvloop: with gRPC's poller beside it the end of a child's pipe is never seen, and starts hang.
+        asyncio.run(_agent(arguments))
     except FalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -65,15 +66,6 @@ async def _agent(arguments: argparse.Namespace) -> None:
         await agent.run()
     finally:
         os.close(lock)
-
-
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(work)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:

@@ -5,6 +5,7 @@ Every call is idempotent and raises FalError; UNAVAILABLE while fsd is away. One
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -18,13 +19,17 @@ from fal_contract.v1 import agent_pb2, fsd_pb2, fsd_pb2_grpc
 
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 _ANSWER_TIMEOUT_S: Final = 2.0
+# A unix socket answers or does not; there is no network to spare.
+_QUICK: Final = {"grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 500}
 
 
 class CacheClient:
     """A client of the fsd at `socket`. Close it."""
 
     def __init__(self, socket: Path) -> None:
-        self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=list(rpc.CHANNEL_OPTIONS))
+        self._socket = socket
+        options = {**dict(rpc.CHANNEL_OPTIONS), **_QUICK}
+        self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=list(options.items()))
         self._stub = fsd_pb2_grpc.NodeCacheStub(self._channel)
 
     async def stage(
@@ -58,11 +63,13 @@ class CacheClient:
         return list(reply.artifacts)
 
     async def answers(self) -> bool:
-        """True when an fsd is there."""
+        """True when an fsd listens. Asks the kernel, not gRPC, whose channel would first have to try again."""
         try:
-            await self._stub.ListArtifacts(fsd_pb2.ListArtifactsRequest(), timeout=_ANSWER_TIMEOUT_S)
-        except grpc.aio.AioRpcError:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                _, writer = await asyncio.open_unix_connection(str(self._socket))
+        except OSError:  # TimeoutError too
             return False
+        writer.close()
         return True
 
     async def close(self) -> None:
