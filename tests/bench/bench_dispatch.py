@@ -37,6 +37,7 @@ from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
 from fal_scheduler import wire
 from fal_scheduler.assignments import AssignmentBuilder
 from fal_scheduler.codec_spec import spec_from_pb
+from fal_scheduler.collector import calm
 from fal_scheduler.core import tokens
 from fal_scheduler.core.events import (
     ApplyApp,
@@ -287,6 +288,7 @@ class Echo:
 
 async def run(options: Options) -> Result:
     """Both concurrencies, interleaved with the echo."""
+    calm()
     many: list[float] = []
     single: list[float] = []
     async with Echo() as echo:

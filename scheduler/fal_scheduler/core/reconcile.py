@@ -27,6 +27,7 @@ from fal_scheduler.core.records import (
     Revision,
     Runner,
 )
+from fal_scheduler.core.state import Pending
 from fal_scheduler.core.told import Backoff
 from fal_scheduler.core.work import Work
 
@@ -254,9 +255,14 @@ def _note_pending(work: Work, runner: Runner, revision: Revision) -> None:
     state.waiting[runner.app] = None
     key = (revision.app, revision.number)
     have = state.pending.get(key)
-    if have is None or now_s - have.found_at_s >= PENDING_TEXT_AGE_S:
+    if have is not None and now_s - have.found_at_s < PENDING_TEXT_AGE_S:
+        return
+    if state.explanations_left > 0:
+        state.explanations_left -= 1
         state.pending[key] = replace(why_pending(state, revision.spec), found_at_s=now_s)
         work.emit(AppChanged(revision.app))
+    elif have is None:  # the next tick works it out
+        state.pending[key] = Pending("no node can take it now", found_at_s=float("-inf"))
 
 
 def _digest(work: Work, model_id: str) -> str:

@@ -6,10 +6,10 @@ Used by every part of the scheduler. Must not know how records are encoded or wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
 from fal_contract.ids import name_of, team_of
 from fal_contract.limits import REQUEST_TIMEOUT_S, STARTUP_TIMEOUT_S, TERMINATION_GRACE_S
@@ -273,24 +273,26 @@ Record = Meta | Pool | Node | JoinToken | Revocation | App | Revision | Model | 
 META_KEY: Final = "meta"
 
 
+def _owned_key(kind: str) -> Callable[[Any], str]:
+    return lambda record: f"team/{team_of(record.id)}/{kind}/{name_of(record.id)}"
+
+
+_KEYS: Final[dict[type, Callable[[Any], str]]] = {
+    Runner: _owned_key("runner"),
+    App: _owned_key("app"),
+    Model: _owned_key("model"),
+    Revision: lambda one: f"team/{team_of(one.app)}/revision/{name_of(one.app)}/{one.number:08d}",
+    Node: lambda one: f"node/{one.id}",
+    Pool: lambda one: f"pool/{one.name}",
+    JoinToken: lambda one: f"token/{one.id}",
+    Revocation: lambda one: f"revoked/{one.serial}",
+    Meta: lambda one: META_KEY,
+}
+
+
 def key_of(record: Record) -> str:
     """The store's key of `record`, as fixed at the head of state.proto."""
-    match record:
-        case Runner() | App() | Model():
-            kind = "runner" if isinstance(record, Runner) else "app" if isinstance(record, App) else "model"
-            return f"team/{team_of(record.id)}/{kind}/{name_of(record.id)}"
-        case Revision():
-            return f"team/{team_of(record.app)}/revision/{name_of(record.app)}/{record.number:08d}"
-        case Node():
-            return f"node/{record.id}"
-        case Pool():
-            return f"pool/{record.name}"
-        case JoinToken():
-            return f"token/{record.id}"
-        case Revocation():
-            return f"revoked/{record.serial}"
-        case Meta():
-            return META_KEY
+    return _KEYS[type(record)](record)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from fal_scheduler.core.fleet import Fleet, NodeFacts
 from fal_scheduler.core.records import (
@@ -28,6 +28,8 @@ from fal_scheduler.core.records import (
 )
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.told import Alarm, Backoff, Health, Hold, Inventory, NodeLive, RunnerStatus
+
+EXPLANATIONS_PER_TICK_MAX: Final = 20  # each looks at every node
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class State:
         self.settled = True  # False while a new leader waits for its nodes to say what they run
         self.hold_all = ""  # why nothing at all is started or stopped by itself
         self.dirty: dict[str, None] = {}  # apps to be reconciled
+        self.explanations_left = EXPLANATIONS_PER_TICK_MAX
         self.capacity_at_s = 0.0  # when what placement looks at changed last; older reasons are worked out anew
         self.waiting: dict[str, None] = {}  # apps with runners that have no node
         self.asked: dict[str, None] = {}  # apps whose stops an operator's command asks for, until they are done

@@ -45,7 +45,7 @@ from fal_scheduler.core.events import (
 from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.reconcile import reconcile
-from fal_scheduler.core.state import State
+from fal_scheduler.core.state import EXPLANATIONS_PER_TICK_MAX, State
 from fal_scheduler.core.work import Work
 
 SETTLE_S = 5.0  # how long a new leader waits for all of its nodes before it places anything
@@ -153,6 +153,7 @@ def _command(work: Work, event: Command) -> Reply:
 def _tick(work: Work, event: Tick) -> None:
     state, now_s = work.state, work.moment.now_s
     state.stall_total_s += event.stall_s
+    state.explanations_left = EXPLANATIONS_PER_TICK_MAX
     if event.recheck:
         news.recheck(work)
     liveness.tick(work)
