@@ -52,9 +52,10 @@ class Demo:
         yield
         self.phases.append((name, time.monotonic() - began))
 
-    def falctl(self, *arguments: str) -> str:
-        """Run falctl as a person would; its output is shown and returned."""
-        print(f"$ falctl {' '.join(arguments)}", flush=True)
+    def falctl(self, *arguments: str, shown: bool = True) -> str:
+        """Run falctl as a person would; returns its output."""
+        if shown:
+            print(f"$ falctl {' '.join(arguments)}", flush=True)
         done = subprocess.run(
             [str(BIN / "falctl"), *arguments], env=self.env, capture_output=True, text=True, timeout=300, check=False
         )
@@ -65,7 +66,7 @@ class Demo:
 
     def ask(self, noun: str, *arguments: str) -> Any:
         """One falctl verb with --json; returns what is under the noun."""
-        return json.loads(self.falctl(*arguments, "--json"))[noun]
+        return json.loads(self.falctl(*arguments, "--json", shown=False))[noun]
 
     def say(self, text: str) -> None:
         print(text.rstrip(), flush=True)

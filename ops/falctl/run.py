@@ -76,14 +76,13 @@ async def _draw(app: str, request: dict[str, Any], *, wait_s: float, quiet: bool
             wait_s=wait_s,
             lora=owned(lora["name"], field="--lora") if lora else "",
         )
-        runner = (response.header(b"fal-runner") or response.header(b"x-fal-runner") or b"").decode()
         try:
             if response.status != 200:
                 raise await _refusal(response)
             result = await _follow(response, _step_shower(quiet))
         finally:
             response.close()
-    return {**result, "runner": runner, "seconds": loop.time() - began_s}
+    return {**result, "runner": response.runner_id, "seconds": loop.time() - began_s}
 
 
 @asynccontextmanager

@@ -33,6 +33,7 @@ from fal_contract.v1 import serving_pb2
 WAITING_MAX: Final = 10_000
 _WANT_SLOTS_MAX: Final = 256
 _TICK_S: Final = 0.5
+_SURRENDER_S: Final = 1.0
 _BUSY_PAUSE_S: Final = 0.01
 _BUSY_PAUSE_MAX_S: Final = 0.25
 _REFUSAL_BYTES_MAX: Final = 64 << 10
@@ -93,6 +94,7 @@ class DispatchClient:
         self._waiting: dict[str, deque[_Waiter]] = {}
         self._told: tuple[NodePath, ...] = ()
         self._connected = False
+        self._closing = False
         self._wants_told = False
         self._to_send = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -107,7 +109,8 @@ class DispatchClient:
         ]
 
     async def close(self) -> None:
-        """End the stream and all connections. Leases are given back by expiry."""
+        """Give the leases back, end the stream and all connections."""
+        self._closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -341,9 +344,19 @@ class DispatchClient:
             sending.cancel()
             receiving.cancel()
             results = await asyncio.gather(sending, receiving, return_exceptions=True)
+            if self._closing:
+                await self._surrender(link)
         for result in results:
             if isinstance(result, Exception):
                 raise result
+
+    async def _surrender(self, link: DispatchLink) -> None:
+        """Best effort: what does not arrive is given back by expiry."""
+        updates = self._table.surrender()
+        if updates:
+            with contextlib.suppress(FalError, TimeoutError):
+                async with asyncio.timeout(_SURRENDER_S):
+                    await link.send(dispatch_wire.updates(updates))
 
     async def _receive(self, link: DispatchLink) -> None:
         while True:

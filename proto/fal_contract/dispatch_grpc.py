@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
 
@@ -13,6 +15,8 @@ from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity
 from fal_contract.rpc import channel, fal_errors
 from fal_contract.v1 import serving_pb2, serving_pb2_grpc
+
+_CLOSE_S: Final = 1.0
 
 
 class GrpcLink:
@@ -40,7 +44,13 @@ class GrpcLink:
         return message
 
     async def close(self) -> None:
-        """End the stream and its channel."""
+        """End the stream and its channel, once the server has read what was sent."""
+        if not self._call.done():
+            with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await self._call.done_writing()
+                    while isinstance(await self._call.read(), serving_pb2.DispatchMessage):
+                        pass
         self._call.cancel()
         await self._channel.close(None)
 

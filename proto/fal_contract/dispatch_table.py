@@ -219,6 +219,15 @@ class DispatchTable:
                 del self._leases[lease_id]
         return updates
 
+    def surrender(self) -> list[Update]:
+        """Give back every lease, for a process that ends: others need not wait until they expire."""
+        updates = [
+            Update(lease_id, lease.entry.slots, renew=False, served=lease.served, failed=lease.failed)
+            for lease_id, lease in self._leases.items()
+        ]
+        self._leases.clear()
+        return updates
+
     def stream_broke(self) -> None:
         """What was asked for on the old stream has to be asked for again."""
         for lease in self._leases.values():

@@ -44,6 +44,7 @@ class HttpResponse:
     def __init__(self, head: ResponseHead, connection: HttpConnection, first: bytes) -> None:
         self.status = head.status
         self.headers: Headers = head.headers
+        self.runner_id = ""  # who answered, where the caller knows it
         self._head = head
         self._connection = connection
         self._scanner = BodyScanner(head.framing)

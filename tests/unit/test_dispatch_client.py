@@ -352,3 +352,19 @@ def test_wants_are_coalesced(tmp_path: Path) -> None:
             assert await asyncio.gather(*requests) == [200] * 500
 
     asyncio.run(scenario())
+
+
+def test_a_client_that_ends_gives_its_leases_back_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        scheduler = FakeScheduler()
+        async with working(tmp_path) as worker, serving(tmp_path / "p") as proxy:
+            proxy.put_runner(entry(worker, slots=2))
+            async with client_of(scheduler) as client:
+                await until(lambda: client.statistics().connected)
+                scheduler.tell(routes(address_of(proxy)))
+                scheduler.tell(lease())
+                assert await ask(client) == 200
+            assert sum(update.returned for update in scheduler.updates()) >= 1
+            assert sum(update.served for update in scheduler.updates()) == 1
+
+    asyncio.run(scenario())
