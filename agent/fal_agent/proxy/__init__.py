@@ -1,13 +1,13 @@
 """`fal-proxy`, the node's data path: a process of its own, so that requests outlive the agent.
 
-slots.py           pure: which requests are admitted, and what was served
-routing.py         pure: heads of requests, tickets, answers that the proxy gives itself
-pump.py            the connections: client on one side, worker on the other, bytes between them
-datapath.py        what all connections of the process share
-worker_socket.py   connecting to a socket that a hostile container owns
-tunnels.py         connections that the proxy dials, to gateways that cannot dial it
-messages.py, control_server.py, control.py   how the agent steers it
-state_file.py      what a proxy that died knows when it comes back
-handover.py        how a successor takes listeners and slots over
-server.py, options.py, main.py   the process
+- `slots` (pure): which requests are admitted, and what was served
+- `routing` (pure): heads of requests, tickets, answers that the proxy gives itself
+- `pump`: a gateway's connection; `exchange`: one admitted request and the worker's connection
+- `datapath`: what all connections of the process share
+- `worker_socket`: connecting to a socket that a hostile container owns
+- `listener`: the TCP listener and who may use it; `tunnels`: connections that the proxy dials instead
+- `messages`, `control_server`, `control`: how the agent steers it
+- `state_file`: what a proxy that died knows when it comes back
+- `handover`: how a successor takes listener and slots over
+- `server`, `options`, `main`: the process
 """

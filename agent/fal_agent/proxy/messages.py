@@ -1,4 +1,4 @@
-"""The control protocol of fal-proxy: length-prefixed msgpack maps over a unix socket. Pure, but for `read_frame`.
+"""The control protocol of fal-proxy: length-prefixed msgpack maps over a unix socket.
 
 The caller sends `hello` with the versions it speaks; the proxy answers `welcome`. Then requests `{"t": kind, "id": n,
 …}`, each answered by `{"t": "ok" | "error", "id": n, …}`, and `{"t": "stats", …}` pushed whenever something changed.
