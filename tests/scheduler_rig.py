@@ -33,6 +33,13 @@ async def eventually(check: Callable[[], bool], *, timeout_s: float = 20.0) -> N
 @asynccontextmanager
 async def leading(folder: Path, store: Store | None = None) -> AsyncIterator[Leadership]:
     """A leader in its term; everything it keeps lies in `folder`."""
+    async with campaigning(folder, store or MemoryStore(MemoryBackend())) as current:
+        yield current.get()
+
+
+@asynccontextmanager
+async def campaigning(folder: Path, store: Store) -> AsyncIterator[CurrentLeadership]:
+    """A process that leads now, and again after every loss."""
     identity = folder / "identity"
     clock = SystemClock()
     if identity.exists():
@@ -41,7 +48,7 @@ async def leading(folder: Path, store: Store | None = None) -> AsyncIterator[Lea
         ca = CertificateAuthority.create(identity, cluster_id=CLUSTER, now_s=clock.wall_s())
     current, revocations = CurrentLeadership(), RevocationIndex()
     leader = Leader(
-        store=store or MemoryStore(MemoryBackend()),
+        store=store,
         ca=ca,
         clock=clock,
         data_dir=folder,
@@ -58,7 +65,7 @@ async def leading(folder: Path, store: Store | None = None) -> AsyncIterator[Lea
         began.cancel()
         task.result()
     try:
-        yield current.get()
+        yield current
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):

@@ -10,9 +10,10 @@ Requests never pass here. Transport-free like `sessions`. Must not decide who ma
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from itertools import zip_longest
+from typing import Final, TypeVar
 
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError, invalid
@@ -34,9 +35,13 @@ WANTS_MAX: Final = 1024
 HELD_MAX: Final = 100_000
 NODES_REACHED_MAX: Final = 20_000
 EXPIRY_INTERVAL_S: Final = 1.0
+# A message holds 4 MiB; a route or lease with long names and several addresses stays below 1 KiB.
+ROUTES_PER_MESSAGE: Final = 2000
+LEASES_PER_MESSAGE: Final = 4000
 
 Send = Callable[[serving_pb2.DispatchMessage], Awaitable[None]]
 _Refused = tuple[str, str]  # code, what
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -72,6 +77,7 @@ class Dispatcher:
         self._engine = engine
         self._clock = clock
         self._gateways: dict[str, _Gateway] = {}
+        self._served = self._failed = 0  # requests, as gateways tell
         self.book = SlotBook(engine.view.term)
         self._table = RouteTable()
         self.tunnels = TunnelBook(push, now_s=clock.monotonic_s())
@@ -97,9 +103,10 @@ class Dispatcher:
             )
             who = f"gateway {gateway.id}"
             await send_bounded(send, serving_pb2.DispatchMessage(welcome=welcome), who)
-            whole = serving_pb2.Routes(complete=True, routes=self._table.all(gateway.apps), term=view.term)
             gateway.routes.clear()
-            await send_bounded(send, serving_pb2.DispatchMessage(routes=whole), who)
+            for at, routes in enumerate(_chunks(self._table.all(gateway.apps), ROUTES_PER_MESSAGE) or [[]]):
+                part = serving_pb2.Routes(complete=at == 0, routes=routes, term=view.term)
+                await send_bounded(send, serving_pb2.DispatchMessage(routes=part), who)
             writer = asyncio.create_task(self._write(gateway, send))
             reader = asyncio.create_task(self._read(gateway, incoming))
             await until_first(gateway.closed, writer, reader)
@@ -170,6 +177,8 @@ class Dispatcher:
 
     def _take_updates(self, gateway: _Gateway, updates: serving_pb2.LeaseUpdates, now_s: float) -> None:
         for update in updates.updates:
+            self._served += update.served
+            self._failed += update.failed
             if update.returned:
                 self.book.give_back(gateway.id, update.lease_id, update.returned)
             if update.renew:
@@ -200,21 +209,22 @@ class Dispatcher:
     def _messages(self, gateway: _Gateway) -> Iterable[serving_pb2.DispatchMessage]:
         term = self._engine.view.term
         if gateway.routes:
-            found = [(i, self._table.get(i)) for i in gateway.routes]
+            changed = list(gateway.routes)
             gateway.routes.clear()
-            yield serving_pb2.DispatchMessage(
-                routes=serving_pb2.Routes(
-                    routes=[route for _, route in found if route is not None],
-                    removed=[i for i, route in found if route is None],
-                    term=term,
-                )
-            )
+            for ids in _chunks(changed, ROUTES_PER_MESSAGE):
+                found = [(i, self._table.get(i)) for i in ids]
+                present = [route for _, route in found if route is not None]
+                removed = [i for i, route in found if route is None]
+                routes = serving_pb2.Routes(routes=present, removed=removed, term=term)
+                yield serving_pb2.DispatchMessage(routes=routes)
         if gateway.leases or gateway.revoked:
             leases = [self._lease_to(lease) for lease in gateway.leases.values()]
             revoked = list(gateway.revoked)
             gateway.leases.clear()
             gateway.revoked.clear()
-            yield serving_pb2.DispatchMessage(leases=serving_pb2.Leases(leases=leases, revoked=revoked))
+            parts = zip_longest(_chunks(leases, LEASES_PER_MESSAGE), _chunks(revoked, LEASES_PER_MESSAGE), fillvalue=())
+            for granted, ended in parts:
+                yield serving_pb2.DispatchMessage(leases=serving_pb2.Leases(leases=granted, revoked=ended))
         if gateway.check_refusals:
             gateway.check_refusals = False
             refusals = self._refusals(gateway)
@@ -350,7 +360,13 @@ class Dispatcher:
             "leases": len(leases),
             "slots_leased": sum(x.slots for x in leases),
             "routes": len(self._table),
+            "served": self._served,
+            "failed": self._failed,
         }
+
+
+def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 def _hello_in(message: serving_pb2.GatewayMessage, peer_name: str, role: Role) -> serving_pb2.GatewayHello:

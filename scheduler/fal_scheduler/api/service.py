@@ -6,8 +6,12 @@ Errors leave as `FalError` and become gRPC statuses in the guard in front of eve
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
+from google.protobuf.message import Message
+
+from fal_contract.errors import Code, FalError
+from fal_contract.limits import MESSAGE_BYTES_MAX
 from fal_contract.rpc_guard import current_peer
 from fal_contract.v1 import agent_pb2, cluster_pb2, cluster_pb2_grpc
 from fal_contract.v1.agent_pb2_grpc import AgentServiceServicer
@@ -15,11 +19,21 @@ from fal_contract.v1.serving_pb2_grpc import ServingServicer
 from fal_scheduler.api import apps, explain, join_tokens, nodes, pools, runners, status, weights
 from fal_scheduler.leadership import CurrentLeadership
 
+M = TypeVar("M", bound=Message)
 Context = Any  # grpc.aio.ServicerContext; generic in the stubs only
 
 
 def _actor() -> str:
     return current_peer().subject
+
+
+def _sized(reply: M, remedy: str) -> M:
+    """A list is complete or refused with a clear error; gRPC's own for a large message names no remedy."""
+    size = reply.ByteSize()
+    if size > MESSAGE_BYTES_MAX:
+        what = f"the answer has {size} bytes, a message holds {MESSAGE_BYTES_MAX}"
+        raise FalError(Code.FAILED_PRECONDITION, what, remedy=remedy)
+    return reply
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServicer):
@@ -38,7 +52,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         return pools.list_pools(self._current.get(), request)
 
     async def ListNodes(self, request: cluster_pb2.ListNodesRequest, context: Context) -> cluster_pb2.ListNodesReply:
-        return nodes.list_nodes(self._current.get(), request)
+        return _sized(nodes.list_nodes(self._current.get(), request), "Name a pool or a node.")
 
     async def CordonNode(self, request: cluster_pb2.CordonNodeRequest, context: Context) -> cluster_pb2.NodeView:
         return await nodes.cordon_node(self._current.get(), request, _actor())
@@ -73,7 +87,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         return apps.plan_app(self._current.get(), request)
 
     async def ListApps(self, request: cluster_pb2.ListAppsRequest, context: Context) -> cluster_pb2.ListAppsReply:
-        return apps.list_apps(self._current.get(), request)
+        return _sized(apps.list_apps(self._current.get(), request), "Name a team.")
 
     async def GetApp(self, request: cluster_pb2.GetAppRequest, context: Context) -> cluster_pb2.AppView:
         return apps.get_app(self._current.get(), request)
@@ -87,7 +101,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def ListRunners(
         self, request: cluster_pb2.ListRunnersRequest, context: Context
     ) -> cluster_pb2.ListRunnersReply:
-        return runners.list_runners(self._current.get(), request)
+        return _sized(runners.list_runners(self._current.get(), request), "Name a team, an app or a node.")
 
     async def GetRunner(self, request: cluster_pb2.GetRunnerRequest, context: Context) -> cluster_pb2.RunnerView:
         return runners.get_runner(self._current.get(), request)
