@@ -71,6 +71,7 @@ class Scheduler(agent_pb2_grpc.AgentServiceServicer):
         self.events: list[agent_pb2.NodeEvent] = []
         self.chunks: list[agent_pb2.LogChunk] = []
         self.sessions = 0
+        self.heartbeat_s = 1.0
         self.agents: list[subprocess.Popen[bytes]] = []
         self._hellos: asyncio.Queue[agent_pb2.Hello] = asyncio.Queue()
         self._down: asyncio.Queue[agent_pb2.SchedulerMessage] = asyncio.Queue()
@@ -86,7 +87,7 @@ class Scheduler(agent_pb2_grpc.AgentServiceServicer):
         reader = asyncio.create_task(self._read(requests))
         yield agent_pb2.SchedulerMessage(
             welcome=agent_pb2.Welcome(
-                version=1, cluster_id=self.ca.cluster_id, epoch=1, incarnation="i-1", term=1, heartbeat_interval_s=1.0
+                version=1, cluster_id=self.ca.cluster_id, epoch=1, incarnation="i-1", term=1, heartbeat_interval_s=self.heartbeat_s
             )
         )
         self._hellos.put_nowait(first.hello)

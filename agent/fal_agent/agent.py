@@ -26,7 +26,7 @@ from fal_agent.probe import UnixProber
 from fal_agent.proxy_link import ProxyLink, proxy_answers
 from fal_agent.runner import Tools
 from fal_agent.session import Session
-from fal_agent.supervise import Daemon
+from fal_agent.supervise import START_TIMEOUT_S, Daemon
 from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity
@@ -104,7 +104,7 @@ class Agent:
         ]
         waiting = asyncio.create_task(self._stop.wait())
         connected = asyncio.create_task(self._proxy.connected.wait())
-        await asyncio.wait({waiting, connected}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({waiting, connected}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         self._node.endpoints = self._endpoints()
         dialer = GrpcDialer(self._options.schedulers, lambda: self._identity, self._clock)
         renewer = Renewer(
@@ -112,7 +112,11 @@ class Agent:
             clock=self._clock, rng=self._rng,
         )  # fmt: skip
         session = Session(self._node, dialer, self._rng, on_state=self._session_state)
-        jobs += [group.create_task(session.run(), name="session"), group.create_task(renewer.run(), name="renewal")]
+        jobs += [
+            group.create_task(session.run(), name="session"),
+            group.create_task(renewer.run(), name="renewal"),
+            group.create_task(self._follow_proxy(session), name="endpoints"),
+        ]
         _log.info("running", node=self._identity.peer.name, metrics_port=port, driver=self._layout.driver.read_text())
         await waiting
         for job in (*jobs, connected):
@@ -167,6 +171,7 @@ class Agent:
 
         return ProxyLink(
             control, daemon, software=software_version(), rng=self._rng, entries=lambda: self._node.entries(),
+            kept=lambda: self._node.kept(),
             on_stats=lambda stats: self._node.count(stats), on_trouble=self._trouble("PROXY_DOWN", "fal-proxy"),
         )  # fmt: skip
 
@@ -177,6 +182,15 @@ class Agent:
         except FalError as exc:
             trouble(exc)
         await fsd.watch(self._rng, on_trouble=trouble)
+
+    async def _follow_proxy(self, session: Session) -> None:
+        """A proxy that came late, or on another port: only Hello carries endpoints, so the session starts over."""
+        while True:
+            await self._proxy.connected.wait()
+            if (endpoints := self._endpoints()) != self._node.endpoints:
+                self._node.endpoints = endpoints
+                session.start_over()
+            await asyncio.sleep(_LOOK_S)
 
     async def _look(self) -> None:
         while True:
@@ -189,6 +203,8 @@ class Agent:
     def _endpoints(self) -> tuple[agent_pb2.Endpoint, ...]:
         info = self._proxy.info
         port = info.listen[0][1] if info and info.listen else 0
+        if not port:
+            return ()  # no proxy: nothing to be reached
         given = [parse_address(text) for text in self._options.addresses]
         if not given:
             given = [("default", _address_towards(self._options.schedulers), 0)]

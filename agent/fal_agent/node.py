@@ -215,8 +215,12 @@ class Node:
 
     def entries(self) -> list[RunnerEntry]:
         """What the proxy should serve, for a proxy that came back."""
-        serving = (r for r in self._runners.values() if Phase.SERVING <= r.task.phase < Phase.EXITED)
-        return [runner.entry() for runner in serving]
+        live = (runner.entry for runner in self._runners.values() if runner.task.phase < Phase.EXITED)
+        return [entry for entry in live if entry is not None]
+
+    def kept(self) -> frozenset[str]:
+        """Runners that a proxy may know from before a restart of this agent: not to be taken out of it."""
+        return frozenset(id for id, runner in self._runners.items() if runner.task.phase < Phase.EXITED)
 
     # ---- inside
 

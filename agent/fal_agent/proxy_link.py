@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -27,7 +27,11 @@ _log = get_logger("fal.proxy-link")
 
 
 class ProxyLink:
-    """See the module's docstring. `entries` tells what should be served now; `on_stats` is called for every push."""
+    """See the module's docstring.
+
+    `entries` tells what should be served now, `kept` what a proxy that knows it may go on serving (runners that are
+    being taken back after a restart); all else is taken out. `on_stats` is called for every push.
+    """
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class ProxyLink:
         software: str,
         rng: Random,
         entries: Callable[[], Sequence[RunnerEntry]],
+        kept: Callable[[], Set[str]],
         on_stats: Callable[[ProxyStats], None],
         on_trouble: Callable[[FalError], None],
     ) -> None:
@@ -45,6 +50,7 @@ class ProxyLink:
         self._software = software
         self._rng = rng
         self._entries = entries
+        self._kept = kept
         self._on_stats = on_stats
         self._on_trouble = on_trouble
         self._control: ProxyControl | None = None
@@ -105,7 +111,7 @@ class ProxyLink:
         for runner_id, entry in wanted.items():
             if runner_id not in held:
                 await control.put_runner(entry)
-        for runner_id in held.keys() - wanted.keys():
+        for runner_id in held.keys() - wanted.keys() - self._kept():
             await control.remove_runner(runner_id)
         await control.set_gateways(self._gateways)
         self._on_stats(await control.stats())

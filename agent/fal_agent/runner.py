@@ -19,7 +19,7 @@ from typing import Final
 
 from fal_agent import launch
 from fal_agent.core.admission import in_use
-from fal_agent.core.assignments import Assignment
+from fal_agent.core.assignments import Assignment, Goal
 from fal_agent.core.tasks import (
     Action,
     Exit,
@@ -80,7 +80,9 @@ class Runner:
         self.task = task
         self._trying = ""  # what is being tried again
         self._said = ""  # why the last readiness probe was not answered
+        self._entry: RunnerEntry | None = None
         self._usage = Usage()
+        self._served_there = self._served_before = 0  # in the proxy that answers now, in those before it
         self._usage_at_s = tools.clock.monotonic_s()
         self._tools = tools
         self._on_change = on_change
@@ -114,7 +116,11 @@ class Runner:
         return self._see(replace(self.task, orphan=orphan))
 
     def count(self, usage: Usage) -> None:
-        """The proxy told new counts."""
+        """The proxy told new counts. They begin again at 0 in a proxy that lost its own."""
+        if usage.served < self._served_there:
+            self._served_before += self._served_there
+        self._served_there = usage.served
+        usage = replace(usage, served=usage.served + self._served_before)
         changed = usage.in_flight != self._usage.in_flight or usage.served != self._usage.served
         self._usage, self._usage_at_s = usage, self._tools.clock.monotonic_s()
         self._idle.set()
@@ -129,16 +135,10 @@ class Runner:
         age_s = self._usage.last_used_age_s + self._tools.clock.monotonic_s() - self._usage_at_s
         return replace(self._usage, last_used_age_s=age_s)
 
-    def entry(self) -> RunnerEntry:
-        """How the proxy reaches it."""
-        assignment = self.task.assignment
-        return RunnerEntry(
-            runner_id=self.id,
-            socket_path=str(launch.socket_path(self._tools.places, self.id)),
-            max_multiplexing=assignment.max_multiplexing,
-            request_timeout_s=assignment.request_timeout_s,
-            draining=self.task.phase >= Phase.DRAINED,
-        )
+    @property
+    def entry(self) -> RunnerEntry | None:
+        """How the proxy reaches it; None before it was registered."""
+        return replace(self._entry, draining=self.task.goal > Goal.RUN) if self._entry else None
 
     async def close(self) -> None:
         """Stop driving; the container goes on."""
@@ -303,8 +303,15 @@ class Runner:
 
     async def _register(self) -> None:
         status = await self._tools.driver.status(launch.container_id(self.id))
-        pid = (status.pid if status else None) or 0
-        await self._tools.proxy.put(replace(self.entry(), pid=pid))
+        assignment = self.task.assignment
+        self._entry = RunnerEntry(
+            runner_id=self.id,
+            socket_path=str(launch.socket_path(self._tools.places, self.id)),
+            max_multiplexing=assignment.max_multiplexing,
+            request_timeout_s=assignment.request_timeout_s,
+            pid=(status.pid if status else None) or 0,
+        )
+        await self._tools.proxy.put(self._entry)
         self._see(advance(self.task, Phase.SERVING))
 
     async def _attend(self) -> None:

@@ -65,6 +65,11 @@ class Session:
         self._rng = rng
         self._on_state = on_state
         self.connected = False
+        self._over = asyncio.Event()
+
+    def start_over(self) -> None:
+        """End the session that stands, if one does; the next Hello tells everything anew."""
+        self._over.set()
 
     async def run(self) -> None:
         """Until cancelled: one session after the other, full-jitter backoff between them."""
@@ -83,6 +88,7 @@ class Session:
     async def _once(self) -> None:
         """One session; always ends with a FalError."""
         link: Link | None = None
+        self._over.clear()
         try:
             async with asyncio.timeout(RPC_TIMEOUT_S):
                 link = await self._dial()
@@ -90,7 +96,7 @@ class Session:
                 first = await link.receive()
             if first.WhichOneof("kind") != "welcome":
                 raise FalError(Code.INVALID, "the scheduler did not begin with a welcome", remedy="Upgrade it.")
-            await _Talk(self._node, link, first.welcome, self._established).run()
+            await _Talk(self._node, link, first.welcome, self._established).run(self._over)
         except TimeoutError:
             raise FalError(
                 Code.TIMEOUT, f"the scheduler did not answer in {RPC_TIMEOUT_S:g} s", remedy="It is tried again."
@@ -116,11 +122,15 @@ class _Talk:
         self._sending = asyncio.Lock()
         self._logs: dict[int, asyncio.Task[None]] = {}
 
-    async def run(self) -> None:
-        """Ends with the first error of either direction."""
+    async def run(self, over: asyncio.Event) -> None:
+        """Ends with the first error of either direction, or when it is `over`."""
         self._node.welcome(leader_of(self._welcome))
         self._established()
-        jobs = [asyncio.create_task(self._listen(), name="listen"), asyncio.create_task(self._report(), name="report")]
+        jobs = [
+            asyncio.create_task(self._listen(), name="listen"),
+            asyncio.create_task(self._report(), name="report"),
+            asyncio.create_task(_ended(over), name="over"),
+        ]
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done:
@@ -220,6 +230,11 @@ class _Talk:
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
+
+
+async def _ended(over: asyncio.Event) -> None:
+    await over.wait()
+    raise FalError(Code.CANCELLED, "the session starts over", remedy="Nothing: it has something new to say.")
 
 
 def _log_line(line: LogLine) -> agent_pb2.LogLine:

@@ -461,7 +461,22 @@ def test_a_proxy_that_is_away_delays_registration_only(play: Callable[[Scenario]
         assert box.machine.running()
         box.proxy.away = False
         await until(lambda: phase(node) is Phase.SERVING)
-        assert [entry.runner_id for entry in node.entries()] == [A]
+        assert [entry.runner_id for entry in node.entries()] == [A] == sorted(node.kept())
+        await node.close()
+
+    play(scenario)
+
+
+def test_counts_go_on_when_the_proxy_lost_its_own(play: Callable[[Scenario], None]) -> None:
+    async def scenario(box: Box) -> None:
+        node = await begin(box, assignment())
+        await until(lambda: phase(node) is Phase.SERVING)
+        for served, total in ((5, 5), (7, 7), (0, 7), (2, 9)):
+            box.proxy.usages[A] = Usage(served=served, last_used_age_s=0.0)
+            box.push(node)
+            assert next(r for r in node.hello().runners).served == total
+        await asyncio.sleep(30)
+        assert node.hello().runners[0].last_used_age_s == pytest.approx(30, abs=0.1)
         await node.close()
 
     play(scenario)

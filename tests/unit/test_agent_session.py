@@ -266,3 +266,25 @@ def test_logs_are_streamed_cancelled_and_bounded(play: Callable[[Scenario], None
         assert "16 logs" in refused[0].error
 
     play(scenario)
+
+
+def test_a_session_can_be_started_over(tmp_path: Path) -> None:
+    async def main() -> None:
+        box, dial = Box(tmp_path, LoopClock()), Dial()
+        node = box.agent()
+        await node.start()
+        session = Session(node, dial, Random(7))
+        job = asyncio.create_task(session.run())
+        await until(lambda: dial.wires)
+        dial.wires[0].tell(welcome=welcome())
+        await until(lambda: session.connected)
+        node.endpoints = (agent_pb2.Endpoint(network="lan", host="10.0.0.1", port=9),)
+        session.start_over()
+        await until(lambda: len(dial.wires) == 2)
+        hello = (await dial.wires[1].up.get()).hello
+        assert hello.endpoints[0].port == 9
+        job.cancel()
+        await asyncio.gather(job, return_exceptions=True)
+        await node.close()
+
+    run_virtually(main())
