@@ -110,6 +110,8 @@ class FakeWorker:
                     pass
                 case "/nonsense":
                     writer.write(b"this is no HTTP\r\n\r\n")
+                case "/no-room":
+                    writer.write(b"HTTP/1.1 503 No\r\ncontent-length: 0\r\nx-fal-not-run: BUSY\r\n\r\n")
                 case "/fail":
                     writer.write(b"HTTP/1.1 500 No\r\ncontent-length: 0\r\nfal-code: BUSY\r\n\r\n")
                 case _:

@@ -208,6 +208,19 @@ def test_a_worker_cannot_speak_for_the_proxy(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_worker_that_had_no_room_is_busy_not_failed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with working(tmp_path) as worker, serving(tmp_path / "p") as proxy:
+            proxy.put_runner(entry(worker))
+            answer = await once(address_of(proxy), "/no-room")
+            assert (answer.status, answer.header(b"fal-code")) == (503, b"BUSY")
+            answer.close()
+            counted = stats(proxy)
+            assert (counted.served, counted.failed, counted.cancelled, counted.in_flight) == (0, 0, 0, 0)
+
+    asyncio.run(scenario())
+
+
 def test_request_timeout_is_a_504_before_the_head_and_a_cut_after_it(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with working(tmp_path) as worker, serving(tmp_path / "p") as proxy:

@@ -179,6 +179,10 @@ class Exchange(asyncio.Protocol):
             head = parse_response_head(bytes(self._buffer[:end]), method=self._method)
             if head.status == 101:
                 raise HttpError(502, "the worker switched protocols")
+            if routing.refused_by_worker(head):
+                busy = Refused(Code.BUSY, f"runner {self._entry.runner_id} has no room yet")
+                self._fail(busy, Outcome.NOT_RUN)
+                return
             rest = bytes(self._buffer[end:])
             self._buffer.clear()
             if head.status < 200:
@@ -215,9 +219,9 @@ class Exchange(asyncio.Protocol):
                 client.write(last)
             client.exchange_ended(keep_alive=self._keep_alive)
 
-    def _fail(self, refused: Refused) -> None:
+    def _fail(self, refused: Refused, outcome: Outcome = Outcome.FAILED) -> None:
         client, self._client = self._client, None
-        self._release(Outcome.FAILED)
+        self._release(outcome)
         self._end()
         if client is not None:
             client.exchange_broken(routing.refusal(refused, keep_alive=False) if self._answer is None else None)

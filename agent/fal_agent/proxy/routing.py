@@ -29,6 +29,8 @@ from fal_contract.http1 import (
 _PATH: Final = re.compile(rb"/v1/runners/([a-z0-9-]{1,63})/([a-z0-9-]{1,127})(/[^?#]*)?(\?[^#]*)?")
 _TICKET: Final = re.compile(rb"term=([0-9]{1,18});lease=([!-:<-~]{0,127})")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,127}")
+# A worker that refuses a request before it began says so by this header, whose value is a code: it may be sent again.
+_NOT_RUN_HEADER: Final = b"x-fal-not-run"
 _OURS: Final = (b"fal-", b"x-fal-")
 _STATUS: Final[Mapping[Code, tuple[int, bytes]]] = {
     Code.INVALID: (400, b"Bad Request"),
@@ -97,6 +99,11 @@ def head_for_client(head: ResponseHead, request_id: bytes, *, keep_alive: bool) 
         headers.append((b"x-fal-request-id", request_id))
         headers.append((b"connection", b"keep-alive" if keep_alive else b"close"))
     return encode_head(b"HTTP/1.1 %d %s" % (head.status, head.reason), headers)
+
+
+def refused_by_worker(head: ResponseHead) -> bool:
+    """The worker had no room, although a slot was free: it still ends a request whose client went away."""
+    return head.status == 503 and header(head.headers, _NOT_RUN_HEADER) == Code.BUSY.value.encode()
 
 
 def probe_answer(node_id: str, *, keep_alive: bool) -> bytes:

@@ -20,6 +20,7 @@ class Outcome(Enum):
     SERVED = "served"  # a whole answer below 500
     FAILED = "failed"  # no whole answer, or 500 and above
     CANCELLED = "cancelled"  # the client went away
+    NOT_RUN = "not run"  # the worker refused it; counted nowhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,8 @@ class SlotTable:
                 have.failed += 1
             case Outcome.CANCELLED:
                 have.cancelled += 1
+            case Outcome.NOT_RUN:
+                pass
         self._forget_if_idle(runner_id, have)
 
     def _forget_if_idle(self, runner_id: str, have: _Runner) -> None:

@@ -27,6 +27,7 @@ from fal_runtime.worker.request import BODY_BYTES_MAX, ModelInfo, check_request_
 
 SEED_DRAWN_MAX: Final = 2**32 - 1  # JSON readers with 64-bit floats keep it exact
 REQUEST_ID_HEADER: Final = "x-fal-request-id"
+NOT_RUN_HEADER: Final = "x-fal-not-run"  # the proxy may send such a request again: a place frees within a step
 EVENT_STREAM: Final = "text/event-stream"
 PING_INTERVAL_S: Final = 10.0  # a comment line, so that no middle box takes a waiting stream for dead
 CLIENT_CLOSED_REQUEST: Final = 499  # nginx's word for a request that was cancelled
@@ -224,6 +225,8 @@ def _answer(job: Job, output: Output, *, accept: str) -> web.StreamResponse:
 def _error_response(error: FalError) -> web.Response:
     status = _STATUS.get(error.code, 500)
     headers = {"retry-after": "1"} if status == 503 else {}
+    if error.code is Code.BUSY:
+        headers[NOT_RUN_HEADER] = Code.BUSY.value
     return web.json_response(error_body(error), status=status, headers=headers)
 
 
