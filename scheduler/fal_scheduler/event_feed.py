@@ -25,6 +25,7 @@ class EventFeed:
     def __init__(self, engine: EnginePort, log: EventLog) -> None:
         self._log = log
         self._wakers: set[asyncio.Event] = set()
+        self._closed: FalError | None = None
         self._unsubscribe = engine.subscribe(self._on_effect)
 
     def note(self, event: Logged) -> None:
@@ -35,7 +36,8 @@ class EventFeed:
     async def follow(self, *, after: int, subject: str, follow: bool) -> AsyncIterator[Logged]:
         """Events with a higher number, oldest first; with `follow` until the caller goes away.
 
-        `subject`: only about it, or about the runners of the app that it names. Raises BUSY at the bound of readers.
+        `subject`: only about it, or about the runners of the app that it names. Raises BUSY at the bound of readers,
+        and the reason of `close` when the leader is one no longer.
         """
         if follow and len(self._wakers) >= FOLLOWERS_MAX:
             raise FalError(Code.BUSY, f"{FOLLOWERS_MAX} readers follow events", remedy="Close some, or try later.")
@@ -50,13 +52,17 @@ class EventFeed:
                         yield event
                 if not follow:
                     return
+                if self._closed is not None:
+                    raise self._closed
                 await waker.wait()
         finally:
             self._wakers.discard(waker)
 
-    def close(self) -> None:
-        """Stop listening to the engine."""
+    def close(self, why: FalError) -> None:
+        """Stop listening to the engine; followers read what is there and then get `why`."""
         self._unsubscribe()
+        self._closed = why
+        self._wake()
 
     def _on_effect(self, effect: Effect) -> None:
         if isinstance(effect, Logged):

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from random import SystemRandom
+from random import Random, SystemRandom
 from typing import Final
 
 from fal_contract.clock import Clock
@@ -39,7 +39,10 @@ _log = get_logger("scheduler.leader")
 
 
 class Leader:
-    """Runs one term after the other. `cut_revoked` ends streams whose certificate is revoked by now."""
+    """Runs one term after the other. `cut_revoked` ends streams whose certificate is revoked by now.
+
+    `rng`: where ids and waits come from; the system's, unless a simulation gives a seeded one.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Leader:
         current: CurrentLeadership,
         revocations: RevocationIndex,
         cut_revoked: Callable[[], object],
+        rng: Random | None = None,
     ) -> None:
         self._store = store
         self._ca = ca
@@ -63,7 +67,7 @@ class Leader:
         self._current = current
         self._revocations = revocations
         self._cut_revoked = cut_revoked
-        self._rng = SystemRandom()
+        self._rng = rng or SystemRandom()
         self._engine: Engine | None = None
         self.began = asyncio.Event()  # set once the first term began
 
@@ -138,7 +142,7 @@ class Leader:
             why = not_leading()
             sessions.close(why)
             dispatcher.close(why)
-            feed.close()
+            feed.close(why)
             expiry.cancel()
             with suppress(asyncio.CancelledError):
                 await expiry

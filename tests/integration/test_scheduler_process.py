@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fal_contract.clock import SystemClock
 from fal_contract.errors import Code, FalError
-from fal_contract.identity import Identity, Role, new_cluster_id
+from fal_contract.identity import Identity, Role, new_cluster_id, new_csr, new_key
 from fal_contract.rpc import channel, fal_errors
 from fal_contract.v1 import (
     agent_pb2,
@@ -219,6 +219,23 @@ def test_revocation_cuts_an_open_stream_within_five_seconds(data: Path) -> None:
             kinds = [event.kind async for event in stub.Events(cluster_pb2.EventsRequest())]
             assert "NODE_REVOKED" in kinds
             assert "CALL_REFUSED" in kinds
+
+    with scheduler(data) as process:
+        asyncio.run(test(process))
+
+
+def test_a_node_renews_its_own_certificate(data: Path) -> None:
+    async def test(process: Process) -> None:
+        own = await joined(process, "alpha")
+        key = new_key()
+        async with channel(process.address, own) as opened:
+            request = agent_pb2.RenewCertificateRequest(csr_pem=new_csr(key, "somebody else"))
+            reply = await agent_pb2_grpc.AgentServiceStub(opened).RenewCertificate(request, timeout=10)
+        renewed = Identity(cert_pem=reply.certificate_pem, key_pem=key, ca_pem=own.ca_pem)
+        assert renewed.peer.subject == own.peer.subject
+        assert renewed.peer.serial != own.peer.serial
+        async with RemoteAgent(process, renewed), cluster(process) as stub:
+            await node_ready(stub)
 
     with scheduler(data) as process:
         asyncio.run(test(process))

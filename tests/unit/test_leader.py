@@ -10,10 +10,19 @@ import pytest
 
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import cluster_pb2
-from fal_scheduler.api import apps
+from fal_scheduler.api import apps, status
+from fal_scheduler.leadership import Leadership
 from fal_scheduler.store.faults import Fault, FaultKind, FaultStore
 from fal_scheduler.store.memory import MemoryBackend, MemoryStore
 from scheduler_rig import ACTOR, Agent, app_request, campaigning, deployed, eventually, join, ready
+
+
+async def follow_events(leader: Leadership) -> FalError:
+    """What ended the stream."""
+    with pytest.raises(FalError) as caught:
+        async for _ in status.events(leader, cluster_pb2.EventsRequest(follow=True)):
+            pass
+    return caught.value
 
 
 @pytest.mark.parametrize("kind", [FaultKind.LOSE_ANSWER, FaultKind.LOSE_REQUEST])
@@ -26,10 +35,12 @@ def test_an_unknown_outcome_ends_the_term_and_the_next_one_knows(tmp_path: Path,
             agent = Agent(first, "n1")
             async with agent:
                 await deployed(first, runners=2)
+                following = asyncio.create_task(follow_events(first))
                 store.add(Fault(kind))
                 with pytest.raises(FalError) as caught:
                     await apps.apply_app(first, app_request("b"), ACTOR)
                 assert caught.value.retryable
+                assert (await asyncio.wait_for(following, 20)).code is Code.NOT_LEADER
                 assert agent.task is not None
                 with pytest.raises(FalError) as caught:
                     await asyncio.wait_for(agent.task, 20)

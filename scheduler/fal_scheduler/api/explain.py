@@ -34,7 +34,7 @@ def _app(leader: Leadership, app_id: str) -> cluster_pb2.ExplainReply:
     app = state.apps[app_id]
     view = app_view(state, app)
     ready = sum(1 for runner in view.runners if _is_ready(runner.state))
-    summary = f"{app_id} wants {view.wanted} runners of revision {app.revision}; {ready} are ready"
+    summary = f"{app_id}, revision {app.revision}: {ready} ready, {view.wanted} wanted"
     summary += f". {view.reason}" if view.reason else "."
     reply = cluster_pb2.ExplainReply(kind="app", subject=app_id, summary=summary)
     for runner in view.runners:
