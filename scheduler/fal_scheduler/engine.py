@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Final
 
@@ -20,8 +20,8 @@ import structlog
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.ids import random_suffix
+from fal_scheduler.auditor import Auditor
 from fal_scheduler.batch import Batch, encode_changes
-from fal_scheduler.core import invariants
 from fal_scheduler.core.events import (
     Command,
     Effect,
@@ -37,14 +37,13 @@ from fal_scheduler.core.events import (
 )
 from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.place import Placer
-from fal_scheduler.core.records import META_KEY, Change, Meta, Runner, key_of
+from fal_scheduler.core.records import Runner, key_of
 from fal_scheduler.core.state import State
 from fal_scheduler.core.step import BrokenInvariant, Core
 from fal_scheduler.core.suspicion import term_needed
-from fal_scheduler.core.told import Alarm
 from fal_scheduler.engine_port import EngineOptions, EnginePort, Listener
 from fal_scheduler.event_log import EventLog
-from fal_scheduler.recovery import recover
+from fal_scheduler.recovery import first_meta, recover, suspect_foreign
 from fal_scheduler.replay_file import write_replay
 from fal_scheduler.store.interface import Guard, Store
 
@@ -92,8 +91,7 @@ class Engine:
         self._paused_until_s = 0.0
         self._recheck = False
         self._last_tick_s = 0.0
-        self._audit: Iterator[list[Violation]] | None = None
-        self._audit_at_s = 0.0
+        self._auditor = Auditor(interval_s=options.audit_interval_s, now_s=0.0)
         self._replays = 0
         self._counts = {"commits": 0, "events": 0, "failed": 0, "stall_s": 0.0}
         self.events = EventLog(None)
@@ -113,7 +111,8 @@ class Engine:
         state, found = recover(loaded.records, term=self._guard.term, revision=loaded.revision, now_s=now_s)
         self._core = Core(state, Placer(state.fleet), RandomIds(self._rng))
         self.events = EventLog(self._options.events_dir)
-        self._last_tick_s, self._audit_at_s = now_s, now_s + self._options.audit_interval_s
+        self._last_tick_s = now_s
+        self._auditor = Auditor(interval_s=self._options.audit_interval_s, now_s=now_s)
         if found:
             self._broken(found, None)
         await self._make_meta()
@@ -128,19 +127,14 @@ class Engine:
         """A new store gets its identity; a store of another cluster than our certificates' is suspected."""
         state, wall_s = self.view, self._clock.wall_s()
         if state.meta is None:
-            meta = Meta(self._options.cluster_id, 1, random_suffix(self._rng, 16), wall_s)
+            change = first_meta(self._options.cluster_id, random_suffix(self._rng, 16), wall_s=wall_s)
             batch = Batch()
-            change = Change(META_KEY, None, meta)
             batch.add([change], encode_changes([change]), [])
             assert self._guard is not None
             state.store_revision = await self._store.commit(self._guard, batch.operations())
             state.apply(change)
-        elif state.meta.cluster_id != self._options.cluster_id:
-            why = f"the store belongs to cluster {state.meta.cluster_id}, our CA to {self._options.cluster_id}"
-            state.hold_all = why
-            remedy = "Point the scheduler at its own store; or `falctl operator confirm store`."
-            state.alarms["STORE_FOREIGN", "store"] = Alarm("STORE_FOREIGN", "store", why, remedy, wall_s)
-            self._tell([Logged("STORE_FOREIGN", "store", f"{why}. {remedy}", wall_s)])
+        else:
+            self._tell(suspect_foreign(state, self._options.cluster_id, wall_s=wall_s))
 
     async def stop(self) -> None:
         """End orderly: what waits is refused, leadership is given up, files are closed. The store stays open."""
@@ -398,7 +392,7 @@ class Engine:
         message = f"a node has seen term {term - 1}; this leader's is {self.view.term} now"
         self._tell([Logged("TERM_RAISED", "cluster", message, self._clock.wall_s())])
 
-    def _tell(self, effects: list[Effect] | tuple[Effect, ...]) -> None:
+    def _tell(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             told = self.events.append(effect) if isinstance(effect, Logged) else effect
             for listener in tuple(self._listeners):
@@ -420,18 +414,7 @@ class Engine:
             recheck = self._recheck and not self._paused()
             self._recheck = self._recheck and not recheck
             self.offer(Tick(stall_s, recheck=recheck))
-            self._audit_slice(now_s)
-
-    def _audit_slice(self, now_s: float) -> None:
-        """A slice of the full audit; a new round begins once a minute."""
-        if self._audit is None and now_s >= self._audit_at_s:
-            self._audit = invariants.audit(self.view)
-            self._audit_at_s = now_s + self._options.audit_interval_s
-        if self._audit is not None:
-            found = next(self._audit, None)
-            if found is None:
-                self._audit = None
-            elif found:
+            if found := self._auditor.slice(self.view, now_s):
                 self._broken(found, None)
 
     def _broken(self, found: list[Violation], event: Event | None) -> None:

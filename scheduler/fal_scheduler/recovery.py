@@ -11,9 +11,11 @@ from collections.abc import Mapping
 
 from fal_scheduler.codec import decode
 from fal_scheduler.core import invariants
+from fal_scheduler.core.events import Logged
 from fal_scheduler.core.invariants import Violation
-from fal_scheduler.core.records import Change
+from fal_scheduler.core.records import META_KEY, Change, Meta
 from fal_scheduler.core.state import State
+from fal_scheduler.core.told import Alarm
 
 
 def recover(records: Mapping[str, bytes], *, term: int, revision: int, now_s: float) -> tuple[State, list[Violation]]:
@@ -26,3 +28,19 @@ def recover(records: Mapping[str, bytes], *, term: int, revision: int, now_s: fl
     state.waiting.update(dict.fromkeys(runner.app for runner in state.runners.values() if not runner.node))
     state.settled = not any(not node.revoked for node in state.nodes.values())
     return state, [found for part in invariants.audit(state) for found in part]
+
+
+def first_meta(cluster_id: str, incarnation: str, *, wall_s: float) -> Change:
+    """What makes an empty store a cluster's: `incarnation` is random, so that nodes tell this store from any other."""
+    return Change(META_KEY, None, Meta(cluster_id, 1, incarnation, wall_s))
+
+
+def suspect_foreign(state: State, cluster_id: str, *, wall_s: float) -> list[Logged]:
+    """Hold everything back where the store belongs to another cluster than our CA; what an operator should read."""
+    if state.meta is None or state.meta.cluster_id == cluster_id:
+        return []
+    why = f"the store belongs to cluster {state.meta.cluster_id}, our CA to {cluster_id}"
+    remedy = "Point the scheduler at its own store; or `falctl operator confirm store`."
+    state.hold_all = why
+    state.alarms["STORE_FOREIGN", "store"] = Alarm("STORE_FOREIGN", "store", why, remedy, wall_s)
+    return [Logged("STORE_FOREIGN", "store", f"{why}. {remedy}", wall_s)]

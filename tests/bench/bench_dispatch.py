@@ -7,7 +7,7 @@ own decoder and `admit`, whose Report comes back through protobuf and is applied
 stands in the scheduler's state; its latency runs from the request to then. No placement shares a message with another
 on the way in, so nothing is won by putting a thousand into one.
 
-Both sides live on one event loop of one process: 25 clients, scheduler and 200 simulated agents here (the agents'
+Both sides live on one event loop of one process: 16 clients, scheduler and 200 simulated agents here (the agents'
 share is part of our figure); 100 clients and server there, 100 bytes each way. `batch_1`: one client, who waits for
 each placement, so that each commit holds one; against the echo with one client. Each run starts from an empty store
 file and an empty fleet, set up before the clock starts.
@@ -58,7 +58,7 @@ RATIO_MIN = 0.5
 P99_S_MAX = 0.050
 NODES = 200
 GPUS_PER_NODE = 8
-CLIENTS = 25  # more only wait longer: the work is the event loop's
+CLIENTS = 16  # more only wait longer: the work is the event loop's
 ECHO_CLIENTS = 100
 PLACEMENTS = NODES * GPUS_PER_NODE - 100  # the last nodes are still a choice
 PLACEMENTS_BATCH_1 = 300

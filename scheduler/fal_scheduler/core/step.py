@@ -186,11 +186,8 @@ def _settle(work: Work) -> None:
 def _reconcile(work: Work, placer: Placer) -> None:
     """Every app that is dirty, as far as one step goes."""
     state = work.state
-    done: dict[str, None] = {}
-    while not work.full:
-        app_id = next((app_id for app_id in state.dirty if app_id not in done), None)
-        if app_id is None:
-            return
-        done[app_id] = None
-        del state.dirty[app_id]
+    while state.dirty and not work.full:
+        app_id = next(iter(state.dirty))
         reconcile(work, placer, app_id)
+        if not work.full:  # what it changed made the app dirty again, but it has seen that itself
+            state.dirty.pop(app_id, None)
