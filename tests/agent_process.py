@@ -45,7 +45,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(asked.get("sleep_s", 0))
         if asked.get("exit") is not None:
             print("told to exit", flush=True); os._exit(asked["exit"])
-        body = json.dumps({"pid": os.getpid(), "asked": asked}).encode()
+        listed = {d: os.listdir(asked["list"] + "/" + d) for d in os.listdir(asked["list"])} if "list" in asked else 0
+        body = json.dumps({"pid": os.getpid(), "asked": asked, "listed": listed}).encode()
         self.send_response(200); self.send_header("Content-Length", str(len(body)))
         self.send_header("Connection", "close"); self.end_headers(); self.wfile.write(body)
     do_GET = do_POST = answer
@@ -87,7 +88,12 @@ class Scheduler(agent_pb2_grpc.AgentServiceServicer):
         reader = asyncio.create_task(self._read(requests))
         yield agent_pb2.SchedulerMessage(
             welcome=agent_pb2.Welcome(
-                version=1, cluster_id=self.ca.cluster_id, epoch=1, incarnation="i-1", term=1, heartbeat_interval_s=self.heartbeat_s
+                version=1,
+                cluster_id=self.ca.cluster_id,
+                epoch=1,
+                incarnation="i-1",
+                term=1,
+                heartbeat_interval_s=self.heartbeat_s,
             )
         )
         self._hellos.put_nowait(first.hello)

@@ -57,16 +57,7 @@ def proxy_port(hello: agent_pb2.Hello) -> int:
 
 
 def test_a_runner_from_assignment_to_answer_and_through_kill_9(root: Path) -> None:
-    origin = root / "origin"
-    origin.mkdir()
-    (origin / "model_index.json").write_bytes(b"{}")
-    files = [FileEntry("model_index.json", 2, hashlib.sha256(b"{}").digest())]
-    artifact = agent_pb2.Artifact(
-        model="default/m", kind="model", uri=origin.as_uri(), manifest_digest=manifest_digest(files), bytes=2,
-        manifest=state_pb2.ModelManifest(
-            files=[state_pb2.ModelFile(path=f.path, bytes=f.size_bytes, sha256=f.sha256) for f in files]
-        ),
-    )  # fmt: skip
+    _, artifact = model(root)
 
     async def scenario(s: Scheduler) -> None:
         agent = s.start_agent()
@@ -168,33 +159,76 @@ def test_the_proxy_is_started_again_and_serves_what_it_served(root: Path) -> Non
 
 
 @pytest.mark.root
+@pytest.mark.oci
 def test_every_process_of_the_agents_cgroup_may_be_killed(root: Path) -> None:
-    """As systemd does with KillMode=control-group."""
+    """As systemd does with KillMode=control-group: a request under way succeeds and no container notices."""
+    from fal_runtime.host_image import worker_command
     from fal_runtime.oci import cgroups
 
     if cgroups.mode() == "none":
         pytest.skip("needs cgroups")
     name = f"/falctl-test-agent-{os.getpid()}"
+    _, artifact = model(root)
 
     async def scenario(s: Scheduler) -> None:
-        agent = s.start_agent()
-        cgroups.enter(agent.pid, name)
+        agent = s.start_agent(driver="oci")
+        cgroups.enter(agent.pid, name)  # before it has started anything
         hello = await s.hello()
-        s.complete(assignment(A))
-        await s.state(A, IDLE)
+        assert hello.capabilities.isolates
+        wish = assignment(A, python=worker_command(isolates=True).argv[0], artifacts=[artifact], gpus=gpus(hello)[:1])
+        s.complete(wish)
+        status = await s.state(A, IDLE, DONE)
+        assert status.state == IDLE, f"{status.reason} {status.log_tail}"
+        before = await request(s, proxy_port(hello), A, {"list": "/models"})
+        assert before["listed"] == {"default.m": ["model_index.json"]}
+        proxy = listener(s.state_dir / "proxy" / "proxy.sock")
+        assert {line.rpartition(":")[2] for line in cgroups.of_process(proxy)} == {"/falctl-proxy"}
+
         slow = asyncio.create_task(request(s, proxy_port(hello), A, {"sleep_s": 3}))
         await until(lambda: s.statuses[A].in_flight == 1)
-        own = {line.rpartition(":")[2] for line in cgroups.of_process(listener(s.state_dir / "proxy" / "proxy.sock"))}
-        assert own == {"/falctl-proxy"}
-        # The process driver's containers stay with the agent's cgroup: only what must outlive it is looked at here.
-        agent.kill()
-        agent.wait(10)
+        await asyncio.to_thread(cgroups.remove, name)
+        assert agent.wait(10) == -signal.SIGKILL
         assert (await slow)["asked"] == {"sleep_s": 3}
+        assert listener(s.state_dir / "proxy" / "proxy.sock") == proxy
+
+        s.start_agent(driver="oci")
+        hello = await s.hello()
+        (runner,) = hello.runners
+        assert (runner.runner_id, runner.state, runner.started_at_s) == (A, IDLE, status.started_at_s)
+        assert list(runner.gpus) == gpus(hello)[:1]
+        stop = agent_pb2.Assignment()
+        stop.CopyFrom(wish)
+        stop.goal = state_pb2.GOAL_STOP
+        s.complete(stop)
+        status = await s.state(A, DONE)
+        assert status.log_tail[0] == "first line"
+        mounts = Path("/proc/self/mounts").read_text()
+        assert str(s.state_dir) not in mounts
 
     try:
         play(root, scenario)
     finally:
         cgroups.remove(name)
+
+
+def gpus(hello: agent_pb2.Hello) -> list[str]:
+    return [gpu.id for gpu in hello.inventory.gpus]
+
+
+def model(root: Path) -> tuple[Path, agent_pb2.Artifact]:
+    """A folder with one file, and the artifact that names it."""
+    origin = root / "origin"
+    origin.mkdir()
+    (origin / "model_index.json").write_bytes(b"{}")
+    files = [FileEntry("model_index.json", 2, hashlib.sha256(b"{}").digest())]
+    manifest = state_pb2.ModelManifest(
+        files=[state_pb2.ModelFile(path=f.path, bytes=f.size_bytes, sha256=f.sha256) for f in files]
+    )
+    artifact = agent_pb2.Artifact(
+        model="default/m", kind="model", uri=origin.as_uri(), manifest_digest=manifest_digest(files), bytes=2,
+        manifest=manifest,
+    )  # fmt: skip
+    return origin, artifact
 
 
 def test_a_start_that_cannot_work_says_why(root: Path) -> None:
