@@ -24,18 +24,31 @@ from fal_scheduler.store.memory import MemoryBackend, MemoryStore
 from virtual_time import LoopClock
 
 
+class StoppingClock(LoopClock):
+    """The loop's time, and the time for which the process stood still."""
+
+    stood_still_s = 0.0
+
+    def monotonic_s(self) -> float:
+        return super().monotonic_s() + self.stood_still_s
+
+
 class Rig:
     """An engine in virtual time over a store with faults, and nodes that say Hello and send heartbeats."""
 
     def __init__(self, backend: MemoryBackend | None = None, *, cluster_id: str = "c1") -> None:
         self.backend = backend or MemoryBackend()
-        self.clock = LoopClock()
+        self.clock = StoppingClock()
         self.store = FaultStore(MemoryStore(self.backend))
         self.engine = Engine(
             self.store, clock=self.clock, rng=Random(7), options=EngineOptions(cluster_id, strict=True)
         )
         self.effects: list[Effect] = []
         self.engine.subscribe(self.effects.append)
+
+    def clock_jump(self, seconds_s: float) -> None:
+        """The process stands still for so long: the clock goes on, timers and messages wait."""
+        self.clock.stood_still_s += seconds_s
 
     async def found(self, nodes: int, *, gpus: int = 4) -> None:
         """Start, make a pool, let nodes join and say Hello."""

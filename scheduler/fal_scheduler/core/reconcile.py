@@ -65,6 +65,8 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
     wanted = desired(work, app)
     _replace_crashed(work, current)
     _roll(work, app, current, old, wanted)
+    if current.count <= wanted and state.stops_held.pop(app_id, "") is None and not state.stops_held:
+        work.settle("MASS_STOP", "cluster")
     if current.count > wanted:
         _shrink(work, app, current, wanted)
     elif current.count < wanted:
