@@ -71,3 +71,43 @@ def test_a_standby_takes_over_and_stops_nothing(tmp_path: Path) -> None:
             agent, term = asyncio.run(deploy(leader, standby))
             leader.end(signal.SIGKILL)
             asyncio.run(take_over(standby, agent, term))
+
+
+@pytest.mark.etcd
+@pytest.mark.slow
+def test_a_leader_that_lost_its_store_leads_again_when_the_store_is_back(tmp_path: Path) -> None:
+    data = tmp_path / "s"
+    init(data)
+
+    async def leads(process: Process, term_min: int) -> int:
+        async with asyncio.timeout(90):
+            while True:
+                try:
+                    now = await status(process)
+                except FalError as error:
+                    assert error.code in (Code.NOT_LEADER, Code.UNAVAILABLE)  # noqa: PT017  (polled until it leads)
+                else:
+                    if now.term >= term_min:
+                        return now.term
+                await asyncio.sleep(0.2)
+
+    async def deposed(process: Process) -> None:
+        async with asyncio.timeout(90):
+            while True:
+                try:
+                    await status(process)
+                except FalError as error:
+                    assert error.code is Code.NOT_LEADER  # noqa: PT017
+                    return
+                await asyncio.sleep(0.2)
+
+    with (
+        EtcdServer(tmp_path / "etcd") as etcd,
+        scheduler(data, "--store", "etcd", "--etcd-endpoints", etcd.endpoint) as process,
+    ):
+        term = asyncio.run(leads(process, 1))
+        etcd.kill()
+        asyncio.run(deposed(process))
+        etcd.restart()
+        assert asyncio.run(leads(process, term + 1)) > term
+        assert process.popen.poll() is None
