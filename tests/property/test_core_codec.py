@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,3 +122,14 @@ def test_broken_rules_in_the_store_do_not_stop_it_from_being_read() -> None:
     assert len(state.runners) == 2
     assert {one.rule for one in found} == {"gpu-once", "assignment-unique", "reference"}
     assert {subject for one in found for subject in one.subjects} == {"t/a-0", "t/a-1"}
+
+
+SAMPLES = Path(__file__).resolve().parent.parent / "data" / "store" / "records_v1.json"
+
+
+def test_recorded_samples_of_version_1_are_read_as_they_were_written() -> None:
+    """Bytes that a release of version 1 wrote; they are never recorded anew, so an incompatible change shows here."""
+    samples = json.loads(SAMPLES.read_text())
+    assert len(samples) == 9
+    for key, sample in samples.items():
+        assert repr(decode(key, bytes.fromhex(sample["bytes"]))) == sample["record"]
