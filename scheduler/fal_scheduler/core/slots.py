@@ -213,6 +213,7 @@ class SlotBook:
         heapq.heapify(queue)
         parts: dict[tuple[str, str], int] = {}
         extra: dict[str, int] = {}  # slots given in this pass, per runner
+        given: dict[tuple[str, str], int] = {}  # and per gateway and model wanted
         idle = {model: self._runner_heap(app, model) for model in {w.model for _, w in asking}}
         while queue:
             priority, has, gateway, model, left = heapq.heappop(queue)
@@ -221,9 +222,11 @@ class SlotBook:
                 break
             extra[runner_id] = extra.get(runner_id, 0) + 1
             parts[gateway, runner_id] = parts.get((gateway, runner_id), 0) + 1
-            self._lower(gateway, app, model)
+            given[gateway, model] = given.get((gateway, model), 0) + 1
             if left > 1:
                 heapq.heappush(queue, (priority, has + 1, gateway, model, left - 1))
+        for (gateway, model), slots in given.items():
+            self._lower(gateway, app, model, slots)
         expiry_s = self._expiry(now_s)
         return [
             self._put(Lease(self._new_id(), runner_id, gateway, slots, self.term, expiry_s))
@@ -251,12 +254,12 @@ class SlotBook:
                 return runner_id
         return None
 
-    def _lower(self, gateway: str, app: str, model: str) -> None:
-        """One slot less is wanted."""
+    def _lower(self, gateway: str, app: str, model: str, slots: int) -> None:
+        """So many slots less are wanted."""
         table = self._wants[gateway]
         want = table[app, model]
-        if want.slots > 1:
-            table[app, model] = replace(want, slots=want.slots - 1)
+        if want.slots > slots:
+            table[app, model] = replace(want, slots=want.slots - slots)
             return
         del table[app, model]
         if not table:
