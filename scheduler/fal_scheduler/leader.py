@@ -22,6 +22,7 @@ from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
 from fal_scheduler.blobs import ManifestBlobs
 from fal_scheduler.ca import CertificateAuthority
+from fal_scheduler.collector import calm
 from fal_scheduler.core.events import Effect, Logged, NodeChanged, Revoked
 from fal_scheduler.dispatch import Dispatcher
 from fal_scheduler.engine import Engine
@@ -82,6 +83,7 @@ class Leader:
             )
             try:
                 await engine.start(self._holder)
+                calm()  # the records are loaded: long pauses of the collector would show in every answer
                 why = await self._term(engine)
                 _log.warning("leadership_lost", reason=str(why))
             except FalError as error:
