@@ -54,11 +54,13 @@ class FakeWorker:
     running_max: int = 0
     broken: int = 0  # requests whose client went away
     sent_bytes: int = 0  # of /big
+    last_step: asyncio.Event = field(default_factory=asyncio.Event)  # streams end once it is set
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     _server: asyncio.Server | None = None
 
     async def start(self) -> None:
         self.gate.set()
+        self.last_step.set()
         self.path.unlink(missing_ok=True)
         self._server = await asyncio.start_unix_server(self._serve, str(self.path), limit=1 << 20)
 
@@ -125,6 +127,8 @@ class FakeWorker:
     async def _stream(self, steps: int, gone: asyncio.Future[bytes], writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         for step in range(steps):
+            if step == steps - 1:
+                await self.last_step.wait()
             if gone.done():
                 self.broken += 1
                 return

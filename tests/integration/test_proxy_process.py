@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import fal_contract.datapath as datapath
 from dataplane import NODE, RUNNER, entry, identities, until, working
 from fal_agent.proxy.control import ProxyControl
 from fal_agent.proxy.messages import ProxyStats, RunnerStats
@@ -24,6 +25,12 @@ from fal_contract.http_client import HttpResponse, NotSent
 from fal_contract.identity import Identity
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def short_idle_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in production, callers let go of idle connections before the proxy does; only sooner."""
+    monkeypatch.setattr(datapath, "DATA_CLIENT_IDLE_S", 0.5)
 
 
 @dataclass
@@ -186,7 +193,8 @@ def test_a_hand_over_under_load_fails_no_request(tmp_path: Path) -> None:
             await old.control.put_runner(entry(slow, slots=1, runner_id="default/slow-1"))
             caller = Caller(old.address)
             # A stream that is under way all through the change, alone on its runner's only slot.
-            stream = await caller.ask("/stream?n=150", "default/slow-1")
+            slow.last_step.clear()
+            stream = await caller.ask("/stream?n=40", "default/slow-1")
             stop, done = asyncio.Event(), list[bytes]()
             tasks = [asyncio.create_task(load(caller, stop, done)) for _ in range(8)]
             await until(lambda: len(done) > 50)
@@ -198,8 +206,9 @@ def test_a_hand_over_under_load_fails_no_request(tmp_path: Path) -> None:
                 await until(lambda: len(done) > before + 200)
                 counts = {one.runner_id: one for one in (await new.control.stats()).runners}
                 assert counts["default/slow-1"].in_flight == 1, "the old one's stream holds its slot here"
+                slow.last_step.set()
                 body = await stream.read(1 << 20)
-                assert body == b"".join(b"data: %d\n\n" % n for n in range(150))
+                assert body == b"".join(b"data: %d\n\n" % n for n in range(40))
                 assert await old.exited() == 0
                 stop.set()
                 await asyncio.gather(*tasks)
