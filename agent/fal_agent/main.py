@@ -46,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _agent(arguments: argparse.Namespace) -> None:
-    from fal_agent.agent import Agent
-    from fal_agent.layout import Layout
     from fal_agent.options import ENV_PREFIX, AgentOptions, check
     from fal_contract.config import load_config
     from fal_contract.telemetry import configure_logging
@@ -55,6 +53,10 @@ async def _agent(arguments: argparse.Namespace) -> None:
     flags = {key: value for key, value in vars(arguments).items() if key not in ("command", "config")}
     options = check(load_config(AgentOptions, file=arguments.config, env=os.environ, prefix=ENV_PREFIX, flags=flags))
     configure_logging("fal-agent", level=options.log_level)
+    # Heavy imports only when the settings are good.
+    from fal_agent.agent import Agent
+    from fal_agent.layout import Layout
+
     layout = Layout(options.state_dir.absolute())
     layout.make()
     lock = layout.lock()

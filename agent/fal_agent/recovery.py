@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Final
 
 from fal_agent import launch
+from fal_agent.aftermath import exit_of
 from fal_agent.core.assignments import Assignment
 from fal_agent.core.tasks import Exit, Phase, Task, exited
 from fal_agent.journal_codec import Recorded
-from fal_agent.runner import Tools, exit_of
+from fal_agent.runner import Tools
 from fal_agent.wire import assignment_of
 from fal_contract.clock import Clock
 from fal_contract.errors import FalError

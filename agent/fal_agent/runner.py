@@ -18,11 +18,10 @@ from random import Random
 from typing import Final
 
 from fal_agent import launch
-from fal_agent.core.admission import in_use
+from fal_agent.aftermath import exit_of, gpu_in_use, log_tail
 from fal_agent.core.assignments import Assignment, Goal
 from fal_agent.core.tasks import (
     Action,
-    Exit,
     Phase,
     Task,
     advance,
@@ -36,23 +35,19 @@ from fal_agent.core.tasks import (
 )
 from fal_agent.ports import Machine, OnEvent, Places, Prober, ProxyPort, Usage, WeightCache
 from fal_agent.proxy.messages import RunnerEntry
-from fal_agent.wire import parse
+from fal_agent.wire import parse, probe_of
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
-from fal_contract.limits import GPU_RELEASE_TIMEOUT_S, LOG_TAIL_LINES_MAX, STAGE_TIMEOUT_S
-from fal_contract.v1 import agent_pb2, state_pb2
+from fal_contract.limits import GPU_RELEASE_TIMEOUT_S, STAGE_TIMEOUT_S
+from fal_contract.v1 import agent_pb2
 from fal_runtime import driver as runtime
 
 _READY_POLL_MIN_S: Final = 0.02
 _READY_POLL_MAX_S: Final = 0.5
-_PROBE_TIMEOUT_S: Final = 5.0
-_PROBE_INTERVAL_S: Final = 15.0
-_PROBE_FAILURES_MAX: Final = 3
 _RETRY_MIN_S: Final = 0.1
 _RETRY_MAX_S: Final = 10.0
 _RELEASE_POLL_S: Final = 0.5
 _DRAIN_POLL_S: Final = 1.0
-_LOG_TIMEOUT_S: Final = 5.0
 # What may pass by itself before a container runs; anything else ends the runner with its reason.
 _PASSING: Final = frozenset({Code.UNAVAILABLE, Code.TIMEOUT, Code.BUSY})
 
@@ -78,6 +73,7 @@ class Runner:
 
     def __init__(self, task: Task, tools: Tools, on_change: Callable[[str], None]) -> None:
         self.task = task
+        self._unsaved = False  # the journal lacks what the last move came to
         self._trying = ""  # what is being tried again
         self._said = ""  # why the last readiness probe was not answered
         self._entry: RunnerEntry | None = None
@@ -158,6 +154,7 @@ class Runner:
     async def _drive(self) -> None:
         retry_s = _RETRY_MIN_S
         while self.task.live:
+            await self._keep()
             self._news.clear()
             action = step(self.task, self._now_s())
             move = self._perform(action) if action is not None else self._attend()
@@ -171,6 +168,13 @@ class Runner:
                 self._trouble(f"{action or 'watch'}: {exc.what}; tried again")
                 await self._unless_news(action, asyncio.sleep(retry_s))
                 retry_s = min(_RETRY_MAX_S, 2 * retry_s)
+        await self._keep()
+
+    async def _keep(self) -> None:
+        """Make durable what the last move came to, before the next. Not part of a move: news would interrupt it."""
+        if self._unsaved:
+            self._unsaved = False
+            await self._tools.save(self.task)
 
     async def _unless_news(self, action: Action | None, move: Awaitable[None]) -> None:
         """Perform `move`, but end it when news came that make another move due."""
@@ -284,17 +288,17 @@ class Runner:
         at_s = (status.started_at_s if status else None) or self._tools.clock.wall_s()
         self._see(started(self.task, now_s=self._now_s(), started_at_s=at_s, seconds=self._now_s() - began_s))
         self._watch_exit()
-        await self._tools.save(self.task)
+        self._unsaved = True
 
     async def _probe_ready(self) -> None:
         began_s = self._now_s()
-        probe = self._probe_settings()
+        probe = probe_of(self.task.assignment)
         path, poll_s = launch.socket_path(self._tools.places, self.id), _READY_POLL_MIN_S
         while self.task.orphan or self._now_s() < self.task.ready_by_s:
             why = await self._tools.prober.ask(path, probe.ready_path, probe.timeout_s)
             if not why:
                 self._see(ready(self.task, ready_at_s=self._tools.clock.wall_s(), seconds=self._now_s() - began_s))
-                await self._tools.save(self.task)
+                self._unsaved = True
                 return
             self._said = why
             left_s = math.inf if self.task.orphan else max(0.0, self.task.ready_by_s - self._now_s())
@@ -319,7 +323,7 @@ class Runner:
         if self.task.phase is not Phase.SERVING or not self.task.known:
             await self._news.wait()
             return
-        probe, failures = self._probe_settings(), 0
+        probe, failures = probe_of(self.task.assignment), 0
         path = launch.socket_path(self._tools.places, self.id)
         await asyncio.sleep(self._tools.rng.uniform(0, probe.interval_s))  # a full node's probes spread out
         while True:
@@ -367,22 +371,13 @@ class Runner:
         """Exit code and last lines must be durable before the container is removed."""
         with contextlib.suppress(FalError):  # a proxy that is away is told when it is back
             await self._tools.proxy.remove(self.id)
-        self._see(collected(self.task, await self._log_tail()))
-        await self._tools.save(self.task)
-
-    async def _log_tail(self) -> tuple[str, ...]:
-        lines: list[str] = []
-        with contextlib.suppress(FalError, TimeoutError):
-            async with asyncio.timeout(_LOG_TIMEOUT_S):
-                id = launch.container_id(self.id)
-                async for line in self._tools.driver.logs(id, tail_lines=LOG_TAIL_LINES_MAX, follow=False):
-                    lines.append(line.text)
-        return tuple(lines)
+        self._see(collected(self.task, await log_tail(self._tools.driver, launch.container_id(self.id))))
+        self._unsaved = True
 
     async def _release(self) -> None:
         """A GPU is free again only when its container is gone and its memory is."""
         until_s = self._now_s() + GPU_RELEASE_TIMEOUT_S
-        while (busy := await self._gpu_in_use()) is not None:
+        while (busy := await gpu_in_use(self._tools.machine, self.task.assignment.gpus)) is not None:
             if self._now_s() >= until_s:
                 self._tools.on_event("GPU_NOT_RELEASED", self.id, f"{busy}; quarantined until it is free")
                 break
@@ -391,14 +386,7 @@ class Runner:
         await self._tools.cache.unpin(self.id)
         launch.drop_assignment(self._tools.places, self.id)
         self._see(advance(self.task, Phase.GONE))
-        await self._tools.save(self.task)
-
-    async def _gpu_in_use(self) -> str | None:
-        if not self.task.assignment.gpus:
-            return None
-        view = await self._tools.machine.look()
-        reasons = (in_use(view.gpus[gpu]) for gpu in self.task.assignment.gpus if gpu in view.gpus)
-        return next((reason for reason in reasons if reason), None)
+        self._unsaved = True
 
     # ---- the container's end
 
@@ -420,24 +408,6 @@ class Runner:
 
     def _exit_seen(self, status: runtime.ContainerStatus | None) -> None:
         self._see(exited(self.task, exit_of(status, self._tools.clock)))
-
-    def _probe_settings(self) -> state_pb2.Probe:
-        given = parse(self.task.assignment).spec.probe
-        return state_pb2.Probe(
-            ready_path=given.ready_path or "/readyz",
-            live_path=given.live_path or "/livez",
-            interval_s=given.interval_s or _PROBE_INTERVAL_S,
-            timeout_s=given.timeout_s or _PROBE_TIMEOUT_S,
-            failures_max=given.failures_max or _PROBE_FAILURES_MAX,
-        )
-
-
-def exit_of(status: runtime.ContainerStatus | None, clock: Clock) -> Exit:
-    """How the driver says that it ended; None: the container has vanished."""
-    if status is None:
-        return Exit(reason="the container has vanished", finished_at_s=clock.wall_s())
-    at_s = status.finished_at_s or clock.wall_s()
-    return Exit(status.exit_code, status.oom_killed, status.reason, at_s)
 
 
 async def _together(stages: list[Awaitable[Path]], make: Awaitable[None]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ _CHECK_S: Final = 5.0
 _BACKOFF_MAX_S: Final = 30.0
 _LOG_BYTES_MAX: Final = 8 << 20
 _LAST_WORDS_BYTES: Final = 4096
+_CODES_KEPT: Final = 4
 
 _log = get_logger("fal.supervise")
 Answers = Callable[[], Awaitable[bool]]
@@ -39,7 +39,7 @@ class Daemon:
     answers: Answers
     log_file: Path
     cgroup: str = ""
-    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _children: dict[int, int | None] = field(default_factory=dict, init=False)  # pid → exit code once it ended
 
     async def ensure(self) -> None:
         """Return once it answers. Raises UNAVAILABLE with its last words when it does not come up."""
@@ -48,13 +48,16 @@ class Daemon:
 
     async def start(self, argv: Sequence[str]) -> None:
         """Start it (also as the successor of a running one) and wait until it answers."""
-        process = self._process = await asyncio.to_thread(self._spawn, argv)
-        _log.info("started", daemon=self.name, pid=process.pid)
+        pid = await asyncio.to_thread(self._spawn, argv)
+        self._children[pid] = None
+        _log.info("started", daemon=self.name, pid=pid)
         loop = asyncio.get_running_loop()
         until_s = loop.time() + START_TIMEOUT_S
         while not await self.answers():
-            if process.poll() is not None or loop.time() > until_s:
-                why = f"ended with code {process.returncode}" if process.returncode is not None else "does not answer"
+            self.reap()
+            code = self._children.get(pid, 0)
+            if code is not None or loop.time() > until_s:
+                why = f"ended with code {code}" if code is not None else "does not answer"
                 raise FalError(
                     Code.UNAVAILABLE, f"{self.name} {why}: {self._last_words()}", remedy=f"See {self.log_file}."
                 )
@@ -74,20 +77,36 @@ class Daemon:
                 on_trouble(exc)
 
     def reap(self) -> None:
-        """Collect its exit code, if it is a child of ours that ended."""
-        if self._process is not None and self._process.poll() is not None:
-            self._process = None
+        """Collect the exit codes of children of ours that ended; the last few are remembered."""
+        for pid in [pid for pid, code in self._children.items() if code is None]:
+            try:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                ended, status = pid, 0
+            if ended:
+                self._children[pid] = os.waitstatus_to_exitcode(status)
+        for pid in [pid for pid, code in self._children.items() if code is not None][:-_CODES_KEPT]:
+            del self._children[pid]
 
-    def _spawn(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _spawn(self, argv: Sequence[str]) -> int:
+        """In a session of its own. Not subprocess.Popen: the process is meant to outlive this one."""
         if self.log_file.exists() and self.log_file.stat().st_size > _LOG_BYTES_MAX:
             self.log_file.replace(self.log_file.with_suffix(".log.1"))
-        with self.log_file.open("ab") as log:
-            process = subprocess.Popen(
-                list(argv), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/"
-            )
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        pid = os.posix_spawn(
+            argv[0],
+            list(argv),
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, str(self.log_file), flags, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True,
+        )
         if self.cgroup:
-            _enter(process.pid, self.cgroup)
-        return process
+            _enter(pid, self.cgroup)
+        return pid
 
     def _last_words(self) -> str:
         try:

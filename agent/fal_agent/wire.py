@@ -6,6 +6,7 @@ Bad values from a scheduler of another version become INVALID with the field's n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -24,6 +25,10 @@ from fal_contract.limits import (
     TERMINATION_GRACE_S,
 )
 from fal_contract.v1 import agent_pb2, state_pb2
+
+_PROBE_TIMEOUT_S: Final = 5.0
+_PROBE_INTERVAL_S: Final = 15.0
+_PROBE_FAILURES_MAX: Final = 3
 
 
 def assignment_of(message: agent_pb2.Assignment) -> Assignment:
@@ -104,6 +109,18 @@ def parse(assignment: Assignment) -> agent_pb2.Assignment:
             f"the stored assignment of {assignment.runner_id} is not readable: {exc}",
             remedy="Stop the runner; the scheduler starts another.",
         ) from None
+
+
+def probe_of(assignment: Assignment) -> state_pb2.Probe:
+    """How to ask its worker, with defaults for what the app does not say."""
+    given = parse(assignment).spec.probe
+    return state_pb2.Probe(
+        ready_path=given.ready_path or "/readyz",
+        live_path=given.live_path or "/livez",
+        interval_s=given.interval_s or _PROBE_INTERVAL_S,
+        timeout_s=given.timeout_s or _PROBE_TIMEOUT_S,
+        failures_max=given.failures_max or _PROBE_FAILURES_MAX,
+    )
 
 
 def status_of(task: Task, usage: Usage, *, now_wall_s: float) -> agent_pb2.RunnerStatus:
