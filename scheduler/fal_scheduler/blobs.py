@@ -45,6 +45,10 @@ class ManifestBlobs:
             ) from None
         return digest
 
+    def has(self, digest: str) -> bool:
+        """Whether the file is there; `get` tells whether it is whole."""
+        return digest in self._cache or (self._folder / check_digest(digest)).exists()
+
     def get(self, digest: str) -> state_pb2.ModelManifest:
         """The manifest; do not change it. Raises NOT_FOUND or CORRUPT."""
         cached = self._cache.get(digest)

@@ -1,20 +1,22 @@
 """Registering models: listed at once, hashed in a thread, attested when every digest is known.
 
 A model is REGISTERED with names and sizes, so that an app can be applied, and ATTESTED once its manifest stands in
-`blobs/`; a file that changes in between makes it REFUSED. A new leader goes on with what the last one did not finish.
+`blobs/`; a file that changes in between makes it REFUSED. A new leader goes on with what the last one did not finish,
+and reads an attested model again whose manifest lay on the last leader's disk only.
 At most two models are hashed at once. Must not read anything but file:// folders (fsd does the rest).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from threading import Event
-from typing import Final
+from typing import Any, Final
 
 from fal_contract.errors import Code, FalError, invalid
 from fal_contract.ids import check_name
+from fal_contract.model_manifest import manifest_digest
 from fal_contract.telemetry import get_logger
 from fal_scheduler.blobs import ManifestBlobs
 from fal_scheduler.core.events import AddModel, AttestModel, RefuseModel
@@ -77,11 +79,29 @@ class ModelRegistrar:
             )
 
     def resume(self) -> None:
-        """Go on with models that the last leader registered and did not attest."""
+        """Go on with models that the last leader did not attest; make manifests anew that only its disk had."""
         for model in list(self._engine.view.models.values()):
             if model.state is ModelState.REGISTERED:
-                uri = model.uri
-                self._begin(model.id, lambda uri=uri: list_files(folder_of(uri, self._roots)))  # type: ignore[misc]
+                self._begin(model.id, self._lister(model.uri))
+            elif model.state is ModelState.ATTESTED and not self._blobs.has(model.manifest_digest):
+                self._start(model.id, self._restore(model))
+
+    def _lister(self, uri: str) -> Callable[[], Sequence[Listed]]:
+        return lambda: list_files(folder_of(uri, self._roots))
+
+    async def _restore(self, model: Model) -> None:
+        """Read an attested model again; where its files are what they were, its manifest is what it was."""
+        try:
+            async with self._slots:
+                listed = await asyncio.to_thread(self._lister(model.uri))
+                entries = await asyncio.to_thread(hash_files, listed, self._stop)
+            if manifest_digest(entries) == model.manifest_digest:
+                await asyncio.to_thread(self._blobs.put, entries)
+                return
+            why = "its files are not what they were"
+        except FalError as error:
+            why = str(error)
+        _log.error("manifest_not_restored", model=model.id, digest=model.manifest_digest, message=why)
 
     def _begin(self, id_: str, files: Callable[[], Sequence[Listed]]) -> asyncio.Task[None] | None:
         model = self._engine.view.models.get(id_)
@@ -90,7 +110,10 @@ class ModelRegistrar:
         running = self._tasks.get(id_)
         if running is not None:
             return running
-        task = asyncio.create_task(self._attest(id_, files))
+        return self._start(id_, self._attest(id_, files))
+
+    def _start(self, id_: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks[id_] = task
         task.add_done_callback(lambda _: self._tasks.pop(id_, None))
         return task
@@ -115,6 +138,11 @@ class ModelRegistrar:
             await self._engine.submit(RefuseModel(id_, str(why)))
         except FalError as error:  # a new leader tries again
             _log.error("model_not_refused", model=id_, code=str(error.code), message=str(error))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being hashed."""
+        return not self._tasks
 
     async def close(self) -> None:
         """Stop hashing; a new leader goes on."""

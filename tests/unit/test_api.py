@@ -245,6 +245,37 @@ def test_a_new_leader_goes_on_hashing(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+def test_a_standby_without_the_manifest_makes_it_anew(tmp_path: Path) -> None:
+    from fal_scheduler.store.memory import MemoryBackend, MemoryStore
+
+    async def body() -> None:
+        folder = tmp_path / "m"
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes(b"w")
+        backend = MemoryBackend()
+        request = cluster_pb2.AddModelRequest(id="t/m", uri=f"file://{folder}")
+        async with leading(tmp_path / "one", MemoryStore(backend)) as leader:
+            digest = (await weights.add_model(leader, request, ACTOR)).model.manifest_digest
+            await join(leader, "n1")
+        (tmp_path / "two").mkdir()
+        (tmp_path / "one" / "identity").rename(tmp_path / "two" / "identity")
+        async with leading(tmp_path / "two", MemoryStore(backend)) as leader:
+            await eventually(lambda: leader.manifests.has(digest))
+            async with Agent(leader, "n1") as agent:
+                await deployed(leader, model="m")
+                (held,) = agent.held.values()
+                assert held.artifacts[0].manifest.files[0].path == "weights.safetensors"
+        (tmp_path / "two" / "blobs" / digest).unlink()
+        (folder / "weights.safetensors").write_bytes(b"v")  # not what was attested: stays missing, and is told
+        async with leading(tmp_path / "two", MemoryStore(backend)) as leader:
+            view = weights.get_model(leader, cluster_pb2.GetModelRequest(id="t/m"))
+            assert "does not exist on this scheduler" in view.model.reason
+            await eventually(lambda: leader.models.idle)
+            assert not leader.manifests.has(digest)
+
+    asyncio.run(body())
+
+
 def test_nodes_by_id_or_name_cordon_and_revoke(tmp_path: Path) -> None:
     async def test(leader):  # type: ignore[no-untyped-def]
         for node_id in ("n1", "n2"):
