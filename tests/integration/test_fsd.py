@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import os
@@ -335,8 +336,13 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 async def answered(client: CacheClient) -> None:
+    """Until fsd listens and the client's channel, which waits between two attempts, has seen that."""
     async with asyncio.timeout(30):
-        while not await client.answers():  # noqa: ASYNC110  (another process)
+        while True:
+            with contextlib.suppress(FalError):
+                await client.artifacts()
+                assert await client.answers()
+                return
             await asyncio.sleep(0.05)
 
 
