@@ -119,7 +119,7 @@ def test_a_request_goes_all_the_way_and_back(tmp_path: Path) -> None:
                     assert await answer.json(content_type=None) == {"path": "/infer", "bytes": 19}
             assert all_of_it.worker.seen[0].body == b'{"prompt": "seven"}'
             assert all_of_it.scheduler.hellos[0].gateway_id == "gw-1"
-            assert [reach.path for reach in all_of_it.scheduler.reached] == ["direct"]
+            await until(lambda: [reach.path for reach in all_of_it.scheduler.reached] == ["direct"])
             await until(lambda: all_of_it.scheduler.served == 3)
             async with all_of_it.http.get(f"{all_of_it.url}/healthz") as health:
                 assert (health.status, (await health.json())["connected"]) == (200, True)
