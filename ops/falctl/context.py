@@ -1,8 +1,10 @@
-"""What every verb shares: global options, and one call or stream to the scheduler."""
+"""What every verb shares: global options, and one call or stream to the scheduler.
+
+asyncio, a third of the start of `falctl --help`, is imported where it is used, as gRPC is.
+"""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -50,6 +52,8 @@ def owned(value: str, *, field: str) -> str:
 @asynccontextmanager
 async def connected() -> AsyncIterator[grpc.aio.Channel]:
     """A channel to the first scheduler of the profile that answers."""
+    import asyncio
+
     from fal_contract.clock import SystemClock
     from fal_contract.identity import Identity
     from fal_contract.rpc import channel as open_channel
@@ -80,6 +84,7 @@ async def connected() -> AsyncIterator[grpc.aio.Channel]:
 
 def call(work: Callable[[ClusterAsyncStub], Awaitable[T]]) -> T:
     """Run one piece of work against the operators' API; gRPC errors come back as FalError."""
+    import asyncio
 
     async def body() -> T:
         from fal_contract.rpc import fal_errors

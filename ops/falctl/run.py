@@ -6,7 +6,6 @@ picture. Interrupting it cancels the request within one step.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -40,6 +39,8 @@ def run(
     json: JsonFlag = False,
 ) -> None:
     """Draw one picture."""
+    import asyncio
+
     from falctl.output import print_json
 
     request: dict[str, Any] = {"prompt": prompt, "format": "json"}
@@ -59,6 +60,7 @@ def run(
 
 
 async def _draw(app: str, request: dict[str, Any], *, wait_s: float, quiet: bool) -> dict[str, Any]:
+    import asyncio
     import json
 
     loop = asyncio.get_running_loop()
