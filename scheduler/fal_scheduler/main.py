@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     for key in describe(Options, ENV_PREFIX):
         flag = "--" + key.path.replace(".", "-").replace("_", "-")
         text = f"{key.help} (default {key.default}; ${key.env})".replace("%", "%%")
-        boolean: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if key.type == "boolean" else {}
+        boolean: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if key.type == "bool" else {}
         run.add_argument(flag, dest=key.path, default=None, help=text, **boolean)
     run.set_defaults(run=_run)
     init = verbs.add_parser("init", help="make a cluster", description="Make a CA, its seal key and a first admin.")
