@@ -1,0 +1,45 @@
+"""What integration tests share: one cluster of real processes, made when the first test asks for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e_cluster import Cluster, cluster
+
+_CGROUP_TREE = Path("/sys/fs/cgroup")
+
+
+@pytest.fixture(scope="session")
+def agent_cgroup() -> Iterator[str]:
+    """A cgroup for one agent, in every hierarchy that takes processes as it is; removed at the end."""
+    name = f"fe2e-{os.getpid()}"
+    wanted = ("pids", "systemd", "unified") if (_CGROUP_TREE / "pids").exists() else ("",)
+    made = [_CGROUP_TREE / hierarchy / name for hierarchy in wanted if (_CGROUP_TREE / hierarchy).exists()]
+    for folder in made:
+        folder.mkdir()
+    yield name
+    for folder in made:
+        folder.rmdir()
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory, agent_cgroup: str) -> Iterator[Cluster]:
+    """Two machines: `box` with containers, its agent in a cgroup of its own, and `lap` with plain processes."""
+    with cluster(tmp_path_factory.mktemp("e")) as made:
+        made.add_node("box", cgroup=agent_cgroup)
+        made.add_node("lap", driver="process")
+        yield made
+    shutil.rmtree(made.root)
+
+
+@pytest.fixture
+def real(shared_cluster: Cluster) -> Iterator[Cluster]:
+    """The shared cluster, without apps before and after each test."""
+    yield shared_cluster
+    for app in {view.runner.bindings[0].app for view in shared_cluster.runners() if view.runner.bindings}:
+        shared_cluster.delete(app.partition("/")[2])
