@@ -32,6 +32,7 @@ from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity
 from fal_contract.telemetry import Health, LoopLag, TelemetryServer, get_logger
 from fal_contract.v1 import agent_pb2
+from fal_contract.versions import software
 from fal_fsd.client import CacheClient
 from fal_runtime.driver import Capabilities, Driver
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 _LOOK_S: Final = 5.0
+# What admission may accept. The process driver keeps nothing apart, so every container has the node's network.
+_NETWORKS: Final = {"oci": frozenset({"none", "host"}), "process": frozenset({"none", "egress", "host"})}
 PROXY_CGROUP: Final = "/falctl-proxy"
 FSD_CGROUP: Final = "/falctl-fsd"
 _log = get_logger("fal.agent")
@@ -154,7 +157,9 @@ class Agent:
                 "nosymfollow": str(found.nosymfollow).lower(),
             },
         )
-        return Facts(self._identity.peer.name, _boot_id(), str(uuid.uuid4()), capabilities)
+        return Facts(
+            self._identity.peer.name, _boot_id(), str(uuid.uuid4()), capabilities, _NETWORKS[driver.name], software()
+        )
 
     def _fsd_daemon(self, socket_path: Path, cache: CacheClient) -> Daemon:
         argv = _python("fal_fsd.main", "run", "--state-dir", self._layout.fsd_socket.parent, "--socket", socket_path)

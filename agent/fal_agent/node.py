@@ -27,6 +27,7 @@ from fal_agent.told import inventory_told
 from fal_contract.errors import Code, FalError, not_found
 from fal_contract.limits import NODE_EVENTS_MAX
 from fal_contract.v1 import agent_pb2
+from fal_contract.versions import FEATURES, WIRE_MAX, WIRE_MIN
 from fal_runtime.driver import LogLine
 
 
@@ -39,6 +40,7 @@ class Facts:
     agent_id: str
     capabilities: agent_pb2.Capabilities
     networks: frozenset[str] = frozenset({"none", "egress", "host"})
+    software: str = ""
 
 
 class Node:
@@ -107,7 +109,7 @@ class Node:
         inventory = self._inventory()
         self._told(inventory)
         hello = agent_pb2.Hello(
-            versions=agent_pb2.Versions(min=1, max=1, software="fal-agent"),
+            versions=agent_pb2.Versions(min=WIRE_MIN, max=WIRE_MAX, features=sorted(FEATURES), software=facts.software),
             node_id=facts.node_id,
             boot_id=facts.boot_id,
             agent_id=facts.agent_id,
@@ -303,6 +305,8 @@ class Node:
             self._gone.append(runner.id)
         for task in admitted:
             self._refused.pop(task.runner_id, None)
+            if task.runner_id in self._gone:
+                self._gone.remove(task.runner_id)  # its former life was; told now it would mean this one
             runner = self._runners[task.runner_id] = Runner(task, self._tools, self._note)
             runner.run()
             self._note(task.runner_id)

@@ -25,6 +25,7 @@ from fal_contract.limits import (
     RPC_TIMEOUT_S,
 )
 from fal_contract.v1 import agent_pb2
+from fal_contract.versions import agree
 from fal_runtime.driver import LogLine
 
 _LOG_STREAMS_MAX: Final = 16
@@ -96,6 +97,7 @@ class Session:
                 first = await link.receive()
             if first.WhichOneof("kind") != "welcome":
                 raise FalError(Code.INVALID, "the scheduler did not begin with a welcome", remedy="Upgrade it.")
+            agree("the scheduler", first.welcome.version, first.welcome.version)
             await _Talk(self._node, link, first.welcome, self._established).run(self._over)
         except TimeoutError:
             raise FalError(

@@ -288,3 +288,13 @@ def test_a_session_can_be_started_over(tmp_path: Path) -> None:
         await node.close()
 
     run_virtually(main())
+
+
+def test_a_scheduler_that_chose_a_version_we_do_not_speak_is_refused(play: Callable[[Scenario], None]) -> None:
+    async def scenario(b: Bench) -> None:
+        await b.hello(version=9)
+        await b.wire.closed.wait()
+        assert b.states[-1] == "disconnected"
+        assert "connected" not in b.states
+
+    play(scenario)
