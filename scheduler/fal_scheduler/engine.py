@@ -296,7 +296,10 @@ class Engine:
         return self._clock.monotonic_s() < self._paused_until_s
 
     def _step(self, event: Event, future: asyncio.Future[Reply] | None) -> None:
-        moment = Moment(self._clock.monotonic_s(), self._clock.wall_s())
+        now_s = self._clock.monotonic_s()
+        if isinstance(event, Tick) and event.at_s is not None:
+            now_s = event.at_s  # what arrived while it waited stands behind it in the inbox
+        moment = Moment(now_s, self._clock.wall_s())
         self._counts["events"] += 1
         try:
             outcome = self._core.step(event, moment)
@@ -413,7 +416,7 @@ class Engine:
             self._counts["stall_s"] += stall_s
             recheck = self._recheck and not self._paused()
             self._recheck = self._recheck and not recheck
-            self.offer(Tick(stall_s, recheck=recheck))
+            self.offer(Tick(stall_s, recheck=recheck, at_s=now_s))
             if found := self._auditor.slice(self.view, now_s):
                 self._broken(found, None)
 

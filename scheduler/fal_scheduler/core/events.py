@@ -262,11 +262,13 @@ class GatewayReach:
 class Tick:
     """Time passes (the engine sends one a second). `stall_s`: our own stall since the last tick.
 
-    `recheck`: a batch was taken back, so what its news asked for must be done again.
+    `recheck`: a batch was taken back, so what its news asked for must be done again. `at_s`: when it was sent, for a
+    tick that waited for the store: what arrived since then is not taken in yet, so nobody may be judged silent by it.
     """
 
     stall_s: float = 0.0
     recheck: bool = False
+    at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
