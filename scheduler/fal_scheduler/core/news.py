@@ -165,15 +165,28 @@ def _ended(work: Work, runner: Runner, status: RunnerStatus) -> None:
         work.drop(runner)
         work.log("RUNNER_ENDED", runner.id, why)
         return
-    have = work.state.backoffs.get(runner.app)
-    failures = min((have.failures if have is not None else 0) + 1, BACKOFF_STEPS_MAX)
-    wait_s = min(failures * CRASH_BACKOFF_STEP_S, CRASH_BACKOFF_MAX_S)
-    until = (work.moment.now_s + wait_s, work.moment.wall_s + wait_s)
-    work.state.backoffs[runner.app] = Backoff(failures, *until, status)
+    backoff = work.state.backoffs[runner.app] = _backoff_after(work, runner, status)
+    wait_s = max(0.0, backoff.until_s - work.moment.now_s)
     waiting = replace(runner, node="", gpus=(), assignment=None, memory_bytes=0, cpu_milli=0)
     work.put(waiting, runner)
     work.state.failures[runner.id] = status
     work.log("RUNNER_FAILED", runner.id, f"{why}; tried again in {wait_s:g} s", node=runner.node)
+
+
+def _backoff_after(work: Work, runner: Runner, status: RunnerStatus) -> Backoff:
+    """How long its app waits now. Runners that were there when the last failure counted are of the same round: a machine
+    that takes ten of them with it is one failure, not ten in a row."""
+    now_s, wall_s = work.moment.now_s, work.moment.wall_s
+    have = work.state.backoffs.get(runner.app)
+    if have is not None and now_s < have.until_s and runner.created_at_s <= have.until_wall_s - _wait_s(have.failures):
+        return replace(have, last=status)
+    failures = min((have.failures if have is not None else 0) + 1, BACKOFF_STEPS_MAX)
+    wait_s = _wait_s(failures)
+    return Backoff(failures, now_s + wait_s, wall_s + wait_s, status)
+
+
+def _wait_s(failures: int) -> float:
+    return min(failures * CRASH_BACKOFF_STEP_S, CRASH_BACKOFF_MAX_S)
 
 
 def _heard(work: Work, live: NodeLive, arrived_s: float) -> None:
