@@ -36,6 +36,7 @@ from fal_scheduler.log_streams import LogStreams
 from fal_scheduler.stream_edges import first_message, send_bounded, too_slow, until_first
 
 SKEW_MAX_S: Final = 30.0
+SET_LAG_MAX_S: Final = 15.0  # a node that has not taken in what was sent so long ago has missed it
 STUCK_RETRY_S: Final = 1.0  # a runner whose manifest is not there yet
 # A set larger than this goes as Complete and deltas right behind it; a message holds 4 MiB.
 CHUNK_BYTES: Final = 1 << 20
@@ -60,6 +61,7 @@ class _Session:
     resync: bool = False
     ready: bool = False  # Complete has been sent
     revision: int = 0
+    revised_at_s: float = 0.0  # when this revision was sent
     control: deque[agent_pb2.SchedulerMessage] = field(default_factory=deque)
 
     def close(self, error: FalError) -> None:
@@ -187,6 +189,7 @@ class AgentSessions:
     def _take(self, session: _Session, message: agent_pb2.AgentMessage, arrived_s: float) -> None:
         kind = message.WhichOneof("kind")
         if kind == "report":
+            self._check_set(session, message.report.assignments_revision, arrived_s)
             report = wire.report_of(message.report, node_id=session.node_id, session_id=session.id, arrived_s=arrived_s)
             self._engine.offer(report)
             for event in message.report.events:
@@ -197,6 +200,15 @@ class AgentSessions:
             raise invalid("hello", session.node_id, "came twice in one session", remedy="Open a new stream.")
         # A kind of a later release: ignored, as features are agreed before they are used.
 
+    def _check_set(self, session: _Session, revision: int, arrived_s: float) -> None:
+        """Where nothing follows a message that was lost, no gap shows it: the node's reports do."""
+        if session.ready and revision < session.revision and arrived_s - session.revised_at_s > SET_LAG_MAX_S:
+            raise FalError(
+                Code.CONFLICT,
+                f"node {session.node_id} holds revision {revision} of its set, {session.revision} was sent",
+                remedy="The agent starts over by itself.",
+            )
+
     # --- down -------------------------------------------------------------------------------------------------------
 
     async def _send_complete(self, session: _Session, send: Send) -> None:
@@ -204,7 +216,7 @@ class AgentSessions:
         view = self._engine.view
         built = self._build(session, self._engine.assignments(session.node_id))
         head = _take_chunk(built)
-        session.revision += 1
+        session.revision, session.revised_at_s = session.revision + 1, self._clock.monotonic_s()
         complete = agent_pb2.Complete(
             revision=session.revision, term=view.term, store_revision=view.store_revision, assignments=head
         )
@@ -271,7 +283,7 @@ class AgentSessions:
             put=put,
             drop=drop,
         )
-        session.revision += 1
+        session.revision, session.revised_at_s = session.revision + 1, self._clock.monotonic_s()
         session.told.update(_told(a) for a in put)
         await send_bounded(send, agent_pb2.SchedulerMessage(delta=delta), f"node {session.node_id}")
 
