@@ -39,6 +39,7 @@ from fal_agent.wire import parse, probe_of
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import GPU_RELEASE_TIMEOUT_S, STAGE_TIMEOUT_S
+from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2
 from fal_runtime import driver as runtime
 
@@ -49,6 +50,7 @@ _RETRY_MAX_S: Final = 10.0
 _RELEASE_POLL_S: Final = 0.5
 _DRAIN_POLL_S: Final = 1.0
 # What may pass by itself before a container runs; anything else ends the runner with its reason.
+_log = get_logger("agent.runner")
 _PASSING: Final = frozenset({Code.UNAVAILABLE, Code.TIMEOUT, Code.BUSY})
 
 
@@ -165,10 +167,18 @@ class Runner:
             except FalError as exc:
                 if self._gave_up(action, exc):
                     continue
-                self._trouble(f"{action or 'watch'}: {exc.what}; tried again")
-                await self._unless_news(action, asyncio.sleep(retry_s))
-                retry_s = min(_RETRY_MAX_S, 2 * retry_s)
+                retry_s = await self._pause(action, exc.what, retry_s)
+            except Exception as exc:
+                # A mistake of ours must not strand a runner without a reason.
+                _log.exception("unexpected", runner=self.id, move=str(action or "watch"))
+                retry_s = await self._pause(action, f"internal error: {exc!r}", retry_s)
         await self._keep()
+
+    async def _pause(self, action: Action | None, what: str, retry_s: float) -> float:
+        """Say what is wrong and wait before the next try; returns the wait after that."""
+        self._trouble(f"{action or 'watch'}: {what}; tried again")
+        await self._unless_news(action, asyncio.sleep(retry_s))
+        return min(_RETRY_MAX_S, 2 * retry_s)
 
     async def _keep(self) -> None:
         """Make durable what the last move came to, before the next. Not part of a move: news would interrupt it."""
@@ -416,9 +426,10 @@ async def _together(stages: list[Awaitable[Path]], make: Awaitable[None]) -> Non
         async with asyncio.TaskGroup() as group:
             for job in (*stages, make):
                 group.create_task(_awaited(job))
-    except* FalError as errors:
-        first = errors.exceptions[0]
-        while isinstance(first, ExceptionGroup):
+    except BaseExceptionGroup as errors:
+        # Not `except*`: what is raised below that leaves it inside another group, on some releases of Python 3.11.
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise first from None
 

@@ -97,10 +97,13 @@ class Store:
             for entry in manifest.files:
                 copy_checked(source / entry.path, parts / entry.path, entry, on_bytes=on_bytes, stop=stop)
             _remove_strangers(parts, manifest)
-            for folder in [*reversed(manifest.folders), ""]:
+            for folder in reversed(manifest.folders):
                 os.chmod(parts / folder, 0o555)
                 _fsync(parts / folder)
+            _fsync(parts)
             os.rename(parts, final)
+            os.chmod(final, 0o555)  # only now: without root a folder that is read-only cannot be moved
+            _fsync(final)
             _fsync(final.parent)
         except OSError as exc:
             raise _disk_error(manifest, exc, self._root) from exc
