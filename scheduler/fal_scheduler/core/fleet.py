@@ -43,6 +43,7 @@ class Occupancy:
     """What containers hold on one node."""
 
     gpus: dict[str, str] = field(default_factory=dict)  # GPU id -> runner id
+    shadowed: dict[str, list[str]] = field(default_factory=dict)  # GPU id -> who holds it too, and has it when that goes
     memory_bytes: int = 0
     cpu_milli: int = 0
 
@@ -97,10 +98,14 @@ class Fleet:
             self._stale = True
 
     def hold(self, node_id: str, runner_id: str, gpus: tuple[str, ...], memory_bytes: int, cpu_milli: int) -> None:
-        """A container holds these. A GPU that somebody holds already stays with the first (invariants tell)."""
+        """A container holds these. A GPU that somebody holds already stays with the first while that holds it.
+
+        Records of an older store and the containers that really run may name the same GPU.
+        """
         held = self.occupancy.setdefault(node_id, Occupancy())
         for gpu in gpus:
-            held.gpus.setdefault(gpu, runner_id)
+            if held.gpus.setdefault(gpu, runner_id) != runner_id:
+                held.shadowed.setdefault(gpu, []).append(runner_id)
         held.memory_bytes += memory_bytes
         held.cpu_milli += cpu_milli
         self._refresh(node_id, memory_bytes, cpu_milli)
@@ -109,8 +114,16 @@ class Fleet:
         """A container holds these no longer."""
         held = self.occupancy[node_id]
         for gpu in gpus:
-            if held.gpus.get(gpu) == runner_id:
+            others = held.shadowed.get(gpu, [])
+            if held.gpus.get(gpu) != runner_id:
+                if runner_id in others:
+                    others.remove(runner_id)
+            elif others:
+                held.gpus[gpu] = others.pop(0)
+            else:
                 del held.gpus[gpu]
+            if gpu in held.shadowed and not others:
+                del held.shadowed[gpu]
         held.memory_bytes -= memory_bytes
         held.cpu_milli -= cpu_milli
         self._refresh(node_id, -memory_bytes, -cpu_milli)
