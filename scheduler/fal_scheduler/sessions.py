@@ -189,11 +189,11 @@ class AgentSessions:
     def _take(self, session: _Session, message: agent_pb2.AgentMessage, arrived_s: float) -> None:
         kind = message.WhichOneof("kind")
         if kind == "report":
-            self._check_set(session, message.report.assignments_revision, arrived_s)
             report = wire.report_of(message.report, node_id=session.node_id, session_id=session.id, arrived_s=arrived_s)
             self._engine.offer(report)
             for event in message.report.events:
                 self._note(Logged(event.kind, event.subject, event.message, event.time_s, f"node/{session.node_id}"))
+            self._check_set(session, message.report.assignments_revision, arrived_s)
         elif kind == "log_chunk":
             self.logs.take(session.node_id, message.log_chunk)
         elif kind == "hello":
