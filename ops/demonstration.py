@@ -181,6 +181,7 @@ def main() -> None:
     for old in out.glob("*.png"):
         old.unlink()
     folder = Path(tempfile.mkdtemp(prefix="falctl-"))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that it is torn down then, too
     demo = Demo(folder, out, options)
     if options.setup_began is not None:
         demo.phases.append(("set up", time.time() - options.setup_began))  # noqa: TID251
