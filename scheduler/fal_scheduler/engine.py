@@ -308,6 +308,7 @@ class Engine:
                 future.set_exception(error)
             return
         except BrokenInvariant as error:
+            self._tell(self._core.taken_back(moment).effects)
             self._broken(error.violations, event)
             if future is not None and not future.done():
                 remedy = "The objects named are frozen; report the replay file."
@@ -338,7 +339,18 @@ class Engine:
     def _start_commit(self) -> None:
         if self._in_flight is None and self._ready and not self._lost.is_set():
             self._in_flight = self._ready.popleft()
-            self._commit_task = asyncio.create_task(self._commit(self._in_flight), name="engine-commit")
+            self._commit_task = asyncio.create_task(self._commit_or_end(self._in_flight), name="engine-commit")
+
+    async def _commit_or_end(self, batch: Batch) -> None:
+        """Whatever else went wrong, an engine that can commit no more leads nobody."""
+        try:
+            await self._commit(batch)
+        except Exception as error:
+            _log.exception("commit failed")
+            self._lose(
+                FalError(Code.INTERNAL, f"a commit failed: {error!r}", remedy="Restart the scheduler; report this.")
+            )
+            raise
 
     async def _commit(self, batch: Batch) -> None:
         assert self._guard is not None
@@ -372,6 +384,7 @@ class Engine:
         for batch in batches:
             batch.fail(error)
         now_s = self._clock.monotonic_s()
+        self._tell(self._core.taken_back(Moment(now_s, self._clock.wall_s())).effects)
         self._paused_until_s, self._recheck = now_s + RETRY_S, True
         self._tell([Logged("STORE_FAILED", "store", str(error), self._clock.wall_s())])
         self._drained.set()

@@ -43,7 +43,7 @@ class Occupancy:
     """What containers hold on one node."""
 
     gpus: dict[str, str] = field(default_factory=dict)  # GPU id -> runner id
-    shadowed: dict[str, list[str]] = field(default_factory=dict)  # GPU id -> who holds it too, and has it when that goes
+    shadowed: dict[str, list[str]] = field(default_factory=dict)  # GPU id -> who holds it too, in turn
     memory_bytes: int = 0
     cpu_milli: int = 0
 

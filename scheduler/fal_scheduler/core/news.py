@@ -74,11 +74,13 @@ def _take(work: Work, live: NodeLive, status: RunnerStatus) -> RunnerStatus | No
 
 
 def _forget_absent(work: Work, live: NodeLive) -> None:
-    """Runners that should end and are not there have ended. One that should run is assigned again by Complete."""
+    """Runners that should end and are not there have ended. One that should run is assigned again by Complete, unless
+    a container that no record names has its GPUs: it can never start there."""
     state = work.state
+    held = {gpu for status in live.orphans.values() for gpu in status.gpus}
     for runner_id in list(state.runners_by_node.get(live.node_id, ())):
         runner = state.runners[runner_id]
-        if runner_id not in live.statuses and runner.goal > Goal.RUN:
+        if runner_id not in live.statuses and (runner.goal > Goal.RUN or not held.isdisjoint(runner.gpus)):
             work.drop(runner)
             work.log("RUNNER_ENDED", runner_id, f"{live.node_id} runs it no longer")
 
@@ -174,8 +176,11 @@ def _ended(work: Work, runner: Runner, status: RunnerStatus) -> None:
 
 
 def _backoff_after(work: Work, runner: Runner, status: RunnerStatus) -> Backoff:
-    """How long its app waits now. Runners that were there when the last failure counted are of the same round: a machine
-    that takes ten of them with it is one failure, not ten in a row."""
+    """How long its app waits now.
+
+    Runners that were there when the last failure counted are of the same round: a machine that takes ten of them with
+    it is one failure, not ten in a row.
+    """
     now_s, wall_s = work.moment.now_s, work.moment.wall_s
     have = work.state.backoffs.get(runner.app)
     if have is not None and now_s < have.until_s and runner.created_at_s <= have.until_wall_s - _wait_s(have.failures):

@@ -228,7 +228,8 @@ def _place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unp
                 break
             work.put(placed, runner)
     state = work.state
-    if any(not state.runners[id_].node for id_ in state.runners_by_app.get(app.id, ())):
+    unplaced_left = any(not state.runners[id_].node for id_ in state.runners_by_app.get(app.id, ()))
+    if unplaced_left or backoff_of(work, app.id) is not None:  # the tick that ends the backoff looks at it again
         state.waiting[app.id] = None
     else:
         state.waiting.pop(app.id, None)

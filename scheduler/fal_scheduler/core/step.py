@@ -46,6 +46,7 @@ from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.reconcile import reconcile
 from fal_scheduler.core.state import EXPLANATIONS_PER_TICK_MAX, State
+from fal_scheduler.core.suspicion import judge_again
 from fal_scheduler.core.work import Work
 
 SETTLE_S = 5.0  # how long a new leader waits for all of its nodes before it places anything
@@ -81,6 +82,12 @@ class Core:
             work.undo()
             raise BrokenInvariant(violations)
         return Outcome(tuple(work.changes), tuple(work.effects.values()), reply)
+
+    def taken_back(self, moment: Moment) -> Outcome:
+        """Records were undone: decide again what was decided together with them and is not a record."""
+        work = Work(self.state, moment, self.ids)
+        judge_again(work)
+        return Outcome((), tuple(work.effects.values()))
 
     def freeze(self, violations: list[Violation], moment: Moment) -> Outcome:
         """Freeze what broke a rule: nothing is started or stopped on it by itself any more."""

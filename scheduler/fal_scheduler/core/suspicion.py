@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fal_scheduler.core.events import Confirm, Event, NodeHello
+from fal_scheduler.core.events import Confirm, Event, NodeChanged, NodeHello
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Hold, NodeLive
 from fal_scheduler.core.work import Work
@@ -79,6 +79,19 @@ def judge(work: Work, live: NodeLive) -> None:
         hold, reason = Hold.STORE, f"{name} has seen revision {seen}, this store is at {state.store_revision}"
         _suspect_store(work, reason)
     live.hold, live.hold_reason = hold, reason
+
+
+def judge_again(work: Work) -> None:
+    """After a commit did not happen: a hold that an operator's confirm ended in it stands again.
+
+    Nodes that are held stay so; what was found right stays right, because a store's revision only rises.
+    """
+    for live in work.state.live.values():
+        if live.session_id and live.hold is Hold.NONE:
+            judge(work, live)
+            if live.hold is not Hold.NONE:
+                work.state.refresh_node(live.node_id)
+                work.emit(NodeChanged(live.node_id))
 
 
 def _suspect_store(work: Work, reason: str) -> None:
