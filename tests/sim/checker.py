@@ -272,6 +272,9 @@ class Checker(SchedulerHooks):
                 if runner_id in seen:
                     self.fail("runner-once", f"{runner_id} runs on {seen[runner_id]} and {host.node_id}")
                 seen[runner_id] = host.node_id
+        for process in [one.process for one in (*self.schedulers, *self.hosts.values()) if one.process is not None]:
+            for crash in process.crashes:
+                self.fail("crash", crash)
         for scheduler in self.schedulers:
             if scheduler.failed is not None:
                 self.fail("scheduler", f"{scheduler.name} ended by itself: {scheduler.failed!r}")

@@ -11,6 +11,8 @@ from collections.abc import Coroutine
 from contextvars import ContextVar, copy_context
 from typing import Any
 
+from fal_contract.errors import FalError
+
 _current: ContextVar[Process | None] = ContextVar("process", default=None)
 
 
@@ -20,6 +22,7 @@ class Process:
     def __init__(self, name: str) -> None:
         self.name = name
         self.alive = True
+        self.crashes: list[str] = []  # tasks that ended with what is no FalError
         self._tasks: dict[asyncio.Task[Any], None] = {}  # a set in order of birth, so that a seed repeats
 
     def spawn(self, job: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
@@ -31,9 +34,15 @@ class Process:
     def adopt(self, task: asyncio.Task[Any]) -> None:
         """Called for every task made in this process."""
         self._tasks[task] = None
-        task.add_done_callback(lambda done: self._tasks.pop(done, None))
+        task.add_done_callback(self._done)
         if not self.alive:
             task.get_loop().call_soon(task.cancel)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        del self._tasks[task]
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, FalError | asyncio.CancelledError):
+            self.crashes.append(f"{task.get_name()}: {error!r}")
 
     def kill(self) -> None:
         """No orderly end: every task stops where it waits."""
