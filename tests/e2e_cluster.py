@@ -245,6 +245,9 @@ class Cluster:
         views = self.call("ListNodes", pb.ListNodesRequest()).nodes
         return next((view for view in views if view.node.name == name), pb.NodeView())
 
+    def apps(self) -> set[str]:
+        return {view.app.id.partition("/")[2] for view in self.call("ListApps", pb.ListAppsRequest()).apps}
+
     def runners(self, app: str = "") -> list[pb.RunnerView]:
         request = pb.ListRunnersRequest(team="default", app=f"default/{app}" if app else "")
         return list(self.call("ListRunners", request).runners)
@@ -258,7 +261,7 @@ class Cluster:
         keys: dict[str, Any] = {
             "name": app, "num_gpus": 1, "min_concurrency": 1, "max_concurrency": 4, "termination_grace_period": 2,
             "command": [*worker_command(isolates=driver == "oci").argv, "-m", "fal_runtime.worker.fake"],
-            "resources": {"cpu": 1.0, "memory_gib": 0.25}, "pools": [POOLS[driver]],
+            "resources": {"cpu": 0.2, "memory_gib": 0.25}, "pools": [POOLS[driver]],
         }  # fmt: skip
         file = self.root / f"{app}.yaml"
         file.write_text(json.dumps(keys | changes))  # JSON is YAML
@@ -272,7 +275,11 @@ class Cluster:
         return self.wait_ready(app, count)
 
     def wait_ready(self, app: str, count: int, *, within_s: float = WAIT_S) -> list[str]:
-        until(lambda: len(self.ready(app)) == count, f"{count} runners of {app} are ready", within_s=within_s)
+        try:
+            until(lambda: len(self.ready(app)) == count, f"{count} runners of {app} are ready", within_s=within_s)
+        except AssertionError as error:
+            told = [f"{v.runner.id} {state_pb2.RunnerState.Name(v.state)} {v.reason}" for v in self.runners(app)]
+            raise AssertionError(f"{error}: {told}") from None
         return sorted(self.ready(app))
 
     def delete(self, app: str) -> None:

@@ -39,7 +39,8 @@ def shared_cluster(tmp_path_factory: pytest.TempPathFactory, agent_cgroup: str) 
 
 @pytest.fixture
 def real(shared_cluster: Cluster) -> Iterator[Cluster]:
-    """The shared cluster, without apps before and after each test."""
+    """The shared cluster; the apps that a test makes are deleted after it."""
+    before = shared_cluster.apps()
     yield shared_cluster
-    for app in {view.runner.bindings[0].app for view in shared_cluster.runners() if view.runner.bindings}:
-        shared_cluster.delete(app.partition("/")[2])
+    for app in shared_cluster.apps() - before:
+        shared_cluster.delete(app)

@@ -1,0 +1,208 @@
+"""The operator's command against a running cluster: wrong input, JSON, two operators at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from e2e_cluster import Cluster
+from falctl.main import app as falctl_app
+from falctl_forks import Forks
+
+pytestmark = [pytest.mark.root, pytest.mark.oci, pytest.mark.slow]
+
+# Verb → wrong arguments → exit code and a word that the error must say. FILE… are written by `files`.
+WRONG: dict[str, list[tuple[str, int, str]]] = {
+    "init": [
+        ("Bad_Name", 1, "NAME"),
+        ("good --file TAKEN", 1, "exists"),
+        ("good --file no/folder/x.toml", 1, "--file"),
+    ],
+    "app apply": [
+        ("-f missing.toml", 1, "missing.toml"),
+        ("-f UNKNOWN_KEY", 1, "num_gpu"),
+        ("-f WRONG_TYPE", 1, "num_gpus"),
+        ("-f NO_MODEL", 1, "weights add"),
+        ("-f NOT_TOML", 1, "NOT_TOML.toml"),
+        ("-f GOOD --expected-generation 7", 1, "generation"),
+        ("-f GOOD --expected-generation x", 2, "--expected-generation"),
+    ],
+    "app plan": [("-f UNKNOWN_KEY", 1, "num_gpu"), ("-f TEXT", 1, "TOML")],
+    "app list": [("--al", 2, "--al")],
+    "app show": [("nothing", 1, "nothing"), ("Bad_Name", 1, "Bad_Name")],
+    "app scale": [("here", 1, "--min"), ("nothing --min 1", 1, "nothing"), ("here --min 9", 1, "max_concurrency")],
+    "app delete": [("nothing", 1, "nothing"), ("", 2, "name")],
+    "run": [
+        ("nothing --prompt x", 1, "nothing"),
+        ("here --prompt x -o no/folder/x.png", 1, "--output"),
+        ("here", 2, "--prompt"),
+        ("here --prompt x --steps 100000", 1, "steps"),
+        ("here --prompt x --lora nowhere", 1, "nowhere"),
+    ],
+    "runner list": [("--app Bad_Name", 1, "Bad_Name")],
+    "runner show": [("nothing", 1, "nothing"), ("a/b/c", 1, "b/c")],
+    "runner logs": [("nothing", 1, "nothing"), ("here --tail x", 2, "--tail")],
+    "runner stop": [("nothing", 1, "nothing")],
+    "runner kill": [("nothing", 1, "nothing")],
+    "weights add": [
+        ("m file:///no/such/folder", 1, "/no/such/folder"),
+        ("m ftp://host/m", 1, "ftp"),
+        ("Bad_Name file:///", 1, "Bad_Name"),
+        ("m file:///tmp --kind vae", 1, "vae"),
+    ],
+    "weights list": [("--team x", 2, "--team")],
+    "weights show": [("nothing", 1, "nothing")],
+    "node list": [("--pool", 2, "--pool")],
+    "node show": [("nothing", 1, "nothing")],
+    "node cordon": [("nothing", 1, "nothing")],
+    "node uncordon": [("nothing", 1, "nothing")],
+    "node revoke": [("nothing", 1, "nothing")],
+    "node token create": [
+        ("--pool nowhere", 1, "nowhere"),
+        ("--pool machines --ttl soon", 1, "--ttl"),
+        ("--pool machines --ttl 9999d", 1, "ttl"),
+        ("--pool machines --uses 0", 2, "--uses"),
+        ("", 2, "--pool"),
+    ],
+    "node token list": [("x", 2, "x")],
+    "node token revoke": [("t-nothing", 1, "t-nothing")],
+    "gpu list": [("--busy", 2, "--busy")],
+    "pool apply": [("-f missing.toml", 1, "missing.toml"), ("-f POOL_PRICE", 1, "gpu_hour_price"), ("", 2, "--file")],
+    "pool list": [("x", 2, "x")],
+    "pool show": [("nothing", 1, "nothing")],
+    "status": [("x", 2, "x")],
+    "explain": [("nothing", 1, "nothing")],
+    "events": [("--after x", 2, "--after")],
+    "dev up": [("--dir DIR --driver vm", 1, "vm"), ("--dir DIR --store dbm", 1, "dbm"), ("--nodes 0", 2, "--nodes")],
+    "dev down": [("--dir no-such-folder", 1, "no-such-folder")],
+    "dev restart": [("scheduler --dir no-such-folder", 1, "scheduler")],
+    "dev status": [("--dir", 2, "--dir")],
+    "operator confirm": [("everything", 1, "everything"), ("", 2, "what")],
+    "server init": [("--data-dir DATA", 1, "DATA"), ("", 2, "--data-dir")],
+    "completion": [("powershell", 1, "powershell")],
+}
+READING = {
+    "app list": "apps", "app show here": "app", "app plan -f GOOD": "plan", "runner list": "runners",
+    "runner list --all-teams --node box": "runners", "runner show RUNNER": "runner", "weights list": "models",
+    "node list": "nodes", "node show box": "node", "node token list": "tokens", "gpu list": "gpus",
+    "gpu list --free": "gpus", "pool list": "pools", "pool show machines": "pool", "status": "status",
+    "explain here": "explanation", "explain RUNNER": "explanation", "explain box": "explanation", "events": "events",
+    "dev status --dir DIR": "dev",
+}  # fmt: skip
+MANIFESTS = {
+    "GOOD.toml": 'name = "second"\ncommand = ["true"]\n',
+    "UNKNOWN_KEY.toml": 'name = "x"\ncommand = ["true"]\nnum_gpu = 1\n',
+    "WRONG_TYPE.toml": 'name = "x"\ncommand = ["true"]\nnum_gpus = "two"\n',
+    "NO_MODEL.toml": 'name = "x"\nmodel = "unregistered"\n',
+    "NOT_TOML.toml": 'name = "x\n',
+    "TEXT.txt": "name: x\n",
+    "TAKEN.toml": "",
+    "POOL_PRICE.yaml": "name: x\ngpu_hour_price: -1\n",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(shared_cluster: Cluster) -> Path:
+    """Where the commands run, with the manifests above."""
+    made = shared_cluster.root / "cli"
+    made.mkdir()
+    for name, text in MANIFESTS.items():
+        (made / name).write_text(text)
+    return made
+
+
+@pytest.fixture(scope="module")
+def falctl(shared_cluster: Cluster, folder: Path) -> Iterator[Forks]:
+    forks = Forks(shared_cluster.falctl_env, folder)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def words(shared_cluster: Cluster, folder: Path) -> Iterator[dict[str, str]]:
+    """What capitals in the tables stand for; an app `here` with one runner exists meanwhile."""
+    [runner] = shared_cluster.apply("here", driver="process", max_concurrency=2)
+    files = {name.partition(".")[0]: str(folder / name) for name in MANIFESTS}
+    yield files | {"RUNNER": runner, "DIR": str(folder / "dev"), "DATA": str(shared_cluster.data)}
+    shared_cluster.delete("here")
+
+
+def line(text: str, words: dict[str, str]) -> list[str]:
+    return [words.get(word, word) for word in text.split()]
+
+
+def verbs(command: Any = None, path: str = "") -> set[str]:
+    """Every verb that falctl has."""
+    command = command or typer.main.get_command(falctl_app)
+    below = getattr(command, "commands", None)
+    if below is None:
+        return {path}
+    return {verb for name, one in below.items() for verb in verbs(one, f"{path} {name}".strip())}
+
+
+def test_the_table_has_every_verb() -> None:
+    assert set(WRONG) == verbs()
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "code", "word"),
+    [(verb, *case) for verb, cases in WRONG.items() for case in cases],
+    ids=lambda value: str(value) if not isinstance(value, int) else "",
+)
+def test_wrong_input_gets_one_clear_error(
+    falctl: Forks, words: dict[str, str], verb: str, arguments: str, code: int, word: str
+) -> None:
+    done = falctl(*verb.split(), *line(arguments, words))
+    assert done.code == code, done
+    assert done.stdout == ""
+    *before, last = done.stderr.strip().splitlines()
+    assert words.get(word, word) in last, done.stderr
+    if code == 1:
+        assert before == []
+        assert last.startswith("error: ")
+        what, _, remedy = last.partition(". ")
+        assert what
+        assert remedy.endswith((".", "`", "'", "…")) or " " in remedy, f"no remedy: {last}"
+    else:
+        assert last.lower().startswith("error: ")
+
+
+@pytest.mark.parametrize(("arguments", "noun"), READING.items(), ids=lambda value: str(value))
+def test_json_is_one_object_under_one_noun(falctl: Forks, words: dict[str, str], arguments: str, noun: str) -> None:
+    done = falctl(*line(arguments, words), "--json")
+    assert (done.code, done.stderr) == (0, "")
+    assert list(json.loads(done.stdout)) == [noun]
+
+
+def test_logs_as_json_are_one_object_a_line(falctl: Forks, words: dict[str, str]) -> None:
+    done = falctl("runner", "logs", words["RUNNER"], "--json")
+    assert done.code == 0
+    lines = [json.loads(text) for text in done.stdout.splitlines()]
+    assert lines
+    assert all({"text", "stream"} <= set(each) for each in lines)
+
+
+def test_of_two_operators_at_once_exactly_one_wins(real: Cluster) -> None:
+    def apply(file: Path, generation: int) -> Any:
+        return real.falctl("app", "apply", "-f", str(file), "--expected-generation", str(generation), "--detach")
+
+    for generation in (0, 1):  # a new app, then a change of it
+        files = []
+        for steps in (0, 1):
+            file = real.manifest("rivals", min_concurrency=0, env={"STEPS": f"{generation} {steps}"})
+            files.append(file.rename(file.with_name(f"rivals-{steps}.yaml")))
+        with ThreadPoolExecutor(2) as pool:
+            both = list(pool.map(apply, files, [generation] * 2))
+        assert sorted(done.returncode for done in both) == [0, 1], [done.stderr for done in both]
+        [loser] = [done for done in both if done.returncode == 1]
+        assert loser.stdout == ""
+        assert loser.stderr.startswith("error: ")
+        assert "has generation" in loser.stderr
+        shown = real.ask("app", "app", "show", "rivals")
+        assert (shown["app"]["generation"], shown["app"]["revision"]) == (generation + 1, generation + 1)
