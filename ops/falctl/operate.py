@@ -62,10 +62,9 @@ def _counts(counts: Any) -> str:
 
 def explain(subject: str, json: JsonFlag = False) -> None:
     """Why an app, a runner or a node is as it is."""
-    from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import console, print_json, print_table, to_json
 
-    reply = unary("Explain", pb.ExplainRequest(subject=_subject(subject)))
+    reply = _explained(subject)
     if json:
         print_json("explanation", to_json(reply))
         return
@@ -83,9 +82,20 @@ def explain(subject: str, json: JsonFlag = False) -> None:
         )
 
 
-def _subject(value: str) -> str:
-    """A node's id or name stays; an app or runner gets its team. The scheduler tries both."""
-    return value if "/" in value or value.startswith("n-") else f"{team()}/{value}"
+def _explained(value: str) -> Any:
+    """What the scheduler says about an app or runner of the team, or about a node by id or name."""
+    from fal_contract.v1 import cluster_pb2 as pb
+
+    meant = [value] if "/" in value else [f"{team()}/{value}", value]
+    if value.startswith("n-"):
+        meant.reverse()
+    for number, subject in enumerate(meant, start=1):
+        try:
+            return unary("Explain", pb.ExplainRequest(subject=subject))
+        except FalError as error:
+            if error.code is not Code.NOT_FOUND or number == len(meant):
+                raise
+    raise AssertionError("the last one returns or raises")
 
 
 @operator_group.command("confirm")
