@@ -3,7 +3,11 @@
 Scheduler: a process on SQLite behind mutual TLS. 13 simulated nodes of 8 GPUs hold one stream each (real gRPC from this
 process, heartbeats of 5 s) and say that their 100 runners are ready; then 200 idle nodes join as machines do and stay
 connected; then 2,000 LoRAs are registered through AddModel. Growth is resident memory afterwards less before, divided
-by the number. Store writes are counted by the scheduler over a minute with 213 idle nodes.
+by the number; 13 nodes and 500 LoRAs went before, so that caches and buffers of a fixed size are full. Store writes are
+counted by the scheduler over a minute with 213 idle nodes.
+
+The floor of a node: the growth of a bare grpc.aio server process with our TLS and options, per client that holds one
+stream and says nothing. gRPC's own connection, handshake state and buffers are more than the bound by themselves.
 
 Agent: a process with the process driver and 8 simulated GPUs; its 100 runners are `sleep`s, one process and one
 supervisor each (100 containers would measure the machine). This process answers their health probes on the runners'
@@ -15,6 +19,7 @@ MiB are VmRSS unless named pss or uss. Idle CPU is user and system time of the p
 from __future__ import annotations
 
 import asyncio
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,19 +38,22 @@ from harness import Options, Result, print_table, significant
 from fal_agent.launch import socket_path
 from fal_agent.layout import Layout
 from fal_agent.ports import Places
+from fal_contract.clock import SystemClock
 from fal_contract.identity import Identity, Role, dns_name_of, new_csr, new_key
 from fal_contract.join_token import parse_token
 from fal_contract.join_wire import JOIN_PATH, JoinReply, JoinRequest
 from fal_contract.limits import HEARTBEAT_INTERVAL_S
 from fal_contract.manifest import AppManifest
+from fal_contract.rpc import channel
 from fal_contract.tls import pinned_client_context
-from fal_contract.v1 import cluster_pb2, cluster_pb2_grpc, state_pb2
+from fal_contract.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2, cluster_pb2_grpc, state_pb2
+from fal_scheduler.ca import CertificateAuthority
 from scheduler_process import Process, RemoteAgent, environment
 
 RUNNERS = 100
 NODES, GPUS_PER_NODE = 13, 8
 IDLE_NODES = 200
-LORAS = 2_000
+LORAS_BEFORE, LORAS = 5_000, 2_000
 LORAS_AT_ONCE = 8
 HELP_RUNS = 10
 CPU_WINDOW_S = 20.0
@@ -90,7 +98,20 @@ class Usage:
 
 
 class SimNode(RemoteAgent):
-    """An obedient node with heartbeats."""
+    """An obedient node with heartbeats that tell how far it has followed its assignments."""
+
+    _revision = 0
+
+    async def _receive(self, message: agent_pb2.SchedulerMessage) -> None:
+        kind = message.WhichOneof("kind")
+        if kind in ("complete", "delta"):
+            self._revision = (message.complete if kind == "complete" else message.delta).revision
+        await super()._receive(message)
+
+    def _say(self, message: agent_pb2.AgentMessage) -> None:
+        if message.HasField("report"):
+            message.report.assignments_revision = self._revision
+        super()._say(message)
 
     async def beat(self, delay_s: float) -> None:
         """A heartbeat every interval, for ever."""
@@ -147,7 +168,12 @@ class SimNodes:
             node.dial()
             self._nodes.append(node)
             self._beats.append(asyncio.create_task(node.beat(HEARTBEAT_INTERVAL_S * (number % 50) / 50)))
-        await nodes_ready(self._stub, len(self._nodes))
+        try:
+            await nodes_ready(self._stub, len(self._nodes))
+        except TimeoutError:
+            for task in (node.task for node in self._nodes if node.task is not None and node.task.done()):
+                task.result()  # why that node's stream ended
+            raise
 
     async def close(self) -> None:
         for node in self._nodes:
@@ -176,9 +202,9 @@ async def in_state(stub: cluster_pb2_grpc.ClusterAsyncStub, state: int | None) -
             await asyncio.sleep(0.1)
 
 
-async def add_loras(stub: cluster_pb2_grpc.ClusterAsyncStub, folder: Path) -> None:
-    """Register so many LoRAs, each a folder with one small file."""
-    numbers = iter(range(LORAS))
+async def add_loras(stub: cluster_pb2_grpc.ClusterAsyncStub, folder: Path, first: int, count: int) -> None:
+    """Register so many more LoRAs, each a folder with one small file, after `first` others."""
+    numbers = iter(range(first, first + count))
 
     async def client() -> None:
         for number in numbers:
@@ -191,13 +217,8 @@ async def add_loras(stub: cluster_pb2_grpc.ClusterAsyncStub, folder: Path) -> No
     async with asyncio.TaskGroup() as clients:
         for _ in range(LORAS_AT_ONCE):
             clients.create_task(client())
-    async with asyncio.timeout(TIMEOUT_S):
-        while True:
-            models = (await stub.ListModels(cluster_pb2.ListModelsRequest(team="none-of-it"))).models
-            assert not models  # a small answer: the big one would be measured as the scheduler's growth
-            if (await stub.GetStatus(cluster_pb2.GetStatusRequest())).models == LORAS:
-                return
-            await asyncio.sleep(0.1)
+    # Not ListModels: its big answer would count as the scheduler's growth.
+    assert (await stub.GetStatus(cluster_pb2.GetStatusRequest())).models == first + count
 
 
 async def commits(stub: cluster_pb2_grpc.ClusterAsyncStub) -> int:
@@ -217,7 +238,12 @@ async def measure_scheduler(folder: Path, options: Options) -> dict[str, Any]:
             await asyncio.sleep(SETTLE_S)
             with_runners = usage.memory()
             cpu = await usage.idle_cpu(CPU_WINDOW_S * options.seconds_s)
-            begun = usage.memory()
+            await add_loras(stub, folder / "loras", 0, LORAS_BEFORE)
+            await asyncio.sleep(SETTLE_S)
+            before_loras = usage.memory()
+            await add_loras(stub, folder / "loras", LORAS_BEFORE, LORAS)
+            await asyncio.sleep(SETTLE_S)
+            with_loras = usage.memory()
             await nodes.add(IDLE_NODES)
             await asyncio.sleep(SETTLE_S)
             with_nodes = usage.memory()
@@ -225,26 +251,58 @@ async def measure_scheduler(folder: Path, options: Options) -> dict[str, Any]:
             committed = await commits(stub)
             cpu_all = await usage.idle_cpu(window_s)
             written = await commits(stub) - committed
-            before_loras = usage.memory()
-            await add_loras(stub, folder / "loras")
-            await asyncio.sleep(SETTLE_S)
-            with_loras = usage.memory()
         finally:
             await nodes.close()
     return {
         "scheduler_mib": with_runners["rss"],
-        "node_kb": (with_nodes["rss"] - begun["rss"]) * 2**20 / 1000 / IDLE_NODES,
-        "lora_kb": (with_loras["rss"] - before_loras["rss"]) * 2**20 / 1000 / LORAS,
+        "node_kb": kb_each(with_loras, with_nodes, IDLE_NODES),
+        "lora_kb": kb_each(before_loras, with_loras, LORAS),
         "scheduler_cpu_percent": cpu,
         "writes_per_node_minute": written / (NODES + IDLE_NODES) / (window_s / 60.0),
         "also": {
             "scheduler_pss_mib": with_runners["pss"],
             "scheduler_uss_mib": with_runners["uss"],
             "scheduler_empty_mib": bare["rss"],
-            "scheduler_213_nodes_mib": with_nodes["rss"],
+            "lora_first_kb": kb_each(with_runners, before_loras, LORAS_BEFORE),
+            "scheduler_213_nodes_7000_loras_mib": with_nodes["rss"],
             "scheduler_213_nodes_cpu_percent": cpu_all,
+            "node_floor_kb": await node_floor_kb(folder / "floor"),
         },
     }
+
+
+def kb_each(before: dict[str, float], after: dict[str, float], count: int) -> float:
+    """Growth of resident memory in kB (1,000 bytes) for each of `count`."""
+    return (after["rss"] - before["rss"]) * 2**20 / 1000 / count
+
+
+async def node_floor_kb(folder: Path) -> float:
+    """What one more idle stream costs a bare gRPC server."""
+    ca = CertificateAuthority.create(folder, cluster_id="c-floor0000000", now_s=SystemClock().wall_s())
+    for role in (Role.SCHEDULER, Role.NODE):
+        ca.new_identity(role=role, name="n-floor", now_s=SystemClock().wall_s()).save(folder / str(role))
+    own = Identity.load(folder / str(Role.NODE))
+    argv = [sys.executable, str(Path(__file__).with_name("bare_session_server.py")), str(folder / str(Role.SCHEDULER))]
+    server = await asyncio.to_thread(subprocess.Popen, argv, stdout=subprocess.PIPE, env=environment())
+    try:
+        assert server.stdout is not None
+        address = f"127.0.0.1:{int(await asyncio.to_thread(server.stdout.readline))}"
+        usage = Usage(server.pid)
+        async with AsyncExitStack() as stack:
+            for number in range(NODES + IDLE_NODES):
+                if number == NODES:
+                    before = usage.memory()
+                opened = await stack.enter_async_context(channel(address, own))
+                call: Any = agent_pb2_grpc.AgentServiceStub(opened).Session()  # type: ignore[call-arg]  # written below
+                await call.write(agent_pb2.AgentMessage(seq=1))
+                await call.read()
+                stack.callback(call.cancel)
+            return kb_each(before, usage.memory(), IDLE_NODES)
+    finally:
+        server.kill()
+        await asyncio.to_thread(server.wait)
+        if server.stdout is not None:
+            server.stdout.close()
 
 
 @asynccontextmanager
@@ -307,23 +365,29 @@ def daemons(agent_pid: int) -> dict[str, float]:
     return found
 
 
-def help_seconds() -> list[float]:
-    """`falctl --help`, start of the process included; the first, which fills the page cache, is left out."""
+def help_seconds() -> list[tuple[float, float]]:
+    """Elapsed and CPU seconds of `falctl --help` from the start of the process; the first, which fills the page cache,
+    is left out."""
     took = []
     for _ in range(HELP_RUNS + 1):
-        begun_s = time.perf_counter()
+        begun_s, cpu_s = time.perf_counter(), _children_cpu_s()
         argv = [sys.executable, "-m", "falctl.main", "--help"]
         done = subprocess.run(argv, env=environment(), capture_output=True, check=True, timeout=TIMEOUT_S)
-        took.append(time.perf_counter() - begun_s)
+        took.append((time.perf_counter() - begun_s, _children_cpu_s() - cpu_s))
         assert b"Usage" in done.stdout
     return took[1:]
+
+
+def _children_cpu_s() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 async def run(options: Options) -> Result:
     """All figures, one after the other."""
     helps = await asyncio.to_thread(help_seconds)
-    figures: dict[str, Any] = {"help_s": statistics.median(helps)}
-    also: dict[str, float] = {"help_max_s": max(helps)}
+    figures: dict[str, Any] = {"help_s": statistics.median(elapsed_s for elapsed_s, _ in helps)}
+    also: dict[str, float] = {"help_cpu_s": statistics.median(cpu_s for _, cpu_s in helps)}
     for measure in (measure_scheduler, measure_agent):
         with tempfile.TemporaryDirectory(prefix="bf-") as name:
             found = await measure(Path(name), options)
