@@ -60,6 +60,7 @@ class _Session:
     stuck: set[str] = field(default_factory=set)
     resync: bool = False
     ready: bool = False  # Complete has been sent
+    welcomed: tuple[object, ...] = ()  # of which cluster life Welcome told
     revision: int = 0
     revised_at_s: float = 0.0  # when this revision was sent
     control: deque[agent_pb2.SchedulerMessage] = field(default_factory=deque)
@@ -106,6 +107,7 @@ class AgentSessions:
         try:
             await self._engine.submit(wire.hello_of(hello, session_id=session.id, arrived_s=arrived_s))
             self._check_skew(peer_name, hello.wall_s)
+            session.welcomed = self._life()
             welcome = self._welcome(version, shared_features(hello.versions.features))
             await send_bounded(send, agent_pb2.SchedulerMessage(welcome=welcome), f"node {session.node_id}")
             await self._send_complete(session, send)
@@ -157,6 +159,12 @@ class AgentSessions:
             accepted_clusters=meta.accepted_clusters,
             heartbeat_interval_s=HEARTBEAT_INTERVAL_S,
         )
+
+    def _life(self) -> tuple[object, ...]:
+        """What of the cluster decides whether a node obeys; it was told in Welcome."""
+        meta = self._engine.view.meta
+        assert meta is not None, "a leader has loaded its store"
+        return meta.cluster_id, meta.epoch, meta.accepted_clusters
 
     def _check_skew(self, node_id: str, wall_s: float) -> None:
         skew_s = wall_s - self._clock.wall_s()
@@ -324,6 +332,10 @@ class AgentSessions:
             session.close(
                 FalError(Code.UNAUTHENTICATED, f"node {node_id} is revoked", remedy="Join again with a new token.")
             )
+            return
+        if session.welcomed and session.welcomed != self._life():
+            why = f"an operator's confirm changed what node {node_id} was welcomed to"
+            session.close(FalError(Code.UNAVAILABLE, why, remedy="The agent starts over by itself."))
             return
         # Its hold may have begun or ended, which changes the set as a whole.
         session.resync = True

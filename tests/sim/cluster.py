@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -32,7 +32,7 @@ from sim.checker import Checker
 from sim.host import Host
 from sim.network import Network, Stream, broken
 from sim.process import install, outside
-from sim.schedulers import Scheduler, inner_of, memory_store
+from sim.schedulers import Scheduler, memory_store
 from virtual_time import run_virtually
 
 CLUSTER = "c-sim000000000"
@@ -67,11 +67,11 @@ class _Records(dict[str, bytes]):
         self._checker.committed(key, value)
 
 
-class _AgentLink:
-    """The agent's end of a stream."""
+class AgentLink:
+    """The agent's end of a stream; `processed` is called when a message was dealt with."""
 
-    def __init__(self, cluster: SimCluster, stream: Stream, host: Host) -> None:
-        self._cluster, self._stream, self._host = cluster, stream, host
+    def __init__(self, stream: Stream, host: Host, processed: Callable[[], None]) -> None:
+        self._stream, self._host, self._processed = stream, host, processed
         self._process = host.process
         self._took = False
 
@@ -83,7 +83,7 @@ class _AgentLink:
     async def receive(self) -> agent_pb2.SchedulerMessage:
         """See Link."""
         if self._took:
-            self._cluster.checker.processed(self._host.node_id)
+            self._processed()
         payload = await self._stream.down.get()
         if payload is None:
             raise self._stream.why
@@ -190,7 +190,7 @@ class SimCluster:
         stream = Stream(self.network, host.node_id, scheduler.name)
         host.stream = stream
         scheduler.serve(stream)
-        return _AgentLink(self, stream, host)
+        return AgentLink(stream, host, lambda: self.checker.processed(host.node_id))
 
     def kill_scheduler(self, scheduler: Scheduler) -> None:
         """kill -9."""
@@ -356,4 +356,4 @@ def quiet() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
-__all__ = ["CLUSTER", "Found", "Leadership", "Played", "Profile", "SimCluster", "inner_of", "play"]
+__all__ = ["CLUSTER", "AgentLink", "Found", "Leadership", "Played", "Profile", "SimCluster", "play", "quiet"]

@@ -87,8 +87,8 @@ class Nemesis:
         while self._heal:
             self._heal.pop(next(iter(self._heal)))()
         for scheduler in cluster.schedulers:
-            if scheduler.store is not None:
-                scheduler.store._script.clear()
+            if scheduler.faults is not None:
+                scheduler.faults._script.clear()
         await asyncio.sleep(0)
 
     # ---- the network
@@ -230,12 +230,12 @@ class Nemesis:
     def _kill_at_commit(self) -> None:
         """The leader dies right before, or right after, its next commit."""
         scheduler = self.rng.choice(self.cluster.schedulers)
-        store, point = scheduler.store, self.rng.choice(("before commit", "after commit"))
+        store, point = scheduler.faults, self.rng.choice(("before commit", "after commit"))
         if store is None:
             return
 
         def hook(reached: str) -> None:
-            if reached == point and scheduler.store is store and scheduler.process is not None:
+            if reached == point and scheduler.faults is store and scheduler.process is not None:
                 self._down(scheduler)
 
         store._hook = hook
@@ -243,23 +243,23 @@ class Nemesis:
 
     def _store_fault(self) -> None:
         scheduler = self.rng.choice(self.cluster.schedulers)
-        if scheduler.store is not None:
+        if scheduler.faults is not None:
             kind = self.rng.choice([kind for kind in FaultKind if kind is not FaultKind.NONE])
             seconds_s = self.rng.choice((0.0, 1.0, 20.0))
             self.cluster.checker.note(f"the next commit of {scheduler.name}: {kind} after {seconds_s:g} s")
-            scheduler.store.add(Fault(kind, seconds_s))
+            scheduler.faults.add(Fault(kind, seconds_s))
 
     def _cut_store(self) -> None:
         scheduler = self.rng.choice(self.cluster.schedulers)
-        if scheduler.store is None:
+        if scheduler.faults is None:
             return
-        inner = inner_of(scheduler.store)
+        inner = inner_of(scheduler.faults)
         inner.cut = True
         self.cluster.checker.note(f"{scheduler.name} is cut off from the store")
         self._later(self.rng.uniform(3.0, 30.0), lambda: self._joined(scheduler, inner))
 
     def _joined(self, scheduler: Scheduler, inner: Any) -> None:
-        if scheduler.store is not None and inner_of(scheduler.store) is inner:
+        if scheduler.faults is not None and inner_of(scheduler.faults) is inner:
             inner.cut = False
 
     async def _restore(self, backup: MemoryBackend) -> None:

@@ -66,12 +66,12 @@ class Scheduler:
         folder: Path,
         rng: Random,
         hooks: SchedulerHooks,
-        store_of: Callable[[], FaultStore],
+        store_of: Callable[[], Store],
     ) -> None:
         self.name = name
         self.clock = LoopClock()
         self.process: Process | None = None
-        self.store: FaultStore | None = None
+        self.store: Store | None = None
         self.failed: BaseException | None = None  # what ended the process by itself
         self._cluster_id = cluster_id
         self._folder = folder
@@ -79,6 +79,11 @@ class Scheduler:
         self._hooks = hooks
         self._store_of = store_of
         self._current: Watched | None = None
+
+    @property
+    def faults(self) -> FaultStore | None:
+        """The store of the process that runs, where it can be made to fail."""
+        return self.store if isinstance(self.store, FaultStore) else None
 
     @property
     def leadership(self) -> Leadership | None:
@@ -91,7 +96,7 @@ class Scheduler:
         self.store = self._store_of()
         self._current = Watched(lambda leadership: self._hooks.term_began(self, leadership))
         leader = Leader(
-            store=cast(Store, self.store),
+            store=self.store,
             ca=cast(Any, SimpleNamespace(cluster_id=self._cluster_id)),  # certificates are not simulated
             clock=self.clock,
             data_dir=self._folder,
@@ -115,7 +120,7 @@ class Scheduler:
         """kill -9: the lease runs out by itself, streams are reset by the kernel."""
         if self.process is None:
             return
-        if self.store is not None:
+        if isinstance(self.store, FaultStore):
             vanish(self.store)
         self.process.kill()
         self.process = self._current = None
