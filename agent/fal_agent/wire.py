@@ -22,7 +22,6 @@ from fal_contract.limits import (
     LOG_TAIL_LINES_MAX,
     REQUEST_TIMEOUT_S,
     STARTUP_TIMEOUT_S,
-    TERMINATION_GRACE_S,
 )
 from fal_contract.v1 import agent_pb2, state_pb2
 
@@ -55,7 +54,7 @@ def assignment_of(message: agent_pb2.Assignment) -> Assignment:
         max_multiplexing=max(1, scaling.max_multiplexing),
         startup_timeout_s=scaling.startup_timeout_s or STARTUP_TIMEOUT_S,
         request_timeout_s=scaling.request_timeout_s or REQUEST_TIMEOUT_S,
-        termination_grace_s=message.spec.termination_grace_s or TERMINATION_GRACE_S,
+        termination_grace_s=message.spec.termination_grace_s,
         image=message.spec.image or "host",
         network=message.spec.network or "none",
         wire=message.SerializeToString(),

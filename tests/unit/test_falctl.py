@@ -149,11 +149,14 @@ class TestProcesses:
 
     def test_a_daemon_that_dies_tells_its_error(self, tmp_path: Path) -> None:
         log = tmp_path / "log"
-        process = processes.start(
-            "d", ["sh", "-c", "echo 'error: port 1 is in use. Use another.' >&2; exit 1"], log=log
-        )
-        with pytest.raises(FalError, match="port 1 is in use"):
+        script = "echo 'error: port 1 is in use. Use another.' >&2; exit 1"
+
+        def begin() -> None:  # it may be gone before `start` returns, or after
+            process = processes.start("d", ["sh", "-c", script], log=log)
             processes.wait_for_file(tmp_path / "never", process, log=log, timeout_s=10)
+
+        with pytest.raises(FalError, match="port 1 is in use"):
+            begin()
 
 
 class TestCommand:
