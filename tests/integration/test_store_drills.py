@@ -1,4 +1,4 @@
-"""Drills with the store: empty, an hour old, another cluster's, slow, silent. Real leaders, engines, sessions and agents.
+"""Drills with the store: empty, an hour old, another cluster's, slow, silent. Leaders, sessions and agents are real.
 
 The first three copy real SQLite files under 20 running containers, in real time: none is stopped, all are reported, and
 an operator's confirm settles them. The others run in virtual time on the store in memory.

@@ -1,4 +1,4 @@
-"""What must hold whatever happens, judged from outside: from machines, messages and commits, not from the code's own word.
+"""What must hold whatever happens, judged from outside: by machines, messages and commits, not by the code's own word.
 
 `Checker` is told of every container, message and commit, and remembers the first rules broken. What a message touched
 is checked after it, everything after every hundredth. `unsettled` is the question asked after healing: what is
@@ -162,7 +162,9 @@ class Checker(SchedulerHooks):
             if (assignment.runner_id, assignment.id, assignment.goal) not in self._committed:
                 what = f"{assignment.runner_id} goal {assignment.goal}"
                 self.fail("durable-first", f"{scheduler.name} told {stream.node} of {what} before its commit")
-            if assignment.goal != state_pb2.GOAL_RUN:
+            leadership = scheduler.leadership
+            withdrawn = leadership is not None and assignment.runner_id not in leadership.view.runners
+            if assignment.goal != state_pb2.GOAL_RUN or withdrawn:  # the drop is on its way to the store
                 continue
             for other, gpus in live.items():
                 if other != assignment.runner_id and set(gpus) & set(assignment.gpus):
@@ -349,7 +351,8 @@ class Checker(SchedulerHooks):
             for runner_id in real.keys() - records.keys():
                 yield f"{runner_id} runs on {host.node_id} and has no record"
             for runner_id in records.keys() - real.keys():
-                yield f"{runner_id} has a record on {host.node_id} and does not run: {runner_phase(view, view.runners[runner_id])}"
+                phase = runner_phase(view, view.runners[runner_id])
+                yield f"{runner_id} has a record on {host.node_id} and does not run: {phase}"
             occupancy = view.fleet.occupancy.get(host.node_id)
             held = dict(occupancy.gpus) if occupancy is not None else {}
             expected = {gpu: runner_id for runner_id, gpus in real.items() for gpu in gpus}

@@ -52,7 +52,7 @@ class Process:
 
     async def gone(self) -> None:
         """After `kill`: until its last task has unwound."""
-        while self._tasks:
+        while self._tasks:  # noqa: ASYNC110  (tasks may still be made while others unwind)
             await asyncio.sleep(0.001)
 
 
