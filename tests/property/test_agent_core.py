@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fal_agent.core.admission import GpuView, NodeView, admit
 from fal_agent.core.assignments import Assignment, Assignments, Complete, Delta, Gap, Goal, receive
 from fal_agent.core.standing import Leader, Standing, distrust, obey, stale, works_for
@@ -26,8 +29,6 @@ from fal_agent.core.tasks import (
     why,
 )
 from fal_contract.v1 import state_pb2
-from hypothesis import given
-from hypothesis import strategies as st
 
 RUNNERS = ["t/a-1", "t/b-2", "t/c-3"]
 runner_ids = st.sampled_from(RUNNERS)

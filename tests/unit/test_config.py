@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from pydantic import Field, SecretStr, ValidationError
+
 from fal_contract.config import ConfigModel, describe, load_config, pydantic_error
 from fal_contract.errors import Code, FalError
-from pydantic import Field, SecretStr, ValidationError
 
 
 class Log(ConfigModel):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import MODEL_FILES_MAX
 from fal_contract.model_manifest import FileEntry, check_digest, check_files, check_path, manifest_digest
-from hypothesis import given
-from hypothesis import strategies as st
 
 ZERO = bytes(32)
 
