@@ -1,0 +1,149 @@
+"""One record of each kind, as release 0.1 stores it, and how `tests/data/store/v1/store.sqlite` was made from them.
+
+The file was recorded once, by `python tests/store_samples.py FILE`, and is never made anew: a later release must read
+what an earlier one wrote. For a new format or record version, record a new file in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Final
+
+from fal_scheduler.codec import encode
+from fal_scheduler.core.records import (
+    App,
+    AssignmentRef,
+    Binding,
+    Goal,
+    Meta,
+    Model,
+    ModelState,
+    Node,
+    Pool,
+    Probe,
+    Record,
+    Residency,
+    Resources,
+    Revision,
+    Revocation,
+    Runner,
+    ScaleOverride,
+    Scaling,
+    Spec,
+    key_of,
+)
+from fal_scheduler.core.tokens import JoinToken
+from fal_scheduler.store.interface import Write
+from fal_scheduler.store.sqlite import SqliteStore
+
+MADE_AT_S: Final = 1_700_000_000.0
+SPEC: Final = Spec(
+    image="host",
+    command=("serve", "--x"),
+    env={"A": "b"},
+    model="team1/digits-model",
+    loras=("team1/ink",),
+    machine_type=("H100-80GB", "A100-80GB"),
+    num_gpus=2,
+    gpu_memory_bytes_min=40 << 30,
+    resources=Resources(cpu_milli=4000, memory_bytes=8 << 30, pids_max=512, shm_bytes=1 << 30),
+    pools=("metal",),
+    labels={"disk": "nvme"},
+    network="egress",
+    scaling=Scaling(
+        keep_alive_s=10.0,
+        min_concurrency=1,
+        max_concurrency=4,
+        concurrency_buffer=1,
+        concurrency_buffer_perc=20,
+        scaling_delay_s=0.5,
+        max_multiplexing=2,
+        request_timeout_s=60.0,
+        startup_timeout_s=300.0,
+    ),
+    probe=Probe(ready_path="/r", live_path="/l", interval_s=1.0, timeout_s=2.0, failures_max=4),
+    termination_grace_s=7.5,
+    share_group="shared",
+)
+RECORDS: Final[tuple[Record, ...]] = (
+    Meta("c-7k2m", 3, "i-9q4c", MADE_AT_S, ("c-other",)),
+    Pool(
+        name="metal",
+        cloud="metal",
+        region="eu",
+        zone="room1",
+        gpu_hour_price_micros=2_500_000,
+        egress_gib_price_micros=90_000,
+        networks=("lan", "wan"),
+        spot=True,
+        cache_bytes=1 << 40,
+        trusted_network=True,
+        labels={"tier": "gold"},
+        generation=4,
+    ),
+    Node(
+        "n-4f7a20c1d9e8",
+        "rack1-node3",
+        "metal",
+        cordoned=True,
+        cordon_reason="fan",
+        labels={"disk": "nvme"},
+        joined_at_s=MADE_AT_S,
+        token_id="tk1",
+    ),
+    JoinToken(
+        id="tk1",
+        secret_sha256=bytes(range(32)),
+        pool="metal",
+        expires_at_s=1_800_000_000.0,
+        uses_left=7,
+        revoked=False,
+        created_by="admin/ada",
+        created_at_s=MADE_AT_S,
+    ),
+    Revocation("0fa3", "node/n-4f7a20c1d9e8", MADE_AT_S, "stolen"),
+    App("team1/digits", 3, ScaleOverride(min_concurrency=0, keep_alive_s=30.5), generation=9, created_at_s=MADE_AT_S),
+    Revision("team1/digits", 3, SPEC, "ab" * 32, MADE_AT_S, "operator/bob"),
+    Model(
+        id="team1/digits-model",
+        kind="model",
+        uri="file:///srv/digits",
+        state=ModelState.ATTESTED,
+        manifest_digest="cd" * 32,
+        bytes=5_000_000,
+        files=7,
+        created_at_s=MADE_AT_S,
+        revision="main",
+    ),
+    Model("team1/ink", "lora", "file:///srv/ink", ModelState.REFUSED, created_at_s=MADE_AT_S, reason="a pickle"),
+    Runner(
+        id="team1/digits-7k2m9q4c",
+        share_group="shared",
+        bindings=(Binding("team1/digits", 3, "main"),),
+        created_at_s=MADE_AT_S,
+        node="n-4f7a20c1d9e8",
+        gpus=("GPU-1", "GPU-2"),
+        assignment=AssignmentRef("a1b2c3d4", 5),
+        residencies=(Residency("main", "team1/digits-model", "cd" * 32),),
+        goal=Goal.DRAIN,
+        goal_reason="replaced by revision 4",
+        memory_bytes=8 << 30,
+        cpu_milli=4000,
+    ),
+)
+
+
+async def record(path: Path) -> None:
+    """Write a store that holds `RECORDS`, as a scheduler of term 5 would."""
+    store = SqliteStore(path)
+    await store.open()
+    guard = await store.campaign("sample", term_min=5)
+    await store.commit(guard, [Write(key_of(one), encode(one)) for one in RECORDS])
+    await store.resign(guard)
+    await store.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(record(Path(sys.argv[1])))
