@@ -26,6 +26,7 @@ class GrpcLink:
         self._channel = made
         dispatch: Any = serving_pb2_grpc.ServingStub(made).Dispatch  # the stubs know no stream without an iterator
         self._call = dispatch()
+        self._reading: asyncio.Future[Any] | None = None
 
     async def send(self, message: serving_pb2.GatewayMessage) -> None:
         """Raises FalError when the stream broke."""
@@ -36,9 +37,9 @@ class GrpcLink:
                 raise _ended() from None
 
     async def receive(self) -> serving_pb2.DispatchMessage:
-        """The next message. Raises FalError at the end."""
+        """The next message. Raises FalError at the end. Cancelling it leaves the stream open."""
         with fal_errors():
-            message = await self._call.read()
+            message = await self._read()
         if not isinstance(message, serving_pb2.DispatchMessage):  # grpc.aio.EOF
             raise _ended()
         return message
@@ -49,10 +50,22 @@ class GrpcLink:
             with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, TimeoutError):
                 async with asyncio.timeout(_CLOSE_S):
                     await self._call.done_writing()
-                    while isinstance(await self._call.read(), serving_pb2.DispatchMessage):
+                    while isinstance(await self._read(), serving_pb2.DispatchMessage):
                         pass
         self._call.cancel()
+        if self._reading is not None:
+            await asyncio.gather(self._reading, return_exceptions=True)
         await self._channel.close(None)
+
+    async def _read(self) -> Any:
+        """gRPC cancels the whole call with a read that is cancelled, and what was written last would be lost."""
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._call.read())
+        try:
+            return await asyncio.shield(self._reading)
+        finally:
+            if self._reading.done():
+                self._reading = None
 
 
 def grpc_dialer(addresses: Sequence[str], identity: Callable[[], Identity]) -> Callable[[], Awaitable[DispatchLink]]:

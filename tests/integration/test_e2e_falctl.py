@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import typer.main
 
 from e2e_cluster import Cluster
+from fal_contract.limits import LEASE_TTL_S
 from falctl.main import app as falctl_app
 from falctl_forks import Forks
 
@@ -186,6 +188,15 @@ def test_logs_as_json_are_one_object_a_line(falctl: Forks, words: dict[str, str]
     lines = [json.loads(text) for text in done.stdout.splitlines()]
     assert lines
     assert all({"text", "stream"} <= set(each) for each in lines)
+
+
+def test_a_client_that_ends_leaves_its_slot_to_the_next(falctl: Forks, words: dict[str, str], folder: Path) -> None:
+    """The runner has one slot: were it kept until the lease expires, each of these would wait half a minute."""
+    began_s = time.monotonic()
+    for number in range(3):
+        done = falctl("run", "here", "--prompt", "seven", "-o", str(folder / f"{number}.png"))
+        assert done.code == 0, (words["RUNNER"], done)
+    assert time.monotonic() - began_s < LEASE_TTL_S
 
 
 def test_of_two_operators_at_once_exactly_one_wins(real: Cluster) -> None:

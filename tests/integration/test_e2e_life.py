@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,15 @@ def follow_the_log(real: Cluster, runner: str) -> None:
 def scale(real: Cluster, app: str, count: int) -> None:
     done = real.falctl("app", "scale", app, "--min", str(count), "--detach")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_runner_takes_as_many_requests_at_once_as_its_app_says(real: Cluster) -> None:
+    real.apply("many", max_multiplexing=3, env={"FAL_FAKE_STEP_S": "0.2"})
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda seed: real.post("many", seed=seed), range(6)))
+    assert [answer.status for answer in answers] == [200] * 6, answers
+    [view] = real.runners("many")
+    assert (len(real.runners("many")), view.status.max_multiplexing) == (1, 3)
 
 
 @pytest.mark.torch
