@@ -88,6 +88,7 @@ class Agent:
         self.node_id = node_id
         self.cluster_id = CLUSTER
         self.term_seen = 0
+        self.epoch_seen = 0
         self.incarnation = ""
         self.welcome: agent_pb2.Welcome | None = None
         self.held: dict[str, agent_pb2.Assignment] = {}
@@ -132,6 +133,7 @@ class Agent:
             capabilities=agent_pb2.Capabilities(driver="fake", isolates=True),
             cluster_id=self.cluster_id if self.statuses else "",
             term_seen=self.term_seen,
+            epoch_seen=self.epoch_seen,
             incarnation=self.incarnation,
         )
         self._say(agent_pb2.AgentMessage(hello=hello))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fal_contract.errors import Code, FalError
-from fal_contract.v1 import cluster_pb2, state_pb2
+from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
 from fal_scheduler.api import apps, nodes, status
+from fal_scheduler.core.events import Confirm
 from fal_scheduler.core.told import Hold
 from fal_scheduler.leadership import Leadership
 from fal_scheduler.store.memory import MemoryBackend, MemoryStore
@@ -114,6 +115,50 @@ def test_an_empty_store_stops_nothing(tmp_path: Path) -> None:
             await again.task
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize("what", ["node", "store"])
+def test_a_confirm_ends_the_sessions_it_concerns_and_they_are_welcomed_to_the_new_life(
+    what: str, tmp_path: Path
+) -> None:
+    """A node judges by its Welcome: one that was welcomed before the confirm would go on distrusting us."""
+
+    async def test(leader: Leadership) -> None:
+        await join(leader, "n1")
+        await join(leader, "n2")
+        status = agent_pb2.RunnerStatus(
+            runner_id="t/a-1", assignment_id="a1", app="t/a", revision=1, state=state_pb2.RUNNER_STATE_IDLE
+        )
+        agent = Agent(leader, "n1")
+        agent.statuses["t/a-1"] = status
+        if what == "node":
+            agent.cluster_id = "c-elsewhere000"
+        else:
+            agent.epoch_seen = 7
+        async with Agent(leader, "n2") as other:
+            agent.dial()
+            held = Hold.FOREIGN if what == "node" else Hold.STORE
+            await eventually(lambda: leader.sessions.connected("n1") and leader.view.live["n1"].hold is held)
+            await eventually(lambda: agent.welcome is not None)
+            await leader.engine.submit(Confirm(what, "", ACTOR))
+            end = await ended(agent)
+            assert (end.code, end.retryable) == (Code.UNAVAILABLE, True)
+            assert "confirm" in end.what
+            agent.welcome = None
+            agent.dial()
+            await eventually(lambda: agent.welcome is not None and leader.view.live["n1"].hold is Hold.NONE)
+            assert agent.welcome is not None
+            if what == "node":
+                assert list(agent.welcome.accepted_clusters) == ["c-elsewhere000"]
+            else:
+                assert agent.welcome.epoch == 8
+            assert other.task is not None
+            assert not other.task.done(), "a node that nobody doubted keeps its session"
+            agent.hang_up()
+            assert agent.task is not None
+            await agent.task
+
+    engine_test(tmp_path, test)
 
 
 def test_what_a_node_tells_as_events_reaches_operators(tmp_path: Path) -> None:
