@@ -201,6 +201,7 @@ def attest_model(work: Work, event: AttestModel) -> Reply:
         files=event.files,
     )
     work.put(after, model)
+    _model_settled(work, model.id)
     work.log("MODEL_ATTESTED", model.id, f"manifest {event.manifest_digest}")
     return Reply("changed", model.id)
 
@@ -211,8 +212,21 @@ def refuse_model(work: Work, event: RefuseModel) -> Reply:
     if model is None:
         raise not_found("model", event.id, remedy="Register it with `falctl weights add`.")
     work.put(replace(model, state=ModelState.REFUSED, reason=event.reason), model)
+    _model_settled(work, model.id)
     work.log("MODEL_REFUSED", model.id, event.reason)
     return Reply("changed", model.id)
+
+
+def _model_settled(work: Work, model_id: str) -> None:
+    """Runners that wait for this model are placed, or told anew why not, at once."""
+    state = work.state
+    for app_id in state.waiting:
+        app = state.apps.get(app_id)
+        if app is not None:
+            spec = state.revision_of(app).spec
+            if model_id in (spec.model, *spec.loras):
+                state.pending.pop((app_id, app.revision), None)
+                state.dirty[app_id] = None
 
 
 def cordon_node(work: Work, event: CordonNode) -> Reply:

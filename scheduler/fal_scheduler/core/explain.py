@@ -15,7 +15,7 @@ from typing import Final
 
 from fal_scheduler.core.fleet import NodeFacts, Occupancy
 from fal_scheduler.core.place import score_of, static_refusal
-from fal_scheduler.core.records import Spec
+from fal_scheduler.core.records import ModelState, Spec
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Gpu
 
@@ -77,8 +77,22 @@ def summarise(verdicts: Iterable[Verdict], spec: Spec) -> Pending:
     return Pending(_reason(verdicts, closest, spec), 0, counts, closest.detail)
 
 
+def model_awaited(state: State, spec: Spec) -> str:
+    """Why a model or LoRA of `spec` keeps runners from being placed; empty when all are attested."""
+    for name in (spec.model, *spec.loras):
+        model = state.models.get(name) if name else None
+        if not name or (model is not None and model.state is ModelState.ATTESTED):
+            continue
+        if model is None:
+            return f"model {name} is not registered; register it with `falctl weights add`"
+        if model.state is ModelState.REFUSED:
+            return f"model {name} is refused: {model.reason}; apply the app with another model"
+        return f"model {name} is not attested yet: its files are still being hashed, see `falctl weights show`"
+    return ""
+
+
 def why_pending(state: State, spec: Spec) -> Pending:
-    """What an operator reads of a runner that found no node."""
+    """What an operator reads of a runner that found no node (its models aside: `model_awaited`)."""
     pending = summarise(explain(state, spec), spec)
     models = {gpu.model for facts in state.fleet.facts.values() for gpu in facts.gpus}
     if spec.num_gpus and spec.machine_type and not models.intersection(spec.machine_type):

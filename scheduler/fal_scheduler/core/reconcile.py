@@ -16,7 +16,7 @@ from typing import Final
 
 from fal_contract.limits import FAILOVER_GRACE_S, MASS_STOP_RUNNERS_MIN, MASS_STOP_SHARE
 from fal_scheduler.core.events import AppChanged
-from fal_scheduler.core.explain import why_pending
+from fal_scheduler.core.explain import model_awaited, why_pending
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.records import (
     App,
@@ -26,6 +26,7 @@ from fal_scheduler.core.records import (
     Residency,
     Revision,
     Runner,
+    Spec,
 )
 from fal_scheduler.core.state import Pending
 from fal_scheduler.core.told import Backoff
@@ -201,13 +202,12 @@ def _grow(work: Work, placer: Placer, app: App, revision: Revision, missing: int
             return
         runner_id = f"{app.id}-{work.ids.suffix()}"
         spec = revision.spec
-        residency = (Residency("main", spec.model, _digest(work, spec.model)),) if spec.model else ()
         runner = Runner(
             id=runner_id,
             share_group=spec.share_group or app.id,
             bindings=(Binding(app.id, revision.number, "main" if spec.model else ""),),
             created_at_s=work.moment.wall_s,
-            residencies=residency,
+            residencies=_residencies(work, spec),
         )
         placed = _placed(work, placer, runner, revision)
         work.put(placed or runner, None)
@@ -237,8 +237,11 @@ def _place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unp
 
 
 def _placed(work: Work, placer: Placer, runner: Runner, revision: Revision) -> Runner | None:
-    """The runner on the best node, assigned; None where there is none."""
-    found = None if work.state.hold_all or not work.state.settled else placer.place(revision.spec)
+    """The runner on the best node, assigned; None where there is none, or a model is not attested."""
+    state, spec = work.state, revision.spec
+    if state.hold_all or not state.settled or model_awaited(state, spec):
+        return None
+    found = placer.place(spec)
     if found is None:
         return None
     work.log("RUNNER_PLACED", runner.id, f"placed on {found.node_id}", node=found.node_id)
@@ -246,7 +249,8 @@ def _placed(work: Work, placer: Placer, runner: Runner, revision: Revision) -> R
         runner,
         node=found.node_id,
         gpus=found.gpus,
-        assignment=AssignmentRef(work.ids.suffix(), work.state.term),
+        assignment=AssignmentRef(work.ids.suffix(), state.term),
+        residencies=_residencies(work, spec),
         memory_bytes=found.memory_bytes,
         cpu_milli=found.cpu_milli,
     )
@@ -260,7 +264,11 @@ def _note_pending(work: Work, runner: Runner, revision: Revision) -> None:
     have = state.pending.get(key)
     if have is not None and now_s - have.found_at_s < PENDING_TEXT_AGE_S:
         return
-    if state.explanations_left > 0:
+    if awaited := model_awaited(state, revision.spec):
+        state.pending[key] = Pending(awaited, found_at_s=now_s)
+        if have is None or have.reason != awaited:
+            work.emit(AppChanged(revision.app))
+    elif state.explanations_left > 0:
         state.explanations_left -= 1
         state.pending[key] = replace(why_pending(state, revision.spec), found_at_s=now_s)
         work.emit(AppChanged(revision.app))
@@ -268,9 +276,12 @@ def _note_pending(work: Work, runner: Runner, revision: Revision) -> None:
         state.pending[key] = Pending("no node can take it now", found_at_s=float("-inf"))
 
 
-def _digest(work: Work, model_id: str) -> str:
-    model = work.state.models.get(model_id)
-    return model.manifest_digest if model is not None else ""
+def _residencies(work: Work, spec: Spec) -> tuple[Residency, ...]:
+    """What the runner loads. The digest is known once the model is attested, so never later than at placement."""
+    if not spec.model:
+        return ()
+    model = work.state.models.get(spec.model)
+    return (Residency("main", spec.model, model.manifest_digest if model is not None else ""),)
 
 
 def _delete(work: Work, app: App) -> None:
