@@ -99,7 +99,11 @@ def _env(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec) -> 
         names = [model_name(artifact.model) for artifact in message.artifacts if (artifact.kind or "model") == kind]
         return [(name, driver.inside(spec, f"{MODELS_DIR_INSIDE}/{name}")) for name in names]
 
-    env = dict(message.spec.env)
+    env: dict[str, str] = {}
+    if message.spec.resources.cpu_milli:
+        # Math libraries start a thread for each core of the machine; more than the container may use is very slow.
+        env["OMP_NUM_THREADS"] = str(max(1, message.spec.resources.cpu_milli // 1000))
+    env |= dict(message.spec.env)
     env |= {
         "FAL_RUNNER_ID": message.runner_id,
         "FAL_APP": message.app,

@@ -231,8 +231,15 @@ def stop_cluster(folder: Path, *, keep: bool, say: Say) -> list[str]:
     if keep:
         (folder / "dev.json").unlink(missing_ok=True)
     else:
-        shutil.rmtree(folder)
+        _remove(folder)
     return ended
+
+
+def _remove(folder: Path) -> None:
+    """Remove a tree that holds read-only folders: without root these must be made writable first."""
+    for below, _, _ in os.walk(folder):
+        os.chmod(below, 0o700)
+    shutil.rmtree(folder)
 
 
 def restart_process(folder: Path, name: str, *, say: Say) -> Process:

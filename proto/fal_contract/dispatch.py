@@ -194,6 +194,7 @@ class DispatchClient:
             self._give_back(slot, served=None)
             raise
         if response.header(b"fal-code") is None:
+            response.runner_id = slot.runner_id
             status = response.status
             response.on_end(lambda whole: self._give_back(slot, served=whole and status < 500))
         return response

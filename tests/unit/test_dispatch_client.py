@@ -173,7 +173,7 @@ def test_a_want_becomes_a_lease_becomes_an_answer(tmp_path: Path) -> None:
             c.scheduler.tell(routes(address_of(c.proxy)))
             c.scheduler.on_wants = lambda wants: c.scheduler.tell(lease()) if wants.wants else None
             response = await c.client.request(APP, "POST", "/infer", [], b'{"prompt": "7"}', wait_s=WAIT_S)
-            assert response.status == 200
+            assert (response.status, response.runner_id) == (200, RUNNER)
             assert json.loads(await response.read(1000)) == {"path": "/infer", "bytes": 15}
             first = c.scheduler.wants()[0].wants[0]
             assert (first.app, first.slots, first.queued) == (APP, 1, 1)
