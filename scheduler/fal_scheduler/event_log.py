@@ -20,12 +20,13 @@ from fal_scheduler.core.events import Logged
 RING_EVENTS_MAX: Final = 10_000
 FILE_BYTES_MAX: Final = 16 << 20
 FILES_MAX: Final = 4
+READ_BACK_BYTES_MAX: Final = 1 << 20  # of each of the two newest files, at the start
 
 _log = structlog.get_logger("fal.events")
 
 
 class EventLog:
-    """Numbers rise by one across restarts where the files are still there."""
+    """Numbers rise by one across restarts where the files are still there, and the newest events are read back."""
 
     def __init__(self, directory: Path | None, *, file_bytes_max: int = FILE_BYTES_MAX) -> None:
         """`directory`: where the files go; None keeps the ring only."""
@@ -37,7 +38,9 @@ class EventLog:
         self._failed = False
         self._number = 0
         if directory is not None:
-            self._number = _last_number(directory / "events.jsonl") or _last_number(directory / "events.jsonl.1")
+            for name in ("events.jsonl.1", "events.jsonl"):
+                self._ring.extend(_read_back(directory / name))
+            self._number = self._ring[-1].number if self._ring else 0
             self._open()
 
     @property
@@ -79,6 +82,8 @@ class EventLog:
             path = self._directory / "events.jsonl"
             self._file = path.open("ab")
             self._file_bytes = path.stat().st_size
+            if self._file_bytes and _last_byte(path) != b"\n":
+                self._file_bytes += self._file.write(b"\n")  # a crash tore the last line
         except OSError as error:
             self._give_up(error)
 
@@ -130,17 +135,30 @@ class EventLog:
                 return
 
 
-def _last_number(path: Path) -> int:
-    """Number of the last whole line; 0 where there is none."""
+def _read_back(path: Path) -> list[Logged]:
+    """The newest events of a file; a line that a crash tore is left out, as is one of another release."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - (64 << 10)))
+            file.seek(max(0, path.stat().st_size - READ_BACK_BYTES_MAX))
             lines = file.read().splitlines()
     except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["number"])
-        except (ValueError, KeyError, TypeError):
-            continue  # torn by a crash
-    return 0
+        return []
+    return [event for line in lines if (event := _parse(line)) is not None]
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read()
+
+
+def _parse(line: bytes) -> Logged | None:
+    try:
+        told = json.loads(line)
+        facts = {str(name): str(value) for name, value in told["facts"].items()}
+        return Logged(
+            str(told["kind"]), str(told["subject"]), str(told["message"]), float(told["time_s"]),
+            actor=str(told["actor"]), facts=facts, number=int(told["number"]),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
