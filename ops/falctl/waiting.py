@@ -54,8 +54,9 @@ def wait_until_gone(app: str, *, timeout_s: float) -> None:
         if time.monotonic() > deadline:
             raise FalError(
                 Code.TIMEOUT,
-                f"{len(view.runners)} runners of {app} are still there after {timeout_s:g} s",
-                remedy=f"See `falctl runner list --app {app}`.",
+                f"{len(view.runners)} runners of {app} are still there after {timeout_s:g} s: "
+                f"{view.reason or 'no reason given'}",
+                remedy=f"See `falctl explain {app}`; it goes on in the background.",
             )
         time.sleep(_POLL_S)
 

@@ -6,11 +6,13 @@ Pure. Rule 5: every runner that is not running has a reason. Called by the APIs 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from fal_scheduler.core.records import App, Goal, Runner, RunnerState
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Backoff, Health
 
+NODES_NAMED_MAX: Final = 3
 _ENDING = {
     Goal.DRAIN: RunnerState.DRAINING,
     Goal.STOP: RunnerState.TERMINATING,
@@ -37,7 +39,7 @@ def runner_phase(state: State, runner: Runner) -> RunnerPhase:
     status = state.status_of(runner)
     health = state.health_of(runner.node)
     if health is not Health.READY:
-        return RunnerPhase(RunnerState.UNKNOWN, f"its node {_name(state, runner.node)} is {health}", failures)
+        return RunnerPhase(RunnerState.UNKNOWN, _out_of_sight(state, runner, health), failures)
     if status is not None and status.ended:
         return RunnerPhase(RunnerState.TERMINATED, status.reason or "its container is gone", failures)
     if runner.goal is not Goal.RUN:
@@ -46,6 +48,19 @@ def runner_phase(state: State, runner: Runner) -> RunnerPhase:
         return RunnerPhase(RunnerState.STAGING, f"assigned to {_name(state, runner.node)}, which has not answered yet")
     reason = "" if status.serves else status.reason or f"{status.state.name.lower()} on {_name(state, runner.node)}"
     return RunnerPhase(status.state, reason, failures)
+
+
+def _out_of_sight(state: State, runner: Runner, health: Health) -> str:
+    """What is known of a runner whose node is silent, and what ends the wait."""
+    name = _name(state, runner.node)
+    is_ = {
+        Health.JOINED: f"its node {name} has not been heard since this scheduler took over",
+        Health.UNKNOWN: f"its node {name} is silent; it may well serve on",
+    }.get(health, f"its node {name} is {health}")
+    if runner.goal is Goal.RUN:
+        return is_
+    revoke = f"`falctl node revoke {name}` releases it" if health is Health.LOST else "it is told when it comes back"
+    return f"{is_}; it is to stop ({runner.goal_reason}), but the node must say that it did: {revoke}"
 
 
 def _unplaced(state: State, runner: Runner, backoff: Backoff | None) -> RunnerPhase:
@@ -83,7 +98,7 @@ def wanted(state: State, app: App) -> int:
 def app_reason(state: State, app: App) -> str:
     """Why fewer are ready than wanted; empty when all are."""
     if app.deleting:
-        return "its runners are being stopped"
+        return _why_not_gone(state, app)
     if app.id in state.stops_held:
         return "has more runners than wanted; the stops wait for `falctl operator confirm stops`"
     phases = [
@@ -98,6 +113,24 @@ def app_reason(state: State, app: App) -> str:
     if backoff is not None and not phases:
         return f"failed {backoff.failures} times in a row; last: {backoff.last.reason}"
     return next((phase.reason for phase in phases if phase.reason), "its runners are being made")
+
+
+def _why_not_gone(state: State, app: App) -> str:
+    """What the deletion of an app waits for: nodes out of sight by name, as they may take for ever."""
+    nodes = {state.runners[runner_id].node for runner_id in state.runners_by_app.get(app.id, ())}
+    silent = sorted(
+        (_name(state, node_id), state.health_of(node_id))
+        for node_id in nodes
+        if node_id and state.health_of(node_id) is not Health.READY
+    )
+    if not silent:
+        return "its runners are being stopped"
+    names = ", ".join(f"{name} ({health})" for name, health in silent[:NODES_NAMED_MAX])
+    more = f" and {len(silent) - NODES_NAMED_MAX} more" if len(silent) > NODES_NAMED_MAX else ""
+    return (
+        f"waits for {names}{more} to say that its runners ended; "
+        f"if a node is gone for good, `falctl node revoke {silent[0][0]}` releases them"
+    )
 
 
 def _name(state: State, node_id: str) -> str:
