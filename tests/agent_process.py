@@ -26,6 +26,7 @@ from fal_contract.clock import SystemClock
 from fal_contract.identity import Role, new_cluster_id
 from fal_contract.v1 import agent_pb2, agent_pb2_grpc, state_pb2
 from fal_scheduler.ca import CertificateAuthority
+from node_leftovers import left_of
 
 NODE = "n-agenttest001"
 WAIT_S = 60.0
@@ -196,6 +197,8 @@ async def scheduler(root: Path) -> AsyncIterator[Scheduler]:
         if made.state_dir.exists():
             await asyncio.to_thread(made.purge)
         await made.down()
+        left = left_of(made.state_dir)
+        assert not left, f"still on this machine: {left}"
 
 
 def assignment(runner: str, **changes: Any) -> agent_pb2.Assignment:

@@ -33,6 +33,7 @@ from fal_contract.identity import Identity, Role, dns_name_of
 from fal_contract.v1 import cluster_pb2 as pb
 from fal_contract.v1 import cluster_pb2_grpc, state_pb2
 from fal_runtime.host_image import worker_command
+from node_leftovers import left_of
 
 WAIT_S = 60.0
 START_S = 60.0
@@ -207,6 +208,8 @@ class Cluster:
             run(*AGENT, "purge", "--state-dir", str(node.state_dir))
         for process in (self.gateway, self.scheduler):
             process.end(signal.SIGKILL)
+        left = [words for node in self.nodes.values() for words in left_of(node.state_dir)]
+        assert not left, f"still on this machine: {left}"
 
     # ---- as an operator
 

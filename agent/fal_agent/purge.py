@@ -47,6 +47,9 @@ async def _containers(layout: Layout) -> list[str]:
     places = layout.places(isolates=driver.isolates)
     for folder in (places.sockets, places.models, places.runners):
         shutil.rmtree(folder, ignore_errors=True)
+    if driver.isolates:  # else it is the state directory itself
+        with contextlib.suppress(OSError):
+            places.sockets.parent.rmdir()
     return [f"container {id}" for id in found]
 
 
