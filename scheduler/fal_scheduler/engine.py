@@ -37,7 +37,7 @@ from fal_scheduler.core.events import (
 )
 from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.place import Placer
-from fal_scheduler.core.records import Runner, key_of
+from fal_scheduler.core.records import Runner, key_of, runner_key
 from fal_scheduler.core.state import State
 from fal_scheduler.core.step import BrokenInvariant, Core
 from fal_scheduler.core.suspicion import term_needed
@@ -445,12 +445,6 @@ class Engine:
             self._lose(FalError(Code.INVARIANT, text, remedy="Look at the replay file."))
             raise AssertionError(text)
         self._tell(self._core.freeze(found, moment).effects)
-
-
-def runner_key(runner_id: str) -> str:
-    """The store's key of a runner that may not exist."""
-    team, _, name = runner_id.partition("/")
-    return f"team/{team}/runner/{name}"
 
 
 __all__ = ["Engine", "EngineOptions", "EnginePort", "Listener", "RandomIds"]

@@ -295,6 +295,12 @@ def key_of(record: Record) -> str:
     return _KEYS[type(record)](record)
 
 
+def runner_key(runner_id: str) -> str:
+    """The store's key of a runner that may not exist."""
+    team, _, name = runner_id.partition("/")
+    return f"team/{team}/runner/{name}"
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One record made (`before` is None), changed or removed (`after` is None). Both are never None."""
