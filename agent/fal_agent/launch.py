@@ -112,6 +112,15 @@ def _env(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec) -> 
         "CUDA_VISIBLE_DEVICES": ",".join(message.gpus),
         "NVIDIA_VISIBLE_DEVICES": ",".join(message.gpus) or "void",
     }
+    # The worker's own bounds are the app's: it queues what the proxy admits, and drains for as long as it is given.
+    scaling = message.spec.scaling
+    for name, bound in (
+        ("FAL_MAX_MULTIPLEXING", scaling.max_multiplexing),
+        ("FAL_REQUEST_TIMEOUT", scaling.request_timeout_s),
+        ("FAL_GRACE", message.spec.termination_grace_s),
+    ):
+        if bound:
+            env[name] = f"{bound:g}"
     if checkpoints := models("model"):
         env["FAL_MODEL_DIR"] = checkpoints[0][1]
     if loras := models("lora"):

@@ -73,8 +73,10 @@ def scale(real: Cluster, app: str, count: int) -> None:
 def test_a_runner_takes_as_many_requests_at_once_as_its_app_says(real: Cluster) -> None:
     real.apply("many", max_multiplexing=3, env={"FAL_FAKE_STEP_S": "0.2"})
     with ThreadPoolExecutor(3) as pool:
-        answers = list(pool.map(lambda seed: real.post("many", seed=seed), range(6)))
+        answers = list(pool.map(lambda seed: real.post("many", seed=seed, format="json"), range(6)))
     assert [answer.status for answer in answers] == [200] * 6, answers
+    queued_s = [json.loads(answer.body)["timings"]["queue_s"] for answer in answers]
+    assert max(queued_s) > 0.2, "the worker holds more than one, though it draws one after the other"
     [view] = real.runners("many")
     assert (len(real.runners("many")), view.status.max_multiplexing) == (1, 3)
 
