@@ -384,7 +384,8 @@ class Engine:
         for batch in batches:
             batch.fail(error)
         now_s = self._clock.monotonic_s()
-        self._tell(self._core.taken_back(Moment(now_s, self._clock.wall_s())).effects)
+        undone = [change for batch in batches for change in batch.changes]
+        self._tell(self._core.taken_back(Moment(now_s, self._clock.wall_s()), undone).effects)
         self._paused_until_s, self._recheck = now_s + RETRY_S, True
         self._tell([Logged("STORE_FAILED", "store", str(error), self._clock.wall_s())])
         self._drained.set()

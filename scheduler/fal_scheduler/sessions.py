@@ -28,7 +28,7 @@ from fal_contract.versions import agree, shared_features
 from fal_scheduler import wire
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
-from fal_scheduler.core.events import AssignmentChanged, Effect, Logged, NodeChanged, NodeDisconnected
+from fal_scheduler.core.events import AssignmentChanged, Effect, HelloNeeded, Logged, NodeChanged, NodeDisconnected
 from fal_scheduler.core.records import Goal, Runner
 from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.leading_edge import LeadingEdge
@@ -322,6 +322,9 @@ class AgentSessions:
                 session.signal.set()
         elif isinstance(effect, NodeChanged):
             self._node_changed(effect.node_id)
+        elif isinstance(effect, HelloNeeded) and (session := self._sessions.get(effect.node_id)) is not None:
+            why = f"a commit that failed may have cost news of node {effect.node_id}"
+            session.close(FalError(Code.UNAVAILABLE, why, remedy="The agent starts over by itself."))
 
     def _node_changed(self, node_id: str) -> None:
         session = self._sessions.get(node_id)

@@ -13,9 +13,10 @@ from fal_agent.core.assignments import Assignment, Complete, Delta
 from fal_agent.core.tasks import Phase
 from fal_agent.wire import assignment_of, leader_of
 from fal_runtime.fake import Script
-from fal_scheduler.core.events import Logged
+from fal_scheduler.core.events import HelloNeeded, Logged, NodeReport, StopRunner
 from fal_scheduler.core.fleet import Fleet, NodeFacts
 from fal_scheduler.core.records import RunnerState
+from fal_scheduler.core.told import RunnerStatus
 from fal_scheduler.store.faults import Fault, FaultKind
 from virtual_time import LoopClock, run_virtually
 
@@ -119,6 +120,33 @@ def test_runners_lost_together_are_one_failure() -> None:
         await asyncio.sleep(2.0)
         backoff = rig.engine.view.backoffs["default/a"]
         assert backoff.failures == 1
+        await rig.engine.stop()
+
+    run_virtually(main())
+
+
+def test_the_end_of_a_runner_told_while_its_record_seemed_gone_is_told_again() -> None:
+    """Its drop was under way, so its end was late news; the commit failed and the record stayed for ever."""
+
+    async def main() -> None:
+        rig = Rig()
+        await rig.found(1)
+        await rig.engine.submit(deploy())
+        await asyncio.sleep(2.0)
+        (runner,) = rig.engine.assignments("n-0")
+        await rig.engine.submit(StopRunner(runner.id))
+        rig.store.add(Fault(FaultKind.FAIL, 20.0))
+        await rig.hello("n-0")  # it never heard of the runner, so the record is dropped
+        assert runner.id not in rig.engine.view.runners
+        assert runner.id in {one.id for one in rig.engine.assignments("n-0")}, "not durable: the node is told of it"
+        refused = RunnerStatus(runner.id, RunnerState.TERMINATED, runner.assignment.id, refused=True)  # type: ignore[union-attr]
+        rig.engine.offer(NodeReport("n-0", "s-n-0", rig.clock.monotonic_s(), statuses=(refused,)))
+        await asyncio.sleep(21.0)
+        assert runner.id in rig.engine.view.runners, "the commit failed"
+        assert [one for one in rig.effects if isinstance(one, HelloNeeded)] == [HelloNeeded("n-0")]
+        await rig.hello("n-0", statuses=(refused,))
+        await asyncio.sleep(2.0)
+        assert runner.id not in rig.engine.view.runners
         await rig.engine.stop()
 
     run_virtually(main())

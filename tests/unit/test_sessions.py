@@ -17,7 +17,7 @@ from fal_contract.limits import STREAM_QUEUE_MESSAGES_MAX
 from fal_contract.v1 import agent_pb2, state_pb2
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
-from fal_scheduler.core.events import Logged, NodeChanged, NodeDisconnected, NodeHello, NodeReport
+from fal_scheduler.core.events import HelloNeeded, Logged, NodeChanged, NodeDisconnected, NodeHello, NodeReport
 from fal_scheduler.core.records import Goal, Model, ModelState, Node, Spec
 from fal_scheduler.sessions import AgentSessions
 from virtual_time import run_virtually
@@ -181,6 +181,22 @@ def test_what_did_not_change_is_not_sent_again() -> None:
             rig.engine.emit(NodeChanged("n1"))
             await asyncio.sleep(5)
             assert link.down.empty()
+
+    session_test(test)
+
+
+def test_a_node_that_must_say_hello_again_is_sent_away_and_no_other() -> None:
+    async def test(rig: Rig) -> None:
+        link = Link(rig)
+        await link.open()
+        rig.engine.emit(HelloNeeded("n2"))
+        await asyncio.sleep(5)
+        assert not link.task.done()
+        rig.engine.emit(HelloNeeded("n1"))
+        with pytest.raises(FalError) as caught:
+            await link.task
+        assert (caught.value.code, caught.value.retryable) == (Code.UNAVAILABLE, True)
+        assert not rig.sessions.connected("n1")
 
     session_test(test)
 

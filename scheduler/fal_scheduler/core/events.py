@@ -313,6 +313,13 @@ class NodeChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class HelloNeeded:
+    """News of a node may have been let go as late that were not: it must say Hello again, with everything it knows."""
+
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class RouteChanged:
     """A runner's state, goal, slots or place changed, or it is gone."""
 
@@ -351,7 +358,7 @@ class Logged:
     number: int = 0
 
 
-Effect = AssignmentChanged | NodeChanged | RouteChanged | AppChanged | AlarmsChanged | Revoked | Logged
+Effect = AssignmentChanged | NodeChanged | HelloNeeded | RouteChanged | AppChanged | AlarmsChanged | Revoked | Logged
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,21 @@ only where a container's end is told (`_ended`). Called by `step`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fal_contract.limits import CRASH_BACKOFF_MAX_S, CRASH_BACKOFF_STEP_S
 from fal_scheduler.core import suspicion
-from fal_scheduler.core.events import GatewayReach, NodeChanged, NodeDisconnected, NodeHello, NodeReport, RouteChanged
-from fal_scheduler.core.records import Goal, Runner, RunnerState
+from fal_scheduler.core.events import (
+    GatewayReach,
+    HelloNeeded,
+    NodeChanged,
+    NodeDisconnected,
+    NodeHello,
+    NodeReport,
+    RouteChanged,
+)
+from fal_scheduler.core.records import Change, Goal, Runner, RunnerState
 from fal_scheduler.core.told import Backoff, Health, Inventory, NodeLive, RunnerStatus
 from fal_scheduler.core.work import Work
 
@@ -98,6 +107,19 @@ def recheck(work: Work) -> None:
         if not live.hold:
             _end_ended(work, live)
     work.state.dirty.update(dict.fromkeys(work.state.apps))
+
+
+def ask_again(work: Work, undone: Sequence[Change]) -> None:
+    """Records were brought back. What a node told of a runner that seemed to have left it was let go as late news, so
+    where nothing is known of such a runner now, the node has to tell everything again."""
+    state = work.state
+    for change in undone:
+        before, after = change.before, change.after
+        if not isinstance(before, Runner) or (isinstance(after, Runner) and after.node == before.node):
+            continue
+        runner, live = state.runners.get(before.id), state.live.get(before.node)
+        if runner is not None and runner.node == before.node and live is not None and runner.id not in live.statuses:
+            work.emit(HelloNeeded(live.node_id))
 
 
 def report(work: Work, event: NodeReport) -> None:

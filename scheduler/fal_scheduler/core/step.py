@@ -7,6 +7,7 @@ the records as they were. Called by the engine and by tests; nothing else may ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fal_contract.errors import Code, FalError
@@ -45,6 +46,7 @@ from fal_scheduler.core.events import (
 from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.reconcile import reconcile
+from fal_scheduler.core.records import Change
 from fal_scheduler.core.state import EXPLANATIONS_PER_TICK_MAX, State
 from fal_scheduler.core.suspicion import judge_again
 from fal_scheduler.core.work import Work
@@ -83,9 +85,13 @@ class Core:
             raise BrokenInvariant(violations)
         return Outcome(tuple(work.changes), tuple(work.effects.values()), reply)
 
-    def taken_back(self, moment: Moment) -> Outcome:
-        """Records were undone: decide again what was decided together with them and is not a record."""
+    def taken_back(self, moment: Moment, undone: Sequence[Change] = ()) -> Outcome:
+        """Records were undone: decide again what was decided together with them and is not a record.
+
+        `undone`: of batches that did not happen, as they were made; none where only the last step was taken back.
+        """
         work = Work(self.state, moment, self.ids)
+        news.ask_again(work, undone)
         judge_again(work)
         return Outcome((), tuple(work.effects.values()))
 
