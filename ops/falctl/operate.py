@@ -62,6 +62,8 @@ def _counts(counts: Any) -> str:
 
 def explain(subject: str, json: JsonFlag = False) -> None:
     """Why an app, a runner or a node is as it is."""
+    from rich.markup import escape
+
     from falctl.output import console, print_json, print_table, to_json
 
     reply = _explained(subject)
@@ -69,11 +71,11 @@ def explain(subject: str, json: JsonFlag = False) -> None:
         print_json("explanation", to_json(reply))
         return
     out = console()
-    out.print(f"[bold]{reply.kind} {reply.subject}[/bold]: {reply.summary}")
+    out.print(f"[bold]{reply.kind}[/bold] {escape(reply.summary)}")
     for line in reply.lines:
         typer.echo(f"  {line}")
     if reply.placement.nearest_miss:
-        out.print(f"nearest miss: {reply.placement.nearest_miss}")
+        out.print(f"nearest miss: {escape(reply.placement.nearest_miss)}")
     if reply.verdicts:
         print_table(
             ("NODE", "FITS", "REFUSED BY", "BECAUSE"),

@@ -61,6 +61,19 @@ def _age(view: Any) -> str:
     return format_duration(max(0.0, SystemClock().wall_s() - view.runner.created_at_s))
 
 
+def _assignment(runner: Any) -> str:
+    return f"{runner.assignment.id} (term {runner.assignment.term})" if runner.HasField("assignment") else ""
+
+
+def _next_try(view: Any) -> str:
+    """When its app is tried again after a crash; empty where nothing waits for that."""
+    from fal_contract.clock import SystemClock
+    from fal_contract.units import format_duration
+
+    left_s = view.backoff_until_s - SystemClock().wall_s()
+    return f"in {format_duration(left_s)}" if view.backoff_until_s and left_s > 0 else ""
+
+
 @group.command("show")
 def show(runner: str, json: JsonFlag = False) -> None:
     """One runner: where it is in its life and why; the last lines of a failure."""
@@ -81,8 +94,9 @@ def show(runner: str, json: JsonFlag = False) -> None:
             ("node", f"{view.node_name} ({view.runner.node})" if view.runner.node else ""),
             ("GPUs", ", ".join(view.runner.gpus)),
             ("models", ", ".join(r.model for r in view.runner.residencies)),
-            ("assignment", f"{view.runner.assignment.id} (term {view.runner.assignment.term})"),
+            ("assignment", _assignment(view.runner)),
             ("failures", str(view.failures) if view.failures else ""),
+            ("next try", _next_try(view)),
             ("exit code", str(status.exit_code) if status.HasField("exit_code") else ""),
             ("out of memory", "yes" if status.oom_killed else ""),
             ("served", str(status.served)),

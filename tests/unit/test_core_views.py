@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -10,10 +11,10 @@ from core_world import World, spec_of
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import cluster_pb2
 from fal_scheduler.api.views import app_view
-from fal_scheduler.core.events import ApplyApp, DeleteApp, RevokeNode
-from fal_scheduler.core.records import Runner
-from fal_scheduler.core.told import Health
-from fal_scheduler.core.views import app_reason, runner_phase
+from fal_scheduler.core.events import ApplyApp, CordonNode, DeleteApp, RevokeNode, ScaleApp
+from fal_scheduler.core.records import Runner, RunnerState, ScaleOverride
+from fal_scheduler.core.told import Health, RunnerStatus
+from fal_scheduler.core.views import app_reason, failed_text, runner_phase
 from falctl import waiting
 
 SPEC, DIGEST = spec_of(least=1)
@@ -70,3 +71,38 @@ def test_waiting_for_the_end_of_an_app_tells_what_it_waits_for(monkeypatch: pyte
         waiting.wait_until_gone(APP, timeout_s=0.0)
     assert error.value.code is Code.TIMEOUT
     assert f"falctl node revoke {world.state.nodes[runner.node].name}" in error.value.what
+
+
+def test_what_fits_nowhere_says_how_many_nodes_refuse_for_which_reason() -> None:
+    world = World(Random(1), nodes=4)
+    for node in list(world.state.nodes.values())[:3]:
+        world.step(CordonNode(node.id, True, "fan"))
+    world.step(ApplyApp(APP, spec_of(least=8)[0], DIGEST))
+    world.settle()
+    reason = app_reason(world.state, world.state.apps[APP])
+    assert "none of 4 nodes can take it (3 cordoned, 1 gpu-free); closest: " in reason
+
+
+def test_a_draining_runner_says_how_many_requests_it_finishes() -> None:
+    world = World(Random(1), nodes=2)
+    world.step(ApplyApp(APP, SPEC, DIGEST))
+    world.heal()
+    (runner,) = world.state.runners.values()
+    live = world.state.live[runner.node]
+    world.step(ScaleApp(APP, ScaleOverride(min_concurrency=0), actor="op"))
+    for in_flight, words in ((0, ""), (1, "finishes 1 request; "), (3, "finishes 3 requests; ")):
+        live.statuses[runner.id] = replace(live.statuses[runner.id], in_flight=in_flight)
+        phase = runner_phase(world.state, world.state.runners[runner.id])
+        assert (phase.state, phase.reason) == (RunnerState.DRAINING, f"{words}{APP} should have 0 runners now")
+
+
+@pytest.mark.parametrize(
+    ("count", "last", "text"),
+    [
+        (1, RunnerStatus("t/a-1", RunnerState.TERMINATED, exit_code=3), "failed: exit code 3"),
+        (2, RunnerStatus("t/a-1", RunnerState.TERMINATED, reason="boom"), "failed 2 times in a row; last: boom"),
+        (1, RunnerStatus("t/a-1", RunnerState.TERMINATED), "failed: it ended"),
+    ],
+)
+def test_how_often_an_app_failed(count: int, last: RunnerStatus, text: str) -> None:
+    assert failed_text(count, last) == text

@@ -9,6 +9,8 @@ from fal_scheduler.api.views import app_view, node_view, placement_view
 from fal_scheduler.core.explain import explain as explain_nodes
 from fal_scheduler.core.explain import summarise
 from fal_scheduler.core.records import Node, Spec
+from fal_scheduler.core.told import Health
+from fal_scheduler.core.views import failed_text
 from fal_scheduler.leadership import Leadership
 
 
@@ -41,7 +43,9 @@ def _app(leader: Leadership, app_id: str) -> cluster_pb2.ExplainReply:
         reply.lines.append(_runner_line(runner))
     backoff = state.backoffs.get(app_id)
     if backoff is not None:
-        reply.lines.append(f"{backoff.failures} failures in a row; the last: {backoff.last.reason}")
+        left_s = backoff.until_s - leader.clock.monotonic_s()
+        when = f"in {left_s:.0f} s" if left_s >= 0.5 else "now"
+        reply.lines.append(f"{failed_text(backoff.failures, backoff.last)}; tried again {when}")
         reply.lines.extend(f"  | {line}" for line in backoff.last.log_tail)
     _consider(reply, leader, state.revision_of(app).spec)
     return reply
@@ -70,7 +74,8 @@ def _runner(leader: Leadership, view: cluster_pb2.RunnerView) -> cluster_pb2.Exp
 
 def _node(leader: Leadership, node: Node) -> cluster_pb2.ExplainReply:
     view = node_view(leader, node)
-    summary = f"{node.name} is {view.health}" + (f": {view.reason}" if view.reason else ".")
+    but = ", but " if view.health == Health.READY else ": "  # cordoned, or held
+    summary = f"{node.name} is {view.health}" + (f"{but}{view.reason}" if view.reason else ".")
     reply = cluster_pb2.ExplainReply(kind="node", subject=node.id, summary=summary)
     reply.lines.append(f"{len(view.gpus_free)} of {len(view.inventory.gpus)} GPUs are free")
     for gpu in view.inventory.gpus:

@@ -107,7 +107,11 @@ def _reason(verdicts: list[Verdict], closest: Verdict, spec: Spec) -> str:
     """One sentence for all nodes together."""
     if closest.filter == "gpu-count":
         return f"no node has {spec.num_gpus} such GPUs; {closest.detail}"
-    return f"none of {len(verdicts)} nodes can take it; closest: {closest.detail}"
+    if len(verdicts) == 1:
+        return f"the only node cannot take it: {closest.detail}"
+    counts = Counter(verdict.filter for verdict in verdicts)
+    why = ", ".join(f"{counts[name]} {name}" for name in FILTERS if counts[name])
+    return f"none of {len(verdicts)} nodes can take it ({why}); closest: {closest.detail}"
 
 
 def _verdict(state: State, facts: NodeFacts, name: str, spec: Spec) -> Verdict:
@@ -128,7 +132,7 @@ _Refusal = tuple[str, str, int]
 def _standing(state: State, facts: NodeFacts, name: str) -> _Refusal | None:
     """Filters about the node as such."""
     if not facts.ready:
-        return "health", f"{name} is {state.health_of(facts.node_id)}", 0
+        return "health", f"{name} {state.health_of(facts.node_id).text}", 0
     if facts.cordoned:
         reason = state.nodes[facts.node_id].cordon_reason
         return "cordoned", f"{name} is cordoned{': ' + reason if reason else ''}", 0

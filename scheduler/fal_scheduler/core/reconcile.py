@@ -143,7 +143,7 @@ def _shrink(work: Work, app: App, current: _Runners, wanted: int) -> None:
     victims = victims[:surplus]
     if victims and _may_stop(work, app, len(victims)):
         for runner, goal in victims:
-            stop(work, runner, goal, f"{app.id} has more runners than the {wanted} it should have")
+            stop(work, runner, goal, f"{app.id} should have {wanted} runner{'' if wanted == 1 else 's'} now")
 
 
 def _youngest_first(runners: list[Runner]) -> list[Runner]:

@@ -22,6 +22,19 @@ class Health(StrEnum):
     LOST = "lost"  # silent for so long that its runners are replaced
     REVOKED = "revoked"
 
+    @property
+    def text(self) -> str:
+        """As the end of a sentence that begins with the node's name."""
+        match self:
+            case Health.JOINED:
+                return "has not been heard since this scheduler took over"
+            case Health.UNKNOWN:
+                return "is silent; its runners may well serve on"
+            case Health.LOST:
+                return "is lost: silent for so long that its runners are replaced"
+            case _:
+                return f"is {self}"
+
 
 class Hold(StrEnum):
     """Why nothing is started or stopped on a node by itself until an operator confirms."""

@@ -10,9 +10,11 @@ from typing import Final
 
 from fal_scheduler.core.records import App, Goal, Runner, RunnerState
 from fal_scheduler.core.state import Pending, State
-from fal_scheduler.core.told import Backoff, Health
+from fal_scheduler.core.told import Backoff, Health, RunnerStatus
 
 NODES_NAMED_MAX: Final = 3
+# Of an app whose runners wait for different things, the first of these is told: what does not end by itself.
+_TELLING: Final = {RunnerState.CRASH_BACKOFF: 0, RunnerState.PENDING: 1, RunnerState.UNKNOWN: 2}
 _ENDING = {
     Goal.DRAIN: RunnerState.DRAINING,
     Goal.STOP: RunnerState.TERMINATING,
@@ -43,7 +45,9 @@ def runner_phase(state: State, runner: Runner) -> RunnerPhase:
     if status is not None and status.ended:
         return RunnerPhase(RunnerState.TERMINATED, status.reason or "its container is gone", failures)
     if runner.goal is not Goal.RUN:
-        return RunnerPhase(_ENDING[runner.goal], runner.goal_reason, failures)
+        left = status.in_flight if status is not None and runner.goal is Goal.DRAIN else 0
+        requests = f"finishes {left} request{'' if left == 1 else 's'}; " if left else ""
+        return RunnerPhase(_ENDING[runner.goal], requests + runner.goal_reason, failures)
     if status is None:
         return RunnerPhase(RunnerState.STAGING, f"assigned to {_name(state, runner.node)}, which has not answered yet")
     reason = "" if status.serves else status.reason or f"{status.state.name.lower()} on {_name(state, runner.node)}"
@@ -53,23 +57,19 @@ def runner_phase(state: State, runner: Runner) -> RunnerPhase:
 def _out_of_sight(state: State, runner: Runner, health: Health) -> str:
     """What is known of a runner whose node is silent, and what ends the wait."""
     name = _name(state, runner.node)
-    is_ = {
-        Health.JOINED: f"its node {name} has not been heard since this scheduler took over",
-        Health.UNKNOWN: f"its node {name} is silent; it may well serve on",
-    }.get(health, f"its node {name} is {health}")
     if runner.goal is Goal.RUN:
-        return is_
+        return f"its node {name} {health.text}"
     revoke = f"`falctl node revoke {name}` releases it" if health is Health.LOST else "it is told when it comes back"
-    return f"{is_}; it is to stop ({runner.goal_reason}), but the node must say that it did: {revoke}"
+    silent = "is lost" if health is Health.LOST else "is silent"
+    return f"is to stop ({runner.goal_reason}), but its node {name} {silent} and must say that it did: {revoke}"
 
 
 def _unplaced(state: State, runner: Runner, backoff: Backoff | None) -> RunnerPhase:
     if runner.id in state.failures:
-        failed = state.failures[runner.id]
-        why = failed.reason or (f"exit code {failed.exit_code}" if failed.exit_code is not None else "it ended")
         count = backoff.failures if backoff is not None else 1
         until = backoff.until_wall_s if backoff is not None else 0.0
-        return RunnerPhase(RunnerState.CRASH_BACKOFF, f"failed {count} times in a row; last: {why}", count, until)
+        reason = failed_text(count, state.failures[runner.id])
+        return RunnerPhase(RunnerState.CRASH_BACKOFF, reason, count, until)
     if state.hold_all:
         return RunnerPhase(RunnerState.PENDING, f"the store is suspected: {state.hold_all}")
     if not state.settled:
@@ -80,6 +80,12 @@ def _unplaced(state: State, runner: Runner, backoff: Backoff | None) -> RunnerPh
         )
     pending = pending_of(state, runner)
     return RunnerPhase(RunnerState.PENDING, pending.reason if pending is not None else "waits for its turn")
+
+
+def failed_text(count: int, last: RunnerStatus) -> str:
+    """How often an app's runners failed, and how the last one did."""
+    why = last.reason or (f"exit code {last.exit_code}" if last.exit_code is not None else "it ended")
+    return f"failed {count} times in a row; last: {why}" if count > 1 else f"failed: {why}"
 
 
 def pending_of(state: State, runner: Runner) -> Pending | None:
@@ -111,8 +117,11 @@ def app_reason(state: State, app: App) -> str:
         return ""
     backoff = state.backoffs.get(app.id)
     if backoff is not None and not phases:
-        return f"failed {backoff.failures} times in a row; last: {backoff.last.reason}"
-    return next((phase.reason for phase in phases if phase.reason), "its runners are being made")
+        return failed_text(backoff.failures, backoff.last)
+    waiting = [phase for phase in phases if phase.reason]
+    if not waiting:
+        return "its runners are being made"
+    return min(waiting, key=lambda phase: _TELLING.get(phase.state, len(_TELLING))).reason
 
 
 def _why_not_gone(state: State, app: App) -> str:
