@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 _ANSWER_BYTES_MAX: Final = 4096
+_REST_S: Final = 1.0  # for the rest of an answer; a server may keep the connection although told to close it
 _SHOWN_CHARS_MAX: Final = 200
 
 
@@ -41,12 +42,22 @@ async def _get(socket: Path, path: str) -> str:
         if not line.startswith(b"HTTP/1."):
             return f"{path}: the answer is not HTTP"
         status = line.split(b" ", 2)[1]
+        rest = await _rest(reader)  # of a good answer, too: a simple server logs a traceback when its body is cut off
         if status == b"200":
             return ""
-        rest = await reader.read(_ANSWER_BYTES_MAX)
-        body = rest.partition(b"\r\n\r\n")[2].decode(errors="replace").strip()
+        body = (b"\r\n" + rest).partition(b"\r\n\r\n")[2].decode(errors="replace").strip()
         return f"{path}: HTTP {status.decode(errors='replace')} {body}"[:_SHOWN_CHARS_MAX].rstrip()
     finally:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+async def _rest(reader: asyncio.StreamReader) -> bytes:
+    """What comes until the end of the answer, within bounds."""
+    rest = b""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_REST_S):
+            while len(rest) < _ANSWER_BYTES_MAX and (more := await reader.read(_ANSWER_BYTES_MAX)):
+                rest += more
+    return rest
