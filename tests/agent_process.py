@@ -31,11 +31,12 @@ from node_leftovers import left_of
 NODE = "n-agenttest001"
 WAIT_S = 60.0
 
-# A worker without torch: ready after FAL_TEST_LOAD_S, answers /infer slowly when asked to.
+# A worker without torch: ready after FAL_TEST_LOAD_S; a request with `hold` is answered after one with `release`.
 WORKER = """
 import http.server, json, os, socketserver, sys, threading, time
 print("first line", flush=True)
 time.sleep(float(os.environ.get("FAL_TEST_LOAD_S", "0")))
+released = threading.Event()
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def address_string(self): return "unix"
@@ -43,7 +44,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self):
         size = int(self.headers.get("Content-Length") or 0)
         asked = json.loads(self.rfile.read(size) or b"{}")
-        time.sleep(asked.get("sleep_s", 0))
+        if asked.get("release"): released.set()
+        if asked.get("hold"): released.wait(60)
         if asked.get("exit") is not None:
             print("told to exit", flush=True); os._exit(asked["exit"])
         listed = {d: os.listdir(asked["list"] + "/" + d) for d in os.listdir(asked["list"])} if "list" in asked else 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_process import Scheduler, alive, assignment, scheduler, until
+from agent_process import WAIT_S, Scheduler, alive, assignment, scheduler, until
 from fal_contract.clock import SystemClock
 from fal_contract.identity import Identity, Role
 from fal_contract.model_manifest import FileEntry, manifest_digest
@@ -77,11 +77,11 @@ def test_a_runner_from_assignment_to_answer_and_through_kill_9(root: Path) -> No
         assert [line.text for chunk in s.chunks for line in chunk.lines] == ["first line"]
 
         # A request is under way while the agent is killed, and while there is none; nothing notices.
-        slow = asyncio.create_task(request(s, proxy_port(hello), A, {"sleep_s": 2}))
+        held = asyncio.create_task(request(s, proxy_port(hello), A, {"hold": True}))
         await until(lambda: s.statuses[A].in_flight == 1)
         s.end_agent(agent, signal.SIGKILL)
-        assert (await slow)["pid"] == answer["pid"]
-        assert (await request(s, proxy_port(hello), A, {}))["pid"] == answer["pid"]
+        assert (await request(s, proxy_port(hello), A, {"release": True}))["pid"] == answer["pid"]
+        assert (await held)["pid"] == answer["pid"]
         agent = s.start_agent()
         hello = await s.hello()
         assert hello.cluster_id == s.ca.cluster_id
@@ -187,11 +187,12 @@ def test_every_process_of_the_agents_cgroup_may_be_killed(root: Path) -> None:
         proxy = listener(s.state_dir / "proxy" / "proxy.sock")
         assert {line.rpartition(":")[2] for line in cgroups.of_process(proxy)} == {"/falctl-proxy"}
 
-        slow = asyncio.create_task(request(s, proxy_port(hello), A, {"sleep_s": 3}))
+        held = asyncio.create_task(request(s, proxy_port(hello), A, {"hold": True}))
         await until(lambda: s.statuses[A].in_flight == 1)
         await asyncio.to_thread(cgroups.remove, name)
-        assert agent.wait(10) == -signal.SIGKILL
-        assert (await slow)["asked"] == {"sleep_s": 3}
+        assert agent.wait(WAIT_S) == -signal.SIGKILL
+        await request(s, proxy_port(hello), A, {"release": True})
+        assert (await held)["asked"] == {"hold": True}
         assert listener(s.state_dir / "proxy" / "proxy.sock") == proxy
 
         s.start_agent(driver="oci")
