@@ -15,6 +15,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,6 +336,8 @@ class Cluster:
         prefix = self.network.enter(namespace) if self.network is not None and namespace else []
         if cgroup:
             prefix = ["sh", "-c", _ENTER_CGROUP, "sh", cgroup, *prefix]
+        if shutil.which("setpriv"):  # a test process that is killed takes the daemons with it
+            prefix = ["setpriv", "--pdeathsig", "KILL", *prefix]
         return Process(name, [*prefix, *argv], self.root / f"{name}.log")
 
     def _door(self, port: int) -> int:

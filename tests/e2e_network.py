@@ -49,6 +49,7 @@ class Network:
 
     def make(self) -> None:
         """The router and the core, where scheduler and gateway are."""
+        forget_dead_runs()
         self._namespace(ROUTER)
         self.inside(ROUTER, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         self.attach(CORE, "10.77.0", mtu=1500)
@@ -125,6 +126,19 @@ class Network:
         _run("ip", "netns", "add", full)
         self._made.append(full)
         _run("ip", "-n", full, "link", "set", "lo", "up")
+
+
+def forget_dead_runs() -> None:
+    """Remove the names of namespaces and the empty cgroups that a killed test process left. Nothing is ended."""
+    left = [*Path("/run/netns").glob("fe2e-*"), *Path("/sys/fs/cgroup").glob("*/fe2e-*")]
+    for path in left:
+        if Path(f"/proc/{path.name.split('-')[1]}").exists():
+            continue
+        if path.parent.name == "netns":
+            subprocess.run(["ip", "netns", "del", path.name], check=False, timeout=30)
+        else:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from e2e_cluster import Cluster, cluster
+from e2e_network import forget_dead_runs
 
 _CGROUP_TREE = Path("/sys/fs/cgroup")
 
@@ -19,6 +20,7 @@ def agent_cgroup() -> Iterator[str]:
     """A cgroup for one agent, in every hierarchy that takes processes as it is; removed at the end."""
     name = f"fe2e-{os.getpid()}"
     wanted = ("pids", "systemd", "unified") if (_CGROUP_TREE / "pids").exists() else ("",)
+    forget_dead_runs()
     made = [_CGROUP_TREE / hierarchy / name for hierarchy in wanted if (_CGROUP_TREE / hierarchy).exists()]
     for folder in made:
         folder.mkdir()
