@@ -291,7 +291,7 @@ class Node:
     ) -> None:
         """Make it durable, then begin. On a full disk nothing new begins; what runs is obeyed on."""
         records: list[Record] = [*admitted, *(r.task for r in changed), *(Forget(r.id) for r in forgotten)]
-        if records or replace(standing, store_revision=0) != replace(self._standing, store_revision=0):
+        if records or standing != self._standing:
             try:
                 await self._journal.write(standing, *records)
             except FalError as exc:

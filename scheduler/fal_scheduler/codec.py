@@ -30,6 +30,7 @@ from fal_scheduler.core.records import (
     Revision,
     Revocation,
     Runner,
+    Suspicion,
     key_of,
 )
 from fal_scheduler.core.tokens import JoinToken
@@ -95,17 +96,39 @@ def _corrupt(key: str, why: str) -> FalError:
 
 
 def _meta_to_pb(meta: Meta) -> pb.Meta:
-    return pb.Meta(
+    message = pb.Meta(
         cluster_id=meta.cluster_id,
         epoch=meta.epoch,
         incarnation=meta.incarnation,
         created_at_s=meta.created_at_s,
         accepted_clusters=meta.accepted_clusters,
     )
+    if (found := meta.suspicion) is not None:
+        message.suspicion.CopyFrom(
+            pb.Suspicion(
+                reason=found.reason,
+                store_revision=found.store_revision,
+                revision_seen=found.revision_seen,
+                epoch_seen=found.epoch_seen,
+                noticed_at_s=found.noticed_at_s,
+            )
+        )
+    return message
 
 
 def _meta_from_pb(meta: pb.Meta) -> Meta:
-    return Meta(meta.cluster_id, meta.epoch, meta.incarnation, meta.created_at_s, tuple(meta.accepted_clusters))
+    return Meta(
+        cluster_id=meta.cluster_id,
+        epoch=meta.epoch,
+        incarnation=meta.incarnation,
+        created_at_s=meta.created_at_s,
+        accepted_clusters=tuple(meta.accepted_clusters),
+        suspicion=_suspicion_from_pb(meta.suspicion) if meta.HasField("suspicion") else None,
+    )
+
+
+def _suspicion_from_pb(found: pb.Suspicion) -> Suspicion:
+    return Suspicion(found.reason, found.store_revision, found.revision_seen, found.epoch_seen, found.noticed_at_s)
 
 
 def pool_to_pb(pool: Pool) -> pb.Pool:

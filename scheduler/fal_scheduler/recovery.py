@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fal_scheduler.codec import decode
-from fal_scheduler.core import invariants
+from fal_scheduler.core import invariants, suspicion
 from fal_scheduler.core.events import Logged
 from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.records import META_KEY, Change, Meta
@@ -24,6 +24,7 @@ def recover(records: Mapping[str, bytes], *, term: int, revision: int, now_s: fl
     state.term, state.store_revision, state.term_began_s = term, revision, now_s
     for key in sorted(records):
         state.apply(Change(key, None, decode(key, records[key])))
+    suspicion.resume(state)
     state.dirty.update(dict.fromkeys(state.apps))
     state.waiting.update(dict.fromkeys(runner.app for runner in state.runners.values() if not runner.node))
     state.settled = not any(not node.revoked for node in state.nodes.values())

@@ -15,10 +15,11 @@ import pytest
 from core_world import SimNode, sim_gpus
 from engine_rig import Rig, deploy
 from fal_contract.errors import FalError
-from fal_scheduler.core.events import ApplyPool, Confirm, GatewayReach, NodeReport, ScaleApp, StopRunner
+from fal_scheduler.core.events import ApplyPool, Confirm, CordonNode, GatewayReach, NodeReport, ScaleApp, StopRunner
 from fal_scheduler.core.records import Goal, Pool, RunnerState, ScaleOverride
 from fal_scheduler.core.told import Health, Hold, Inventory
 from fal_scheduler.core.views import runner_phase
+from fal_scheduler.store.faults import Fault, FaultKind
 from fal_scheduler.store.memory import MemoryBackend
 from virtual_time import run_virtually
 
@@ -174,6 +175,90 @@ def test_an_hour_old_copy_stops_nothing_and_adopts_what_it_can() -> None:
         await old.engine.stop()
 
     run(go())
+
+
+def test_an_old_copy_stays_suspected_under_every_later_leader_until_it_is_confirmed() -> None:
+    """Operators' commands bring its revision past all that nodes have seen; then the leader changes."""
+
+    async def go() -> None:
+        fleet, old, before = await an_old_copy()
+        seen = fleet.revision
+        while old.engine.view.store_revision <= seen:
+            await old.engine.submit(CordonNode("n-0", cordon=not old.engine.view.nodes["n-0"].cordoned))
+        await old.engine.stop()
+        for _ in range(2):
+            later = Rig(old.backend)
+            await later.engine.start("later")
+            assert "STORE_OLDER" in kinds(later), "before any node spoke"
+            await fleet.hello(later)
+            await fleet.heartbeats(later, 400.0)
+            assert {live.hold for live in later.engine.view.live.values()} == {Hold.STORE}
+            assert fleet.live() == before
+            await later.engine.submit(deploy("default/b"))
+            assert not any(one.node for one in later.engine.view.runners.values() if one.app == "default/b")
+            await later.engine.stop()
+        last = Rig(old.backend)
+        await last.engine.start("last")
+        await fleet.hello(last)
+        await last.engine.submit(Confirm("store", actor="op"))
+        assert "STORE_OLDER" not in kinds(last)
+        await last.engine.stop()
+        calm = Rig(old.backend)
+        await calm.engine.start("calm")
+        assert not calm.engine.view.hold_all
+        await fleet.hello(calm)
+        assert {live.hold for live in calm.engine.view.live.values()} == {Hold.NONE}
+        await calm.engine.stop()
+
+    run(go())
+
+
+def test_a_suspicion_that_could_not_be_written_is_written_later() -> None:
+    async def go() -> None:
+        fleet, old, _ = await an_old_copy(Fault(FaultKind.FAIL))
+        view = old.engine.view
+        assert "STORE_OLDER" in kinds(old)
+        await fleet.heartbeats(old, 10.0)
+        assert view.meta is not None
+        assert view.meta.suspicion is not None
+        assert view.meta.suspicion.revision_seen == fleet.revision > view.meta.suspicion.store_revision
+        await old.engine.stop()
+
+    run(go())
+
+
+def test_a_confirm_that_could_not_be_written_leaves_the_suspicion() -> None:
+    async def go() -> None:
+        fleet, old, before = await an_old_copy()
+        old.store.add(Fault(FaultKind.FAIL))
+        with pytest.raises(FalError):
+            await old.engine.submit(Confirm("store", actor="op"))
+        assert old.engine.view.hold_all
+        assert "STORE_OLDER" in kinds(old)
+        await fleet.heartbeats(old, 60.0)
+        assert {live.hold for live in old.engine.view.live.values()} == {Hold.STORE}
+        assert fleet.live() == before
+        await old.engine.submit(Confirm("store", actor="op"))
+        assert not old.engine.view.hold_all
+        await old.engine.stop()
+
+    run(go())
+
+
+async def an_old_copy(*faults: Fault) -> tuple[Fleet, Rig, list[str]]:
+    """16 runners run, and a leader begins on a copy from before six of them; `faults` meet its first commits."""
+    fleet, rig = Fleet(), Rig()
+    await twenty(rig, fleet, least=10)
+    copy = rig.backend.copy()
+    await rig.engine.submit(ScaleApp("default/a", ScaleOverride(min_concurrency=16)))
+    await fleet.obey(rig)
+    before = fleet.live()
+    await rig.engine.stop()
+    old = Rig(copy)
+    await old.engine.start("old")
+    old.store.add(*faults)
+    await fleet.hello(old)
+    return fleet, old, before
 
 
 def test_another_clusters_store_stops_nothing_until_its_nodes_are_accepted() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_fakes import Box, assignment, model, until, welcome
+from agent_fakes import Box, MemoryJournal, assignment, model, until, welcome
 from fal_agent import wire
 from fal_agent.core.tasks import Phase
 from fal_agent.node import Node
@@ -318,6 +318,20 @@ def test_what_no_set_names_is_kept_as_an_orphan(play: Callable[[Scenario], None]
         assert (told(node)[A].assignment_id, phase(node)) == ("as-adopted", Phase.SERVING)
         await delta(node, 10, assignment(id="as-adopted", goal=state_pb2.GOAL_STOP))
         await until(lambda: phase(node) is Phase.GONE)
+        await node.close()
+
+    play(scenario)
+
+
+def test_the_newest_store_revision_seen_survives_the_agent(play: Callable[[Scenario], None]) -> None:
+    """A restarted agent would else take an older copy of the store for the newest."""
+
+    async def scenario(box: Box) -> None:
+        node = await begin(box, assignment(gpus=["GPU-0"]))
+        await until(lambda: phase(node) is Phase.SERVING)
+        await delta(node, 1, assignment(gpus=["GPU-0"]))  # as it is already: nothing else to write
+        assert node.standing.store_revision == 2
+        assert MemoryJournal(box.disk).recorded().standing.store_revision == 2
         await node.close()
 
     play(scenario)

@@ -212,6 +212,7 @@ class Meta(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     CREATED_AT_S_FIELD_NUMBER: _builtins.int
     ACCEPTED_CLUSTERS_FIELD_NUMBER: _builtins.int
+    SUSPICION_FIELD_NUMBER: _builtins.int
     cluster_id: _builtins.str
     """Identity of the cluster; stands in its CA's subject too."""
     epoch: _builtins.int
@@ -224,6 +225,12 @@ class Meta(_message.Message):
     def accepted_clusters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Other cluster ids whose nodes an operator has accepted into this one (`falctl operator confirm`)."""
 
+    @_builtins.property
+    def suspicion(self) -> Global___Suspicion:
+        """Set from the moment at which nodes show that this store is an old copy, until `falctl operator confirm store`: so
+        that every leader in between starts and stops nothing by itself, whatever is committed meanwhile.
+        """
+
     def __init__(
         self,
         *,
@@ -232,14 +239,55 @@ class Meta(_message.Message):
         incarnation: _builtins.str = ...,
         created_at_s: _builtins.float = ...,
         accepted_clusters: _abc.Iterable[_builtins.str] | None = ...,
+        suspicion: Global___Suspicion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_suspicion", b"_suspicion", "suspicion", b"suspicion"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_suspicion", b"_suspicion", "accepted_clusters", b"accepted_clusters", "cluster_id", b"cluster_id", "created_at_s", b"created_at_s", "epoch", b"epoch", "incarnation", b"incarnation", "suspicion", b"suspicion"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__suspicion: _TypeAlias = _typing.Literal["suspicion"]  # noqa: Y015
+    _WhichOneofArgType__suspicion: _TypeAlias = _typing.Literal["_suspicion", b"_suspicion"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__suspicion) -> _WhichOneofReturnType__suspicion | None: ...
+
+Global___Meta: _TypeAlias = Meta  # noqa: Y015
+
+@_typing.final
+class Suspicion(_message.Message):
+    """Why a store is taken for an old copy of itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    STORE_REVISION_FIELD_NUMBER: _builtins.int
+    REVISION_SEEN_FIELD_NUMBER: _builtins.int
+    EPOCH_SEEN_FIELD_NUMBER: _builtins.int
+    NOTICED_AT_S_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """For operators: which node has seen what."""
+    store_revision: _builtins.int
+    """The store's revision when it was noticed; what a node has seen above that may be of the newer copy."""
+    revision_seen: _builtins.int
+    """The newest that a node has told: a revision of the life (epoch) below."""
+    epoch_seen: _builtins.int
+    """Its epoch."""
+    noticed_at_s: _builtins.float
+    """Unix seconds at which it was noticed."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        store_revision: _builtins.int = ...,
+        revision_seen: _builtins.int = ...,
+        epoch_seen: _builtins.int = ...,
+        noticed_at_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_clusters", b"accepted_clusters", "cluster_id", b"cluster_id", "created_at_s", b"created_at_s", "epoch", b"epoch", "incarnation", b"incarnation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch_seen", b"epoch_seen", "noticed_at_s", b"noticed_at_s", "reason", b"reason", "revision_seen", b"revision_seen", "store_revision", b"store_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Meta: _TypeAlias = Meta  # noqa: Y015
+Global___Suspicion: _TypeAlias = Suspicion  # noqa: Y015
 
 @_typing.final
 class Pool(_message.Message):

@@ -109,10 +109,11 @@ def _store(work: Work) -> list[str]:
     held = [live for live in state.live.values() if live.hold is Hold.STORE]
     if not held and not state.hold_all:
         return []
-    epoch = max([meta.epoch, *(live.epoch_seen for live in held)]) + 1
-    work.put(replace(meta, epoch=epoch), meta)
+    told = state.suspicion.epoch_seen if state.suspicion is not None else 0
+    epoch = max([meta.epoch, told, *(live.epoch_seen for live in held)]) + 1
+    work.put(replace(meta, epoch=epoch, suspicion=None), meta)
     lines = [f"the store is confirmed; the cluster's epoch is {epoch}"]
-    state.hold_all = ""
+    state.hold_all, state.suspicion = "", None
     work.settle("STORE_OLDER", "store")
     work.settle("STORE_FOREIGN", "store")
     for live in held:

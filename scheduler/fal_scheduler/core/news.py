@@ -42,6 +42,7 @@ def hello(work: Work, event: NodeHello) -> None:
     if clone:
         suspicion.quarantine_clone(work, live)
     suspicion.judge(work, live)
+    suspicion.keep(work)
     _heard(work, live, event.arrived_s)
     state.refresh_node(live.node_id)
     if not live.hold:
@@ -103,6 +104,7 @@ def _end_ended(work: Work, live: NodeLive) -> None:
 
 def recheck(work: Work) -> None:
     """Do again what news asked for: a batch that held the answer to some was taken back."""
+    suspicion.keep(work)
     for live in work.state.live.values():
         if not live.hold:
             _end_ended(work, live)

@@ -49,6 +49,17 @@ class ModelState(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Suspicion:
+    """Why the store is taken for an old copy of itself, since when, and the newest that a node has told."""
+
+    reason: str
+    store_revision: int
+    revision_seen: int
+    epoch_seen: int
+    noticed_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Meta:
     """The cluster's life."""
 
@@ -57,6 +68,7 @@ class Meta:
     incarnation: str
     created_at_s: float
     accepted_clusters: tuple[str, ...] = ()
+    suspicion: Suspicion | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from fal_scheduler.core.records import (
     Revocation,
     Runner,
     Scaling,
+    Suspicion,
 )
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.told import Alarm, Backoff, Health, Hold, Inventory, NodeLive, RunnerStatus
@@ -73,6 +74,7 @@ class State:
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
         self.settled = True  # False while a new leader waits for its nodes to say what they run
         self.hold_all = ""  # why nothing at all is started or stopped by itself
+        self.suspicion: Suspicion | None = None  # meta's, or what is yet to be written there
         self.dirty: dict[str, None] = {}  # apps to be reconciled
         self.explanations_left = EXPLANATIONS_PER_TICK_MAX
         self.capacity_at_s = 0.0  # when what placement looks at changed last; older reasons are worked out anew

@@ -6,11 +6,13 @@ an operator confirms (design, section 5, rule 4; pitfalls 6 and 24). Called by `
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from fal_scheduler.core.events import Confirm, Event, NodeChanged, NodeHello
+from fal_scheduler.core.records import Suspicion
 from fal_scheduler.core.state import State
-from fal_scheduler.core.told import Hold, NodeLive
+from fal_scheduler.core.told import Alarm, Hold, NodeLive
 from fal_scheduler.core.work import Work
 
 BOOTS_REMEMBERED: Final = 8
@@ -68,7 +70,7 @@ def judge(work: Work, live: NodeLive) -> None:
         work.alarm("STORE_NEW", live.node_id, reason, _CONFIRM_STORE)
     elif live.epoch_seen > meta.epoch:
         hold, reason = Hold.STORE, f"{name} has seen epoch {live.epoch_seen}, this store is of epoch {meta.epoch}"
-        _suspect_store(work, reason)
+        _suspect_store(work, live, reason)
     elif live.epoch_seen == meta.epoch and live.incarnation not in ("", meta.incarnation):
         # A node that runs nothing loses nothing by following another store.
         if live.statuses or live.orphans:
@@ -77,7 +79,9 @@ def judge(work: Work, live: NodeLive) -> None:
     elif live.incarnation and live.epoch_seen == meta.epoch and live.store_revision_seen > state.store_revision:
         seen = live.store_revision_seen
         hold, reason = Hold.STORE, f"{name} has seen revision {seen}, this store is at {state.store_revision}"
-        _suspect_store(work, reason)
+        _suspect_store(work, live, reason)
+    elif live.incarnation and live.epoch_seen == meta.epoch and _may_be_of_a_newer_copy(state, live):
+        hold, reason = Hold.STORE, f"{name} may have worked for a newer copy of this store"
     live.hold, live.hold_reason = hold, reason
 
 
@@ -86,6 +90,10 @@ def judge_again(work: Work) -> None:
 
     Nodes that are held stay so; what was found right stays right, because a store's revision only rises.
     """
+    state = work.state
+    if state.meta is not None and state.meta.suspicion is not None and state.suspicion is None:
+        state.suspicion = state.meta.suspicion
+        _stands(work, state.suspicion)
     for live in work.state.live.values():
         if live.session_id and live.hold is Hold.NONE:
             judge(work, live)
@@ -94,10 +102,45 @@ def judge_again(work: Work) -> None:
                 work.emit(NodeChanged(live.node_id))
 
 
-def _suspect_store(work: Work, reason: str) -> None:
-    """The store is older than what a node saw: nothing starts or stops by itself anywhere."""
-    work.state.hold_all = reason
-    work.alarm("STORE_OLDER", "store", reason, _CONFIRM_STORE)
+def keep(work: Work) -> None:
+    """Make durable what is suspected of the store: what is committed from now on makes it look newer than it is."""
+    state, meta = work.state, work.state.meta
+    if meta is not None and state.suspicion is not None and state.suspicion != meta.suspicion:
+        work.put(replace(meta, suspicion=state.suspicion), meta)
+
+
+def resume(state: State) -> None:
+    """A leader begins on a store that one before it suspected, and no operator has confirmed."""
+    if state.meta is None or (found := state.meta.suspicion) is None:
+        return
+    state.suspicion, state.hold_all = found, found.reason
+    state.alarms["STORE_OLDER", "store"] = Alarm(
+        "STORE_OLDER", "store", found.reason, _CONFIRM_STORE, found.noticed_at_s
+    )
+
+
+def _suspect_store(work: Work, live: NodeLive, reason: str) -> None:
+    """The store is older than what a node saw: nothing starts or stops by itself anywhere. The newest seen counts."""
+    state, known = work.state, work.state.suspicion
+    found = Suspicion(
+        reason, state.store_revision, live.store_revision_seen, live.epoch_seen, noticed_at_s=work.moment.wall_s
+    )
+    if known is None:
+        state.suspicion = found
+    elif (found.epoch_seen, found.revision_seen) > (known.epoch_seen, known.revision_seen):
+        state.suspicion = replace(found, store_revision=known.store_revision, noticed_at_s=known.noticed_at_s)
+    assert state.suspicion is not None
+    _stands(work, state.suspicion)
+
+
+def _stands(work: Work, found: Suspicion) -> None:
+    work.state.hold_all = found.reason
+    work.alarm("STORE_OLDER", "store", found.reason, _CONFIRM_STORE)
+
+
+def _may_be_of_a_newer_copy(state: State, live: NodeLive) -> bool:
+    """Whether what the node saw is above the store's revision of when it was suspected, though not above today's."""
+    return state.suspicion is not None and live.store_revision_seen > state.suspicion.store_revision
 
 
 def quarantine_clone(work: Work, live: NodeLive) -> None:
