@@ -19,6 +19,7 @@ from fal_agent.proxy.messages import GatewayEntry, ProxyStats, RunnerEntry, Runn
 from fal_agent.runner import Tools
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
+from fal_contract.revocation import RevokedPeer
 from fal_contract.v1 import agent_pb2, state_pb2
 from fal_runtime.fake import FakeDriver
 from fal_runtime.fake import Machine as FakeMachine
@@ -84,6 +85,7 @@ class FakeProxy:
         self.usages: dict[str, Usage] = {}
         self.term = 0
         self.gateways: list[GatewayEntry] = []
+        self.revoked: list[RevokedPeer] = []
         self.seen: list[str] = []
 
     async def put(self, entry: RunnerEntry) -> None:
@@ -109,6 +111,10 @@ class FakeProxy:
     async def set_gateways(self, gateways: Sequence[GatewayEntry]) -> None:
         self._answer("gateways")
         self.gateways = list(gateways)
+
+    async def set_revoked(self, peers: Sequence[RevokedPeer]) -> None:
+        self._answer("revoked")
+        self.revoked = list(peers)
 
     def _answer(self, call: str) -> None:
         if self.away:

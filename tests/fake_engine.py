@@ -72,7 +72,7 @@ class FakeEngine:
     def _like(self, record: Record) -> list[Record]:
         tables = (
             self.view.pools, self.view.nodes, self.view.apps, self.view.revisions, self.view.models,
-            self.view.runners, self.view.tokens,
+            self.view.runners, self.view.tokens, self.view.revocations,
         )  # fmt: skip
         return [x for table in tables for x in table.values() if type(x) is type(record)]
 

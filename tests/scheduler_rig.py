@@ -94,6 +94,7 @@ class Agent:
         self.held: dict[str, agent_pb2.Assignment] = {}
         self.statuses: dict[str, agent_pb2.RunnerStatus] = {}
         self.gateways: agent_pb2.GatewaySet | None = None
+        self.revoked: list[str] = []
         self.logs: list[str] = ["first line", "second line"]
         self.on_assignment: Callable[[agent_pb2.Assignment], agent_pb2.RunnerStatus | None] = self._obey
         self._leader = leader
@@ -180,6 +181,8 @@ class Agent:
                 self.held.pop(runner_id, None)
             self.held.update({x.runner_id: x for x in message.delta.put})
             self._take(message.delta.put)
+        elif kind == "revocations":
+            self.revoked = [one.subject for one in message.revocations.revoked]
         elif kind == "gateways":
             self.gateways = message.gateways
         elif kind == "log_request" and not message.log_request.cancel:

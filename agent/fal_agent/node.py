@@ -167,6 +167,13 @@ class Node:
         except FalError as exc:
             self.event("PROXY_SILENT", "fal-proxy", exc.what)
 
+    async def revocations(self, message: agent_pb2.RevocationSet) -> None:
+        """Callers that the proxy refuses. It is told again when it comes back."""
+        try:
+            await self._tools.proxy.set_revoked(wire.revoked_of(message))
+        except FalError as exc:
+            self.event("PROXY_SILENT", "fal-proxy", exc.what)
+
     def take_report(self) -> agent_pb2.Report:
         """What changed since the last report; empty: a heartbeat."""
         self.changed.clear()

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from fal_agent.core.admission import GpuView
 from fal_agent.proxy.messages import GatewayEntry, RunnerEntry
+from fal_contract.revocation import RevokedPeer
 from fal_contract.v1 import agent_pb2
 
 
@@ -63,6 +64,10 @@ class ProxyPort(Protocol):
 
     async def set_gateways(self, gateways: Sequence[GatewayEntry]) -> None:
         """All gateways that want a tunnel."""
+        ...
+
+    async def set_revoked(self, peers: Sequence[RevokedPeer]) -> None:
+        """All certificates of callers that are refused."""
         ...
 
 

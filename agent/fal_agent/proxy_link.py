@@ -19,6 +19,7 @@ from fal_agent.proxy.control import ProxyControl
 from fal_agent.proxy.messages import GatewayEntry, ProxyInfo, ProxyStats, RunnerEntry
 from fal_agent.supervise import Daemon
 from fal_contract.errors import Code, FalError
+from fal_contract.revocation import RevokedPeer
 from fal_contract.telemetry import get_logger
 
 _BACKOFF_MAX_S: Final = 10.0
@@ -56,6 +57,7 @@ class ProxyLink:
         self._control: ProxyControl | None = None
         self._term = 0
         self._gateways: Sequence[GatewayEntry] = ()
+        self._revoked: Sequence[RevokedPeer] = ()
         self.connected = asyncio.Event()
         self.info: ProxyInfo | None = None
 
@@ -114,6 +116,8 @@ class ProxyLink:
         for runner_id in held.keys() - wanted.keys() - self._kept():
             await control.remove_runner(runner_id)
         await control.set_gateways(self._gateways)
+        if self._revoked:  # none told is not "none is": a proxy that came back remembers its own
+            await control.set_revoked(self._revoked)
         self._on_stats(await control.stats())
 
     # ---- ports.ProxyPort
@@ -141,6 +145,10 @@ class ProxyLink:
     async def set_gateways(self, gateways: Sequence[GatewayEntry]) -> None:
         self._gateways = tuple(gateways)
         await self._now().set_gateways(gateways)
+
+    async def set_revoked(self, peers: Sequence[RevokedPeer]) -> None:
+        self._revoked = tuple(peers)
+        await self._now().set_revoked(peers)
 
     async def reload_identity(self) -> None:
         """The node's certificate was renewed. Best effort: a proxy that is away reads it when it starts."""

@@ -163,6 +163,8 @@ class _Talk:
                     await self._node.tell_term()
                 case "gateways":
                     await self._node.gateways(message.gateways)
+                case "revocations":
+                    await self._node.revocations(message.revocations)
                 case "log_request":
                     self._log_request(message.log_request)
                 case "welcome":

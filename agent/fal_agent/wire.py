@@ -23,6 +23,7 @@ from fal_contract.limits import (
     REQUEST_TIMEOUT_S,
     STARTUP_TIMEOUT_S,
 )
+from fal_contract.revocation import RevokedPeer
 from fal_contract.v1 import agent_pb2, state_pb2
 
 _PROBE_TIMEOUT_S: Final = 5.0
@@ -96,6 +97,10 @@ def gateways_of(message: agent_pb2.GatewaySet) -> list[GatewayEntry]:
         GatewayEntry(gateway.gateway_id, tuple((endpoint.host, endpoint.port) for endpoint in gateway.endpoints))
         for gateway in message.gateways
     ]
+
+
+def revoked_of(message: agent_pb2.RevocationSet) -> list[RevokedPeer]:
+    return [RevokedPeer(one.serial, one.subject, one.revoked_at_s) for one in message.revoked]
 
 
 def parse(assignment: Assignment) -> agent_pb2.Assignment:

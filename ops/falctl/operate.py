@@ -22,7 +22,7 @@ CONFIRMABLE = ("adopt", "stop", "stops", "store", "node")
 
 @operator_group.callback()
 def _operator() -> None:
-    """Keeps `confirm` a verb of its own although it is the only one."""
+    """Settles what waits for an operator, and refuses people and gateways."""
 
 
 @server_group.callback()
@@ -98,6 +98,23 @@ def _explained(value: str) -> Any:
             if error.code is not Code.NOT_FOUND or number == len(meant):
                 raise
     raise AssertionError("the last one returns or raises")
+
+
+@operator_group.command("revoke")
+def revoke(
+    subject: Annotated[str, typer.Argument(metavar="ROLE/NAME", help="Such as operator/ada or serving/gateway-1.")],
+    reason: Annotated[str, typer.Option(help="Why, for the events.")] = "",
+    json: JsonFlag = False,
+) -> None:
+    """Refuse a person's or gateway's present certificates everywhere; what is issued afterwards is good."""
+    from fal_contract.v1 import cluster_pb2 as pb
+    from falctl.output import console, print_json, to_json
+
+    reply = unary("Revoke", pb.RevokeRequest(subject=subject, reason=reason))
+    if json:
+        print_json("revocation", to_json(reply))
+    else:
+        console().print(f"{reply.subject}: every certificate issued until now is refused")
 
 
 @operator_group.command("confirm")

@@ -76,6 +76,7 @@ FAILOVER_GRACE_S: Final = 300.0
 # Identity.
 CERTIFICATE_TTL_S: Final = 24 * 3600.0
 CERTIFICATE_BACKDATE_S: Final = 300.0
+REVOCATIONS_TOLD_MAX: Final = 10_000  # to each node; the newest, well within one message
 REVOCATION_SWEEP_S: Final = 2.0  # an open stream of a revoked certificate ends within 5 s
 TOKEN_TTL_MAX_S: Final = 30 * 86400.0
 CSR_BYTES_MAX: Final = 8 << 10

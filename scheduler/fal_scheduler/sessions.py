@@ -28,7 +28,15 @@ from fal_contract.versions import agree, shared_features
 from fal_scheduler import wire
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
-from fal_scheduler.core.events import AssignmentChanged, Effect, HelloNeeded, Logged, NodeChanged, NodeDisconnected
+from fal_scheduler.core.events import (
+    AssignmentChanged,
+    Effect,
+    HelloNeeded,
+    Logged,
+    NodeChanged,
+    NodeDisconnected,
+    Revoked,
+)
 from fal_scheduler.core.records import Goal, Runner
 from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.leading_edge import LeadingEdge
@@ -236,6 +244,10 @@ class AgentSessions:
         gateways = self._gateways(session.node_id)
         if gateways.gateways:
             await send_bounded(send, agent_pb2.SchedulerMessage(gateways=gateways), f"node {session.node_id}")
+        revocations = wire.revocations_to(view.revocations.values())
+        if revocations.revoked:
+            message = agent_pb2.SchedulerMessage(revocations=revocations)
+            await send_bounded(send, message, f"node {session.node_id}")
 
     async def _write(self, session: _Session, send: Send) -> None:
         if session.dirty or session.resync or session.stuck:  # it changed while Complete was on its way
@@ -322,6 +334,10 @@ class AgentSessions:
                 session.signal.set()
         elif isinstance(effect, NodeChanged):
             self._node_changed(effect.node_id)
+        elif isinstance(effect, Revoked):
+            revocations = wire.revocations_to(self._engine.view.revocations.values())
+            for node_id in list(self._sessions):  # one that is not ready yet is told with its Complete
+                self.push(node_id, agent_pb2.SchedulerMessage(revocations=revocations))
         elif isinstance(effect, HelloNeeded) and (session := self._sessions.get(effect.node_id)) is not None:
             why = f"a commit that failed may have cost news of node {effect.node_id}"
             session.close(FalError(Code.UNAVAILABLE, why, remedy="The agent starts over by itself."))

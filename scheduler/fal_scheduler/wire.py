@@ -8,7 +8,7 @@ trusted: unknown enum values and ids that could not be ours raise INVALID. No I/
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import IntEnum
 from functools import cache
@@ -17,10 +17,10 @@ from typing import Any, Final, TypeVar, Union, cast, get_args, get_origin, get_t
 from google.protobuf.message import Message
 
 from fal_contract.errors import invalid
-from fal_contract.limits import LOG_TAIL_LINES_MAX, NODE_EVENTS_MAX
+from fal_contract.limits import LOG_TAIL_LINES_MAX, NODE_EVENTS_MAX, REVOCATIONS_TOLD_MAX
 from fal_contract.v1 import agent_pb2, cluster_pb2
 from fal_scheduler.core.events import NodeHello, NodeReport
-from fal_scheduler.core.records import Residency, RunnerState
+from fal_scheduler.core.records import Residency, Revocation, RunnerState
 from fal_scheduler.core.told import Alarm, Capabilities, Endpoint, Gpu, GpuLink, Inventory, RunnerStatus
 
 T = TypeVar("T")
@@ -238,6 +238,18 @@ def alarm_to(alarm: Alarm) -> cluster_pb2.Alarm:
     return fill(cluster_pb2.Alarm(), alarm)
 
 
+def revocations_to(revocations: Iterable[Revocation]) -> agent_pb2.RevocationSet:
+    """What proxies must refuse: revocations of callers, the newest first, at most REVOCATIONS_TOLD_MAX."""
+    of_callers = [one for one in revocations if not one.subject.startswith("node/")]
+    of_callers.sort(key=lambda one: (-one.revoked_at_s, one.serial))
+    return agent_pb2.RevocationSet(
+        revoked=[
+            agent_pb2.RevokedCertificate(serial=one.serial, subject=one.subject, revoked_at_s=one.revoked_at_s)
+            for one in of_callers[:REVOCATIONS_TOLD_MAX]
+        ]
+    )
+
+
 __all__ = [
     "alarm_to",
     "endpoint_to",
@@ -247,6 +259,7 @@ __all__ = [
     "inventory_to",
     "read",
     "report_of",
+    "revocations_to",
     "status_of",
     "status_to",
 ]

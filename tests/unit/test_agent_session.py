@@ -18,6 +18,7 @@ from fal_agent.ports import Usage
 from fal_agent.session import Session
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import RECONNECT_CAP_S
+from fal_contract.revocation import RevokedPeer
 from fal_contract.v1 import agent_pb2, state_pb2
 from fal_runtime.fake import Script
 from virtual_time import LoopClock, run_virtually
@@ -217,6 +218,10 @@ def test_the_proxy_learns_the_term_and_the_gateways(play: Callable[[Scenario], N
         await until(lambda: b.box.proxy.gateways)
         assert b.box.proxy.term == 6
         assert b.box.proxy.gateways[0].endpoints == (("10.0.0.1", 99),)
+        revoked = agent_pb2.RevokedCertificate(serial="serving.g-2", subject="serving/g-2", revoked_at_s=5.0)
+        b.wire.tell(revocations=agent_pb2.RevocationSet(revoked=[revoked]))
+        await until(lambda: b.box.proxy.revoked)
+        assert b.box.proxy.revoked == [RevokedPeer("serving.g-2", "serving/g-2", 5.0)]
         b.box.proxy.away = True
         b.wire.tell(gateways=agent_pb2.GatewaySet())
         await until(lambda: any(m.report.events for _, m in [(0, b.wire.up.get_nowait())]) if b.wire.up.qsize() else 0)

@@ -27,6 +27,8 @@ from fal_scheduler.core.events import (
     Moment,
     RedeemToken,
     RefuseModel,
+    RevokeCaller,
+    Revoked,
     RevokeNode,
     RevokeToken,
     ScaleApp,
@@ -72,6 +74,9 @@ def world() -> World:
         (StopRunner("default/x-1"), Code.NOT_FOUND, "default/x-1"),
         (CordonNode("nowhere", True), Code.NOT_FOUND, "nowhere"),
         (RevokeNode("nowhere"), Code.NOT_FOUND, "nowhere"),
+        (RevokeCaller("node/n-0"), Code.INVALID, "names no person"),
+        (RevokeCaller("ada"), Code.INVALID, "names no person"),
+        (RevokeCaller("admin/ada", actor="admin/ada"), Code.INVALID, "yourself"),
         (RevokeToken("nothing"), Code.NOT_FOUND, "nothing"),
         (RedeemToken("t-east", "wrong", "n-9", "x"), Code.UNAUTHENTICATED, "not known"),
         (RedeemToken("t-none", "secret", "n-9", "x"), Code.UNAUTHENTICATED, "not known"),
@@ -174,6 +179,16 @@ def test_a_runner_whose_model_is_refused_says_why_and_the_old_revision_serves_on
 def test_an_app_that_is_being_deleted_takes_no_deploy(world: World) -> None:
     world.step(DeleteApp("default/a"))
     assert _refused(world, ApplyApp("default/a", SPEC, "x")).code is Code.FAILED_PRECONDITION
+
+
+def test_a_caller_is_revoked_for_what_was_issued_until_now(world: World) -> None:
+    for reason in ("left", "left again"):
+        world.now_s += 10.0
+        outcome = world.step(RevokeCaller("serving/gw-1", reason, actor="admin/ada"))
+        assert outcome is not None
+        assert Revoked("serving/gw-1") in outcome.effects
+        (made,) = world.state.revocations.values()
+        assert (made.subject, made.revoked_at_s, made.reason) == ("serving/gw-1", world.wall_s, reason)
 
 
 def test_a_revoked_node_is_emptied_and_its_runners_are_replaced() -> None:

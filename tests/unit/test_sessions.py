@@ -17,8 +17,8 @@ from fal_contract.limits import STREAM_QUEUE_MESSAGES_MAX
 from fal_contract.v1 import agent_pb2, state_pb2
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
-from fal_scheduler.core.events import HelloNeeded, Logged, NodeChanged, NodeDisconnected, NodeHello, NodeReport
-from fal_scheduler.core.records import Goal, Model, ModelState, Node, Spec
+from fal_scheduler.core.events import HelloNeeded, Logged, NodeChanged, NodeDisconnected, NodeHello, NodeReport, Revoked
+from fal_scheduler.core.records import Goal, Model, ModelState, Node, Revocation, Spec
 from fal_scheduler.sessions import AgentSessions
 from virtual_time import run_virtually
 
@@ -421,6 +421,22 @@ def test_logs_travel_over_the_nodes_session() -> None:
             await logs.aclose()  # type: ignore[attr-defined]
             cancel = (await link.next("log_request")).log_request
             assert (cancel.id, cancel.cancel) == (request.id, True)
+
+    session_test(test)
+
+
+def test_revoked_callers_are_told_with_the_session_and_at_once() -> None:
+    async def test(rig: Rig) -> None:
+        rig.engine.put(Revocation("n-9", "node/n-9", 3.0))  # no caller of proxies
+        async with opened(rig) as link:
+            rig.engine.put(Revocation("serving.gw", "serving/gw", 5.0))
+            rig.engine.emit(Revoked("serving/gw"))
+            told = (await link.next("revocations")).revocations.revoked
+            assert [(x.serial, x.subject, x.revoked_at_s) for x in told] == [("serving.gw", "serving/gw", 5.0)]
+        rig.engine.put(Revocation("admin.eve", "admin/eve", 9.0))
+        async with opened(rig) as link:
+            told = (await link.next("revocations")).revocations.revoked
+            assert [x.subject for x in told] == ["admin/eve", "serving/gw"]
 
     session_test(test)
 

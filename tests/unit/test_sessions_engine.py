@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fal_contract.errors import Code, FalError
+from fal_contract.identity import Role
 from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
-from fal_scheduler.api import apps, nodes, status
+from fal_scheduler.api import apps, callers, nodes, status
 from fal_scheduler.core.events import Confirm
 from fal_scheduler.core.told import Hold
 from fal_scheduler.leadership import Leadership
@@ -157,6 +158,27 @@ def test_a_confirm_ends_the_sessions_it_concerns_and_they_are_welcomed_to_the_ne
             agent.hang_up()
             assert agent.task is not None
             await agent.task
+
+    engine_test(tmp_path, test)
+
+
+def test_a_revoked_gateway_is_refused_here_and_told_to_the_nodes(tmp_path: Path) -> None:
+    async def test(leader: Leadership) -> None:
+        now_s = leader.clock.wall_s()
+        gateway = leader.ca.new_identity(role=Role.SERVING, name="gw-1", now_s=now_s - 10.0).peer
+        await join(leader, "n1")
+        async with Agent(leader, "n1") as agent:
+            assert not leader.revocations.is_revoked(gateway)
+            request = cluster_pb2.RevokeRequest(subject="serving/gw-1", reason="stolen")
+            reply = await callers.revoke(leader, request, "admin/ada")
+            assert reply.revoked_at_s >= now_s
+            assert leader.revocations.is_revoked(gateway)
+            await eventually(lambda: agent.revoked == ["serving/gw-1"])
+            later = leader.ca.new_identity(role=Role.SERVING, name="gw-1", now_s=leader.clock.wall_s() + 10.0).peer
+            assert not leader.revocations.is_revoked(later)
+            assert [x.actor for x in collect(leader) if x.kind == "CALLER_REVOKED"] == ["admin/ada"]
+            with pytest.raises(FalError, match="yourself"):
+                await callers.revoke(leader, cluster_pb2.RevokeRequest(subject="admin/ada"), "admin/ada")
 
     engine_test(tmp_path, test)
 

@@ -27,11 +27,13 @@ from fal_agent.proxy.messages import (
     gateway_to_wire,
     info_from_wire,
     read_frame,
+    revoked_to_wire,
     runner_from_wire,
     runner_to_wire,
     stats_from_wire,
 )
 from fal_contract.errors import Code, FalError
+from fal_contract.revocation import RevokedPeer
 
 CALL_TIMEOUT_S: Final = 5.0
 
@@ -93,6 +95,10 @@ class ProxyControl:
     async def set_gateways(self, gateways: Sequence[GatewayEntry]) -> None:
         """The gateways that want tunnels, all of them."""
         await self._call("set_gateways", {"gateways": [gateway_to_wire(gateway) for gateway in gateways]})
+
+    async def set_revoked(self, peers: Sequence[RevokedPeer]) -> None:
+        """Callers' certificates that are refused, all of them; connections open with them end."""
+        await self._call("set_revoked", {"revoked": [revoked_to_wire(peer) for peer in peers]})
 
     async def reload_identity(self) -> None:
         """Read the node's certificate again; new connections use it."""

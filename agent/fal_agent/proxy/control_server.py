@@ -25,6 +25,7 @@ from fal_agent.proxy.messages import (
     gateway_from_wire,
     info_to_wire,
     read_frame,
+    revoked_from_wire,
     runner_from_wire,
     runner_to_wire,
     stats_to_wire,
@@ -32,6 +33,7 @@ from fal_agent.proxy.messages import (
 )
 from fal_contract.errors import Code, FalError, not_found
 from fal_contract.limits import REPORT_WINDOW_S
+from fal_contract.revocation import RevokedPeer
 from fal_contract.telemetry import get_logger
 
 HELLO_TIMEOUT_S: Final = 5.0
@@ -53,6 +55,7 @@ class Controlled(Protocol):
     def remove_runner(self, runner_id: str) -> bool: ...
     def set_term(self, term: int) -> None: ...
     def set_gateways(self, gateways: list[GatewayEntry]) -> None: ...
+    def set_revoked(self, peers: list[RevokedPeer]) -> None: ...
     async def reload_identity(self) -> None: ...
     def stop(self) -> None: ...
 
@@ -200,6 +203,8 @@ class ControlServer:
                 proxy.set_term(take(message, "term", int))
             case "set_gateways":
                 proxy.set_gateways([gateway_from_wire(raw) for raw in take(message, "gateways", list)])
+            case "set_revoked":
+                proxy.set_revoked([revoked_from_wire(raw) for raw in take(message, "revoked", list)])
             case "reload_identity":
                 await proxy.reload_identity()
             case "runners":

@@ -6,13 +6,14 @@ Created by `server`, used by `pump`. Single-threaded: everything runs on one eve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import Final, Protocol
 
 from fal_agent.proxy.messages import RunnerEntry
 from fal_agent.proxy.slots import Outcome, Refused, SlotTable
+from fal_contract.identity import PeerIdentity
 from fal_contract.ids import random_suffix
 from fal_contract.limits import (
     DATA_CONNECT_TIMEOUT_S,
@@ -20,7 +21,10 @@ from fal_contract.limits import (
     DATA_HEAD_TIMEOUT_S,
     DATA_SERVER_IDLE_S,
 )
+from fal_contract.revocation import RevokedPeer, RevokedPeers
+from fal_contract.telemetry import get_logger
 
+_log = get_logger("proxy.datapath")
 _REQUEST_ID_CHARS: Final = 16
 WRITE_BUFFER_BYTES_MAX: Final = 256 << 10
 
@@ -54,6 +58,11 @@ class Connection(Protocol):
         """End it, unless a request is under way."""
         ...
 
+    @property
+    def peer(self) -> PeerIdentity | None:
+        """Who is at the other end; None over plain TCP."""
+        ...
+
 
 class DataPath:
     """Shared state of all connections."""
@@ -65,6 +74,7 @@ class DataPath:
         self.slots = slots
         self.bounds = bounds
         self.connections: set[Connection] = set()
+        self.revoked = RevokedPeers()
         self.empty = asyncio.Event()  # there are no connections
         self.empty.set()
         # While a successor is served: its address is ours, new requests are for it.
@@ -87,6 +97,14 @@ class DataPath:
         self.connections.discard(connection)
         if not self.connections:
             self.empty.set()
+
+    def set_revoked(self, peers: Iterable[RevokedPeer]) -> None:
+        """Refuse these from now on; connections that are open with them end, requests on them fail."""
+        self.revoked = RevokedPeers(peers)
+        for connection in list(self.connections):
+            if connection.peer is not None and self.revoked.is_revoked(connection.peer):
+                _log.warning("revoked: cut", peer=connection.peer.subject, serial=connection.peer.serial)
+                connection.abort()
 
     def admit(self, runner_id: str, ticket_term: int) -> RunnerEntry | Refused:
         """A slot, or why there is none."""

@@ -36,12 +36,15 @@ from fal_agent.proxy.messages import (
     gateway_to_wire,
     info_from_wire,
     read_frame,
+    revoked_from_wire,
+    revoked_to_wire,
     runner_from_wire,
     runner_to_wire,
     take,
 )
 from fal_agent.proxy.slots import HandedRunner, Outcome
 from fal_contract.errors import Code, FalError
+from fal_contract.revocation import RevokedPeer
 
 STEP_TIMEOUT_S: Final = 5.0
 _MARK: Final = b"fal-proxy"
@@ -55,6 +58,7 @@ class Handed:
     runners: tuple[HandedRunner, ...]
     terms: tuple[int, int]
     gateways: tuple[GatewayEntry, ...]
+    revoked: tuple[RevokedPeer, ...] = ()
 
 
 def handed_to_wire(handed: Handed) -> dict[str, object]:
@@ -63,6 +67,7 @@ def handed_to_wire(handed: Handed) -> dict[str, object]:
         "instance": handed.instance,
         "terms": list(handed.terms),
         "gateways": [gateway_to_wire(gateway) for gateway in handed.gateways],
+        "revoked": [revoked_to_wire(peer) for peer in handed.revoked],
         "runners": [
             {
                 **runner_to_wire(runner.entry),
@@ -83,6 +88,7 @@ def handed_from_wire(raw: Mapping[str, Any]) -> Handed:
         instance=take(raw, "instance", str),
         terms=(int(newest), int(before)),
         gateways=tuple(gateway_from_wire(gateway) for gateway in take(raw, "gateways", list)),
+        revoked=tuple(revoked_from_wire(peer) for peer in take(raw, "revoked", list, default=[])),
         runners=tuple(
             HandedRunner(
                 runner_from_wire(runner),

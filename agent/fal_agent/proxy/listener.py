@@ -65,7 +65,8 @@ class DirectConnection(ClientConnection):
         keep_alive(transport)
         if self._credentials is not None:
             cluster_id = self._credentials.identity.peer.cluster_id
-            verify_peer(transport, cluster_id=cluster_id, roles=CALLERS, now_s=self._clock.wall_s())
+            self.peer = verify_peer(transport, cluster_id=cluster_id, roles=CALLERS, now_s=self._clock.wall_s())
+            self._path.revoked.check(self.peer)
 
 
 def bind(host: str, port: int) -> socket.socket:

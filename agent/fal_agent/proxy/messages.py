@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 import msgpack
 
 from fal_contract.errors import Code, FalError, invalid
+from fal_contract.revocation import RevokedPeer
 
 CONTROL_VERSION: Final = 1
 FRAME_BYTES_MAX: Final = 4 << 20
@@ -46,6 +47,17 @@ class GatewayEntry:
 
     gateway_id: str  # the name in its certificate
     endpoints: tuple[tuple[str, int], ...]  # host, port; tried in order
+
+
+def revoked_to_wire(peer: RevokedPeer) -> list[object]:
+    return [peer.serial, peer.subject, peer.revoked_at_s]
+
+
+def revoked_from_wire(raw: object) -> RevokedPeer:
+    match raw:
+        case [str(serial), str(subject), float() | int() as revoked_at_s]:
+            return RevokedPeer(serial, subject, float(revoked_at_s))
+    raise invalid("revoked", str(raw)[:_VALUE_CHARS_MAX], "is no revocation", remedy="Give [serial, subject, time].")
 
 
 @dataclass(frozen=True, slots=True)

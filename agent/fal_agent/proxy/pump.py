@@ -27,6 +27,7 @@ from fal_contract.http1 import (
     head_end,
     parse_request_head,
 )
+from fal_contract.identity import PeerIdentity
 
 _RECONNECT: Final = ((b"fal-retry", b"reconnect"),)
 _ENDLESS: Final = Framing(BodyKind.UNTIL_CLOSE)
@@ -44,6 +45,7 @@ class ClientConnection(asyncio.Protocol):
 
     def __init__(self, path: DataPath) -> None:
         self._path = path
+        self.peer: PeerIdentity | None = None  # once it has shown its certificate
         self._transport: asyncio.Transport | None = None
         self._state = _State.HEAD
         self._buffer = bytearray()

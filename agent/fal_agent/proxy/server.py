@@ -36,6 +36,7 @@ from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.ids import random_suffix
 from fal_contract.limits import DATA_CONNECT_TIMEOUT_S
+from fal_contract.revocation import RevokedPeer
 from fal_contract.telemetry import get_logger
 
 _IDENTITY_CHECK_S: Final = 60.0
@@ -110,6 +111,7 @@ class ProxyServer:
     async def _start_fresh(self) -> None:
         state = state_file.load(self._options.state_file)
         self._slots.set_terms(*state.terms)
+        self._path.set_revoked(state.revoked)
         for entry in state.runners:
             self._slots.put(entry)
         self._listener = Listener(self._bind(state.port), self._path, self._clock)
@@ -130,6 +132,7 @@ class ProxyServer:
         predecessor = await take_over(self._options.control_path, self._options.state_dir)
         handed = predecessor.handed
         self._instance = handed.instance
+        self._path.set_revoked(handed.revoked)
         self._slots.set_terms(*handed.terms)
         for runner in handed.runners:
             self._slots.take_over(runner, self._path.now_s())
@@ -172,6 +175,7 @@ class ProxyServer:
                 tuple(self._slots.hand_over(self._path.now_s())),
                 self._slots.terms,
                 self._tunnels.gateways,
+                self._path.revoked.peers,
             )
             # From the snapshot to this write nothing awaits: each later end is told after it.
             writer.write(encode({"t": "ok", "id": request_id, **handed_to_wire(handed)}))
@@ -242,6 +246,11 @@ class ProxyServer:
         self._tunnels.set_gateways(gateways)
         self._save()
 
+    def set_revoked(self, peers: list[RevokedPeer]) -> None:
+        """All revocations of callers."""
+        self._path.set_revoked(peers)
+        self._save()
+
     async def reload_identity(self) -> None:
         """Use the renewed certificate for new connections."""
         if self._options.identity is None or self._credentials is None:
@@ -281,7 +290,11 @@ class ProxyServer:
         if self._path.handed_over or self._listener is None:
             return  # the file is the successor's
         state = state_file.ProxyState(
-            self._slots.entries(), self._slots.terms, self._tunnels.gateways, self._listener.address[1]
+            self._slots.entries(),
+            self._slots.terms,
+            self._tunnels.gateways,
+            self._listener.address[1],
+            self._path.revoked.peers,
         )
         try:
             state_file.save(self._options.state_file, state)

@@ -21,11 +21,14 @@ from fal_agent.proxy.messages import (
     decode,
     gateway_from_wire,
     gateway_to_wire,
+    revoked_from_wire,
+    revoked_to_wire,
     runner_from_wire,
     runner_to_wire,
     take,
 )
 from fal_contract.errors import FalError
+from fal_contract.revocation import RevokedPeer
 from fal_contract.telemetry import get_logger
 
 VERSION: Final = 1
@@ -40,6 +43,7 @@ class ProxyState:
     terms: tuple[int, int] = (0, 0)
     gateways: tuple[GatewayEntry, ...] = ()
     port: int = 0  # that was listened on; 0: none yet
+    revoked: tuple[RevokedPeer, ...] = ()
 
 
 def save(path: Path, state: ProxyState) -> None:
@@ -52,6 +56,7 @@ def save(path: Path, state: ProxyState) -> None:
             "terms": list(state.terms),
             "gateways": [gateway_to_wire(entry) for entry in state.gateways],
             "port": state.port,
+            "revoked": [revoked_to_wire(peer) for peer in state.revoked],
         }
     )
     scratch = path.with_name(f".{path.name}.new")
@@ -80,6 +85,7 @@ def load(path: Path) -> ProxyState:
             terms=(int(newest), int(before)),
             gateways=tuple(gateway_from_wire(entry) for entry in take(raw, "gateways", list)),
             port=take(raw, "port", int),
+            revoked=tuple(revoked_from_wire(peer) for peer in take(raw, "revoked", list, default=[])),
         )
     except (ValueError, FalError, TypeError, AttributeError) as exc:
         _log.warning("state file ignored; the agent will tell the runners again", path=str(path), why=str(exc))

@@ -57,9 +57,10 @@ class TunnelConnection(ClientConnection):
         try:
             if self._credentials is not None:
                 cluster_id = self._credentials.identity.peer.cluster_id
-                verify_peer(
+                self.peer = verify_peer(
                     transport, cluster_id=cluster_id, roles=_GATEWAYS, name=self._gateway_id, now_s=self._clock.wall_s()
                 )
+                self._path.revoked.check(self.peer)
         except FalError as error:
             self.refused = error
             transport.abort()

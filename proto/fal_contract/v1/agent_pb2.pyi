@@ -140,6 +140,7 @@ class SchedulerMessage(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     LOG_REQUEST_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -150,6 +151,8 @@ class SchedulerMessage(_message.Message):
     def log_request(self) -> Global___LogRequest: ...
     @_builtins.property
     def gateways(self) -> Global___GatewaySet: ...
+    @_builtins.property
+    def revocations(self) -> Global___RevocationSet: ...
     def __init__(
         self,
         *,
@@ -158,12 +161,13 @@ class SchedulerMessage(_message.Message):
         delta: Global___Delta | None = ...,
         log_request: Global___LogRequest | None = ...,
         gateways: Global___GatewaySet | None = ...,
+        revocations: Global___RevocationSet | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "gateways", b"gateways", "kind", b"kind", "log_request", b"log_request", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "gateways", b"gateways", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "gateways", b"gateways", "kind", b"kind", "log_request", b"log_request", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "gateways", b"gateways", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "complete", "delta", "log_request", "gateways"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "complete", "delta", "log_request", "gateways", "revocations"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1152,6 +1156,62 @@ class GatewaySet(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GatewaySet: _TypeAlias = GatewaySet  # noqa: Y015
+
+@_typing.final
+class RevocationSet(_message.Message):
+    """Certificates of callers (serving, operator, admin) that the node's proxy refuses, all of them. Sent with each session,
+    where there are any, and at each new one; the proxy then ends the connections that are open with them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVOKED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def revoked(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevokedCertificate]:
+        """The newest first."""
+
+    def __init__(
+        self,
+        *,
+        revoked: _abc.Iterable[Global___RevokedCertificate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revoked", b"revoked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevocationSet: _TypeAlias = RevocationSet  # noqa: Y015
+
+@_typing.final
+class RevokedCertificate(_message.Message):
+    """One certificate by serial, or all of a subject that were issued before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERIAL_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    REVOKED_AT_S_FIELD_NUMBER: _builtins.int
+    serial: _builtins.str
+    """Lower-case hexadecimal serial; or a name of the revocation that is no serial."""
+    subject: _builtins.str
+    """role/name."""
+    revoked_at_s: _builtins.float
+    """Certificates of the subject issued until then are refused; seconds since 1970."""
+    def __init__(
+        self,
+        *,
+        serial: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        revoked_at_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revoked_at_s", b"revoked_at_s", "serial", b"serial", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokedCertificate: _TypeAlias = RevokedCertificate  # noqa: Y015
 
 @_typing.final
 class GatewayAddress(_message.Message):

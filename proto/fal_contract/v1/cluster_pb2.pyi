@@ -564,6 +564,58 @@ class RevokeNodeRequest(_message.Message):
 Global___RevokeNodeRequest: _TypeAlias = RevokeNodeRequest  # noqa: Y015
 
 @_typing.final
+class RevokeRequest(_message.Message):
+    """Refuses a person's or a gateway's present certificates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    subject: _builtins.str
+    """role/name, such as operator/ada or serving/gateway-1. Nodes have an RPC of their own."""
+    reason: _builtins.str
+    """Why."""
+    def __init__(
+        self,
+        *,
+        subject: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeRequest: _TypeAlias = RevokeRequest  # noqa: Y015
+
+@_typing.final
+class RevokeReply(_message.Message):
+    """What was refused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    REVOKED_AT_S_FIELD_NUMBER: _builtins.int
+    subject: _builtins.str
+    """role/name."""
+    revoked_at_s: _builtins.float
+    """Certificates issued until then are refused; seconds since 1970."""
+    def __init__(
+        self,
+        *,
+        subject: _builtins.str = ...,
+        revoked_at_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revoked_at_s", b"revoked_at_s", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeReply: _TypeAlias = RevokeReply  # noqa: Y015
+
+@_typing.final
 class CreateTokenRequest(_message.Message):
     """Asks for a join token."""
 

@@ -66,6 +66,11 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.RevokeNodeRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.NodeView.FromString,
                 _registered_method=True)
+        self.Revoke = channel.unary_unary(
+                '/fal.v1.Cluster/Revoke',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.RevokeRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.RevokeReply.FromString,
+                _registered_method=True)
         self.CreateToken = channel.unary_unary(
                 '/fal.v1.Cluster/CreateToken',
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.CreateTokenRequest.SerializeToString,
@@ -204,6 +209,13 @@ class ClusterServicer:
 
     def RevokeNode(self, request, context):
         """Refuses a node's certificates and cuts its streams.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Revoke(self, request, context):
+        """Refuses the certificates of a person or gateway that were issued until now, at every process, and cuts its streams.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -374,6 +386,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.RevokeNode,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.RevokeNodeRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.NodeView.SerializeToString,
+            ),
+            'Revoke': grpc.unary_unary_rpc_method_handler(
+                    servicer.Revoke,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.RevokeRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.RevokeReply.SerializeToString,
             ),
             'CreateToken': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateToken,
@@ -634,6 +651,33 @@ class Cluster:
             '/fal.v1.Cluster/RevokeNode',
             fal__contract_dot_v1_dot_cluster__pb2.RevokeNodeRequest.SerializeToString,
             fal__contract_dot_v1_dot_cluster__pb2.NodeView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Revoke(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/Revoke',
+            fal__contract_dot_v1_dot_cluster__pb2.RevokeRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.RevokeReply.FromString,
             options,
             channel_credentials,
             insecure,

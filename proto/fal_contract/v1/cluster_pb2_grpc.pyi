@@ -46,6 +46,8 @@ class ClusterStub:
     """Stops or allows new placements on a node."""
     RevokeNode: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RevokeNodeRequest, _cluster_pb2.NodeView]
     """Refuses a node's certificates and cuts its streams."""
+    Revoke: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RevokeRequest, _cluster_pb2.RevokeReply]
+    """Refuses the certificates of a person or gateway that were issued until now, at every process, and cuts its streams."""
     CreateToken: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.CreateTokenRequest, _cluster_pb2.CreateTokenReply]
     """A token with which machines join a pool."""
     ListTokens: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListTokensRequest, _cluster_pb2.ListTokensReply]
@@ -102,6 +104,8 @@ class ClusterAsyncStub(ClusterStub):
     """Stops or allows new placements on a node."""
     RevokeNode: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RevokeNodeRequest, _cluster_pb2.NodeView]  # type: ignore[assignment]
     """Refuses a node's certificates and cuts its streams."""
+    Revoke: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RevokeRequest, _cluster_pb2.RevokeReply]  # type: ignore[assignment]
+    """Refuses the certificates of a person or gateway that were issued until now, at every process, and cuts its streams."""
     CreateToken: _aio.UnaryUnaryMultiCallable[_cluster_pb2.CreateTokenRequest, _cluster_pb2.CreateTokenReply]  # type: ignore[assignment]
     """A token with which machines join a pool."""
     ListTokens: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListTokensRequest, _cluster_pb2.ListTokensReply]  # type: ignore[assignment]
@@ -191,6 +195,14 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.NodeView, _abc.Awaitable[_cluster_pb2.NodeView]]:
         """Refuses a node's certificates and cuts its streams."""
+
+    @_abc_1.abstractmethod
+    def Revoke(
+        self,
+        request: _cluster_pb2.RevokeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.RevokeReply, _abc.Awaitable[_cluster_pb2.RevokeReply]]:
+        """Refuses the certificates of a person or gateway that were issued until now, at every process, and cuts its streams."""
 
     @_abc_1.abstractmethod
     def CreateToken(

@@ -32,6 +32,7 @@ _CLUSTER: Final[Mapping[str, frozenset[Role]]] = {
     "DeleteApp": WRITERS,
     "StopRunner": WRITERS,
     "RevokeNode": ADMINS,
+    "Revoke": ADMINS,
     "CreateToken": ADMINS,
     "ListTokens": ADMINS,
     "RevokeToken": ADMINS,

@@ -16,7 +16,7 @@ from fal_contract.rpc_guard import current_peer
 from fal_contract.v1 import agent_pb2, cluster_pb2, cluster_pb2_grpc
 from fal_contract.v1.agent_pb2_grpc import AgentServiceServicer
 from fal_contract.v1.serving_pb2_grpc import ServingServicer
-from fal_scheduler.api import apps, explain, join_tokens, nodes, pools, runners, status, weights
+from fal_scheduler.api import apps, callers, explain, join_tokens, nodes, pools, runners, status, weights
 from fal_scheduler.leadership import CurrentLeadership
 
 M = TypeVar("M", bound=Message)
@@ -59,6 +59,9 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
 
     async def RevokeNode(self, request: cluster_pb2.RevokeNodeRequest, context: Context) -> cluster_pb2.NodeView:
         return await nodes.revoke_node(self._current.get(), request, _actor())
+
+    async def Revoke(self, request: cluster_pb2.RevokeRequest, context: Context) -> cluster_pb2.RevokeReply:
+        return await callers.revoke(self._current.get(), request, _actor())
 
     async def CreateToken(
         self, request: cluster_pb2.CreateTokenRequest, context: Context

@@ -25,6 +25,7 @@ from fal_scheduler.core.events import (
     RedeemToken,
     RefuseModel,
     Reply,
+    RevokeCaller,
     Revoked,
     RevokeNode,
     RevokeToken,
@@ -51,6 +52,7 @@ from fal_scheduler.core.told import RunnerStatus
 from fal_scheduler.core.work import Work
 
 REVISIONS_KEPT: Final = 20
+CALLER_ROLES: Final = ("viewer", "operator", "admin", "serving")
 
 
 def apply_pool(work: Work, event: ApplyPool) -> Reply:
@@ -261,6 +263,22 @@ def revoke_node(work: Work, event: RevokeNode) -> Reply:
     work.emit(Revoked(subject))
     work.log("NODE_REVOKED", node.id, event.reason or "by an operator")
     return Reply("changed", node.id)
+
+
+def revoke_caller(work: Work, event: RevokeCaller) -> Reply:
+    """Refuse what was issued to a person or gateway until now; a certificate issued afterwards is good."""
+    role, _, name = event.subject.partition("/")
+    if role not in CALLER_ROLES or not name:
+        remedy = f"Write role/name with one of the roles {', '.join(CALLER_ROLES)}; nodes: `falctl node revoke`."
+        raise invalid("subject", event.subject, "names no person and no gateway", remedy=remedy)
+    if event.subject == event.actor:
+        raise invalid("subject", event.subject, "is yourself", remedy="Let another admin do it.")
+    serial = f"{role}.{name}"  # no serial of a certificate; one record a subject, the latest
+    before = work.state.revocations.get(serial)
+    work.put(Revocation(serial, event.subject, work.moment.wall_s, event.reason), before)
+    work.emit(Revoked(event.subject))
+    work.log("CALLER_REVOKED", event.subject, event.reason or "by an operator")
+    return Reply("done", event.subject)
 
 
 def create_token(work: Work, event: CreateToken) -> Reply:

@@ -127,6 +127,15 @@ class RevokeNode:
 
 
 @dataclass(frozen=True, slots=True)
+class RevokeCaller:
+    """Refuse the certificates of a person or gateway (`role/name`) that were issued until now."""
+
+    subject: str
+    reason: str = ""
+    actor: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class CreateToken:
     """Keep a join token, made at the edge (`core.tokens.create`); its pool must exist."""
 
@@ -192,6 +201,7 @@ Command = (
     | RefuseModel
     | CordonNode
     | RevokeNode
+    | RevokeCaller
     | CreateToken
     | RevokeToken
     | RedeemToken

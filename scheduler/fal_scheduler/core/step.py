@@ -37,6 +37,7 @@ from fal_scheduler.core.events import (
     RedeemToken,
     RefuseModel,
     Reply,
+    RevokeCaller,
     RevokeNode,
     RevokeToken,
     ScaleApp,
@@ -148,6 +149,8 @@ def _command(work: Work, event: Command) -> Reply:
             return commands.cordon_node(work, event)
         case RevokeNode():
             return commands.revoke_node(work, event)
+        case RevokeCaller():
+            return commands.revoke_caller(work, event)
         case CreateToken():
             return commands.create_token(work, event)
         case RevokeToken():
