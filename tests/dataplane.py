@@ -24,7 +24,7 @@ from fal_scheduler.ca import CertificateAuthority
 NODE = "n-proxytest0001"
 RUNNER = "default/digits-00000001"
 TICKET = ("fal-ticket", "term=1;lease=l-1")
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:

@@ -93,7 +93,7 @@ def connection(net: Network) -> tuple[socket.socket, socket.socket]:
     with net.socket(CORE) as listener:
         listener.bind((CORE_ADDRESS, 0))
         listener.listen()
-        inner.settimeout(5)
+        inner.settimeout(60)
         inner.connect(listener.getsockname())
         outer, peer = listener.accept()
     assert peer[0] != NAT_ADDRESS, "the address is masqueraded"

@@ -565,7 +565,7 @@ async def _talk(server_identity: Identity, client_identity: Identity, *, expect:
         told = judge(writer, cluster_id, Role.NODE, expect)
         await reader.read()
         writer.close()
-        return told, await asyncio.wait_for(seen, 5)
+        return told, await asyncio.wait_for(seen, 60)
     finally:
         server.close()
         await server.wait_closed()

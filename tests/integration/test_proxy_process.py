@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,13 +131,14 @@ def test_control_steers_and_stats_are_pushed(tmp_path: Path) -> None:
             assert (tmp_path / "p" / "proxy.sock").stat().st_mode & 0o777 == 0o600
             await proxy.control.put_runner(entry(worker, slots=3))
             assert await proxy.control.runners() == (entry(worker, slots=3),)
+            began_s = time.monotonic()
             caller = Caller(proxy.address)
             for _ in range(5):
                 assert json.loads(await caller.bytes_of("/infer"))["path"] == "/infer"
             await until(lambda: bool(proxy.pushed) and [one.served for one in proxy.pushed[-1].runners] == [5])
             assert len(proxy.pushed) <= 8, "coalesced"
             runner = await proxy.only_runner()
-            assert 0 <= runner.last_used_age_s < 5
+            assert 0 <= runner.last_used_age_s <= time.monotonic() - began_s
             with pytest.raises(FalError, match="does not exist"):
                 await proxy.control.drain_runner("default/none-1")
             await proxy.control.drain_runner(RUNNER)

@@ -30,7 +30,7 @@ async def raw(address: Address, request: bytes) -> bytes:
     """Send bytes, return everything until the proxy closes."""
     reader, writer = await asyncio.open_connection(address.host, address.port)
     writer.write(request)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         answer = await reader.read()
     writer.close()
     return answer
