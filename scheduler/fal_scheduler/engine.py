@@ -376,15 +376,14 @@ class Engine:
             self._lose(error)
             return
         batches = self._batches()
-        for batch in reversed(batches):
-            for change in reversed(batch.changes):
-                self.view.apply(change.undone())
+        undone = [change for batch in batches for change in batch.changes]
+        for change in reversed(undone):
+            self.view.apply(change.undone())
         self._in_flight = None
         self._ready.clear()
         for batch in batches:
             batch.fail(error)
         now_s = self._clock.monotonic_s()
-        undone = [change for batch in batches for change in batch.changes]
         self._tell(self._core.taken_back(Moment(now_s, self._clock.wall_s()), undone).effects)
         self._paused_until_s, self._recheck = now_s + RETRY_S, True
         self._tell([Logged("STORE_FAILED", "store", str(error), self._clock.wall_s())])
