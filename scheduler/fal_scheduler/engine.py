@@ -43,6 +43,7 @@ from fal_scheduler.core.step import BrokenInvariant, Core
 from fal_scheduler.core.suspicion import term_needed
 from fal_scheduler.engine_port import EngineOptions, EnginePort, Listener
 from fal_scheduler.event_log import EventLog
+from fal_scheduler.random_ids import RandomIds
 from fal_scheduler.recovery import first_meta, recover, suspect_foreign
 from fal_scheduler.replay_file import write_replay
 from fal_scheduler.store.interface import Guard, Store
@@ -53,17 +54,6 @@ SLICE_S: Final = 0.005  # longest run of steps before others get the loop
 RETRY_S: Final = 1.0  # after a commit that failed
 
 _log = structlog.get_logger("fal.engine")
-
-
-class RandomIds:
-    """Fresh ids from a source of randomness."""
-
-    def __init__(self, rng: Random) -> None:
-        self._rng = rng
-
-    def suffix(self) -> str:
-        """40 random bits as 8 characters."""
-        return random_suffix(self._rng)
 
 
 class Engine:
@@ -447,4 +437,4 @@ class Engine:
         self._tell(self._core.freeze(found, moment).effects)
 
 
-__all__ = ["Engine", "EngineOptions", "EnginePort", "Listener", "RandomIds"]
+__all__ = ["Engine", "EngineOptions", "EnginePort", "Listener"]

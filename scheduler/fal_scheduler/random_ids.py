@@ -1,0 +1,18 @@
+"""Fresh ids for the core, which draws nothing itself. Called by the engine; must not repeat within one source."""
+
+from __future__ import annotations
+
+from random import Random
+
+from fal_contract.ids import random_suffix
+
+
+class RandomIds:
+    """Fresh ids from a source of randomness."""
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+
+    def suffix(self) -> str:
+        """40 random bits as 8 characters."""
+        return random_suffix(self._rng)
