@@ -69,9 +69,9 @@ def _running(task: Task, status: runtime.ContainerStatus, clock: Clock) -> Task:
     left_s = task.assignment.startup_timeout_s - max(0.0, clock.wall_s() - started_at_s)
     # One that served goes on serving: only the proxy is told again.
     phase = Phase.READY if task.ready_at_s else Phase.STARTED
-    return replace(
-        task, phase=phase, started_at_s=started_at_s, ready_by_s=clock.monotonic_s() + max(_READY_GRACE_S, left_s)
-    )
+    ready_by_s = clock.monotonic_s() + max(_READY_GRACE_S, left_s)
+    taken_back = phase is Phase.READY
+    return replace(task, phase=phase, started_at_s=started_at_s, ready_by_s=ready_by_s, taken_back=taken_back)
 
 
 def _orphan(status: runtime.ContainerStatus, tools: Tools) -> Task:

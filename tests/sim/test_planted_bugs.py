@@ -21,7 +21,7 @@ from fal_scheduler.core.work import Work
 from fal_scheduler.engine import Engine
 from sim.cluster import Found, Profile, play
 
-SEEDS = 12  # within so many
+SEEDS = 40  # within so many; the first find ends the search
 CHAOS = Profile()
 RESTORE = Profile(restore=True)
 

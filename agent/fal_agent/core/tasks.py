@@ -89,6 +89,7 @@ class Task:
     ready_by_s: float = 0.0
     started_at_s: float = 0.0
     ready_at_s: float = 0.0
+    taken_back: bool = False  # it served before the agent's restart
     exit: Exit | None = None
     log_tail: tuple[str, ...] = ()
     phases: tuple[tuple[str, float], ...] = ()  # name of the move, seconds
@@ -213,7 +214,8 @@ def state_of(task: Task, in_flight: int) -> RunnerState:
         return RunnerState.DRAINING
     if task.phase < Phase.STARTED:
         return RunnerState.STAGING
-    if task.phase is Phase.SERVING or (task.phase is Phase.READY and task.ready_at_s and task.known):
+    # One that is new is not offered before the proxy knows it; one that was taken back, the proxy still serves.
+    if task.phase is Phase.SERVING or (task.phase is Phase.READY and task.taken_back and task.known):
         return RunnerState.RUNNING if in_flight else RunnerState.IDLE
     return RunnerState.SETUP
 
