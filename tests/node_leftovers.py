@@ -22,7 +22,14 @@ def left_of(state_dir: Path) -> list[str]:
     mounted = [line.split()[4] + "/" for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     words += [f"mount {path}" for path in mounted if path.startswith(places)]
     words += [f"directory {place}" for place in places[1:] if Path(place).exists()]
-    return words + [f"cgroup {path}" for path in _CGROUPS.glob(f"**/falctl/{driver}.*")]
+    return words + [f"cgroup {path}" for path in _containers() if path.name.startswith(f"{driver}.")]
+
+
+def _containers() -> Iterator[Path]:
+    """Cgroups of containers. Others come and go while this looks, which os.walk bears and Path.glob does not."""
+    for parent, names, _ in os.walk(_CGROUPS):
+        if os.path.basename(parent) == "falctl":
+            yield from (Path(parent, name) for name in names)
 
 
 def _scope(path: Path) -> str:

@@ -85,6 +85,7 @@ WRONG: dict[str, list[tuple[str, int, str]]] = {
     "dev down": [("--dir no-such-folder", 1, "no-such-folder")],
     "dev restart": [("scheduler --dir no-such-folder", 1, "scheduler")],
     "dev status": [("--dir", 2, "--dir")],
+    "operator revoke": [("nothing", 1, "nothing"), ("node/box", 1, "node"), ("", 2, "ROLE/NAME")],
     "operator confirm": [("everything", 1, "everything"), ("", 2, "what")],
     "server init": [("--data-dir DATA", 1, "DATA"), ("", 2, "--data-dir")],
     "completion": [("powershell", 1, "powershell")],
