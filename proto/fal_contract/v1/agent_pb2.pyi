@@ -997,19 +997,28 @@ class Artifact(_message.Message):
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
+    ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    ALLOW_PROVISIONAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """`team/name`."""
     kind: _builtins.str
-    """"model" or "lora"."""
+    """"model", "lora", "image" or "cache"."""
     uri: _builtins.str
     """Where to fetch it."""
     manifest_digest: _builtins.str
-    """SHA-256 of the manifest, hexadecimal."""
+    """SHA-256 of the manifest, hexadecimal; empty while it is REGISTERED only."""
     bytes: _builtins.int
     """Sum of all files."""
+    artifact_id: _builtins.str
+    """Names the artifact in swarms and caches."""
+    stream: _builtins.bool
+    """Its container may start while it is arriving."""
+    allow_provisional: _builtins.bool
+    """Its container may read pieces that nobody has attested yet."""
     @_builtins.property
     def manifest(self) -> _state_pb2.ModelManifest:
-        """The manifest."""
+        """The manifest, where it is small; a large one is fetched by fsd from the scheduler or from a peer."""
 
     def __init__(
         self,
@@ -1020,10 +1029,13 @@ class Artifact(_message.Message):
         manifest_digest: _builtins.str = ...,
         bytes: _builtins.int = ...,
         manifest: _state_pb2.ModelManifest | None = ...,
+        artifact_id: _builtins.str = ...,
+        stream: _builtins.bool = ...,
+        allow_provisional: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "kind", b"kind", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "model", b"model", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "artifact_id", b"artifact_id", "bytes", b"bytes", "kind", b"kind", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "model", b"model", "stream", b"stream", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,7 +5,9 @@ The operators' API, behind `falctl`. Roles: viewer reads, operator changes, admi
 
 from collections import abc as _abc
 from fal_contract.v1 import agent_pb2 as _agent_pb2
+from fal_contract.v1 import fsd_pb2 as _fsd_pb2
 from fal_contract.v1 import state_pb2 as _state_pb2
+from fal_contract.v1 import weights_pb2 as _weights_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -788,6 +790,7 @@ class AddModelRequest(_message.Message):
     URI_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    ALLOW_PICKLE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`team/name`."""
     uri: _builtins.str
@@ -796,6 +799,8 @@ class AddModelRequest(_message.Message):
     """Branch, tag or commit; empty: the default."""
     kind: _builtins.str
     """"model" or "lora"; empty: model."""
+    allow_pickle: _builtins.bool
+    """Take files that may hold pickles, which run code when they are loaded."""
     def __init__(
         self,
         *,
@@ -803,10 +808,11 @@ class AddModelRequest(_message.Message):
         uri: _builtins.str = ...,
         revision: _builtins.str = ...,
         kind: _builtins.str = ...,
+        allow_pickle: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "kind", b"kind", "revision", b"revision", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "id", b"id", "kind", b"kind", "revision", b"revision", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -821,17 +827,32 @@ class ModelView(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     APPS_FIELD_NUMBER: _builtins.int
+    NODES_READY_FIELD_NUMBER: _builtins.int
+    NODES_STAGING_FIELD_NUMBER: _builtins.int
+    WISHES_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    PIECE_BYTES_FIELD_NUMBER: _builtins.int
+    nodes_ready: _builtins.int
+    """Nodes that have all of it, and nodes on which it is on its way."""
+    nodes_staging: _builtins.int
+    pieces: _builtins.int
+    """Pieces, and their length in bytes."""
+    piece_bytes: _builtins.int
     @_builtins.property
     def model(self) -> _state_pb2.Model:
         """What is stored."""
 
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.ModelFile]:
-        """Its files; only in answer to AddModel and GetModel."""
+        """Its files without piece digests; only in answer to AddModel and GetModel."""
 
     @_builtins.property
     def apps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Apps whose current revision names it."""
+
+    @_builtins.property
+    def wishes(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.Wish]:
+        """Wishes of operators."""
 
     def __init__(
         self,
@@ -839,10 +860,15 @@ class ModelView(_message.Message):
         model: _state_pb2.Model | None = ...,
         files: _abc.Iterable[_state_pb2.ModelFile] | None = ...,
         apps: _abc.Iterable[_builtins.str] | None = ...,
+        nodes_ready: _builtins.int = ...,
+        nodes_staging: _builtins.int = ...,
+        wishes: _abc.Iterable[_state_pb2.Wish] | None = ...,
+        pieces: _builtins.int = ...,
+        piece_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apps", b"apps", "files", b"files", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apps", b"apps", "files", b"files", "model", b"model", "nodes_ready", b"nodes_ready", "nodes_staging", b"nodes_staging", "piece_bytes", b"piece_bytes", "pieces", b"pieces", "wishes", b"wishes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -855,16 +881,32 @@ class ListModelsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TEAM_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
     team: _builtins.str
     """Whose; empty: every team's."""
+    kind: _builtins.str
+    """Only of this kind; empty: all."""
+    prefix: _builtins.str
+    """Only names that begin so."""
+    limit: _builtins.int
+    """At most so many; 0: 1000."""
+    after: _builtins.str
+    """Go on after this id; empty: from the start."""
     def __init__(
         self,
         *,
         team: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        prefix: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        after: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["team", b"team"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "kind", b"kind", "limit", b"limit", "prefix", b"prefix", "team", b"team"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -877,6 +919,12 @@ class ListModelsReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    next: _builtins.str
+    """Give it as `after` for the next page; empty: this was the last."""
+    total: _builtins.int
+    """How many match in all."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelView]:
         """In order of id."""
@@ -885,14 +933,592 @@ class ListModelsReply(_message.Message):
         self,
         *,
         models: _abc.Iterable[Global___ModelView] | None = ...,
+        next: _builtins.str = ...,
+        total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "next", b"next", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListModelsReply: _TypeAlias = ListModelsReply  # noqa: Y015
+
+@_typing.final
+class WhereModelRequest(_message.Message):
+    """Asks where a model is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    all: _builtins.bool
+    """True: also nodes that have nothing of it."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        all: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhereModelRequest: _TypeAlias = WhereModelRequest  # noqa: Y015
+
+@_typing.final
+class WhereModelReply(_message.Message):
+    """Where a model is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    BYTES_FROM_ORIGIN_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    bytes_from_origin: _builtins.int
+    """What nodes read from the origin in all, and the model's size."""
+    bytes_total: _builtins.int
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelOnNode]:
+        """In order of seconds until ready, then of node name."""
+
+    def __init__(
+        self,
+        *,
+        nodes: _abc.Iterable[Global___ModelOnNode] | None = ...,
+        bytes_from_origin: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_from_origin", b"bytes_from_origin", "bytes_total", b"bytes_total", "nodes", b"nodes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhereModelReply: _TypeAlias = WhereModelReply  # noqa: Y015
+
+@_typing.final
+class ModelOnNode(_message.Message):
+    """A model on a node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
+    READY_IN_S_FIELD_NUMBER: _builtins.int
+    BECAUSE_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """Node id and name, pool, region."""
+    node: _builtins.str
+    pool: _builtins.str
+    region: _builtins.str
+    ready_in_s: _builtins.float
+    """Predicted from measured rates; -1: cannot be said; 0: ready."""
+    because: _builtins.str
+    """What the prediction rests on, or why there is none: "origin 80 MB/s", "no route to any holder" …"""
+    @_builtins.property
+    def cached(self) -> _fsd_pb2.CachedArtifact:
+        """What the node tells."""
+
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        node: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        region: _builtins.str = ...,
+        cached: _fsd_pb2.CachedArtifact | None = ...,
+        ready_in_s: _builtins.float = ...,
+        because: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["because", b"because", "cached", b"cached", "node", b"node", "node_id", b"node_id", "pool", b"pool", "ready_in_s", b"ready_in_s", "region", b"region"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelOnNode: _TypeAlias = ModelOnNode  # noqa: Y015
+
+@_typing.final
+class StageModelRequest(_message.Message):
+    """Wishes a model somewhere."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    TTL_S_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    target: _builtins.str
+    """"pool/NAME", "node/NAME" or "replicas"."""
+    replicas: _builtins.int
+    """How many nodes, with target "replicas"."""
+    tier: _builtins.str
+    """"disk" or "memory"; empty: disk."""
+    ttl_s: _builtins.float
+    """Seconds that the wish lasts; 0: until it is taken back."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        target: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+        tier: _builtins.str = ...,
+        ttl_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "replicas", b"replicas", "target", b"target", "tier", b"tier", "ttl_s", b"ttl_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageModelRequest: _TypeAlias = StageModelRequest  # noqa: Y015
+
+@_typing.final
+class StageModelReply(_message.Message):
+    """What became of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WISHES_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def wishes(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.Wish]:
+        """The model's wishes now."""
+
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes that should have it now, by name."""
+
+    def __init__(
+        self,
+        *,
+        wishes: _abc.Iterable[_state_pb2.Wish] | None = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "wishes", b"wishes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageModelReply: _TypeAlias = StageModelReply  # noqa: Y015
+
+@_typing.final
+class UnstageModelRequest(_message.Message):
+    """Takes wishes back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    target: _builtins.str
+    """As it was wished; empty: all."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnstageModelRequest: _TypeAlias = UnstageModelRequest  # noqa: Y015
+
+@_typing.final
+class EvictModelRequest(_message.Message):
+    """Names a model on some nodes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Node names or ids; empty: all."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "nodes", b"nodes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictModelRequest: _TypeAlias = EvictModelRequest  # noqa: Y015
+
+@_typing.final
+class EvictModelReply(_message.Message):
+    """Who was told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Node names."""
+
+    def __init__(
+        self,
+        *,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictModelReply: _TypeAlias = EvictModelReply  # noqa: Y015
+
+@_typing.final
+class RevokeModelRequest(_message.Message):
+    """Withdraws a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    reason: _builtins.str
+    """Why, for everyone who meets it."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeModelRequest: _TypeAlias = RevokeModelRequest  # noqa: Y015
+
+@_typing.final
+class CollectModelsRequest(_message.Message):
+    """Asks to tidy up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """True: only tell."""
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectModelsRequest: _TypeAlias = CollectModelsRequest  # noqa: Y015
+
+@_typing.final
+class CollectModelsReply(_message.Message):
+    """What went."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    WISHES_FIELD_NUMBER: _builtins.int
+    BLOBS_FIELD_NUMBER: _builtins.int
+    blobs: _builtins.int
+    """Manifests that nothing names any more."""
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of models that were forgotten."""
+
+    @_builtins.property
+    def wishes(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.Wish]:
+        """Wishes that were forgotten."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[_builtins.str] | None = ...,
+        wishes: _abc.Iterable[_state_pb2.Wish] | None = ...,
+        blobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "models", b"models", "wishes", b"wishes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectModelsReply: _TypeAlias = CollectModelsReply  # noqa: Y015
+
+@_typing.final
+class BeginPushRequest(_message.Message):
+    """Begins an upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    ALLOW_PICKLE_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    kind: _builtins.str
+    """"model" or "lora"."""
+    allow_pickle: _builtins.bool
+    """Take files that may hold pickles."""
+    pool: _builtins.str
+    """Pool whose nodes should take it; empty: any."""
+    @_builtins.property
+    def manifest(self) -> _state_pb2.ModelManifest:
+        """Every file with SHA-256 and BLAKE3, piece length."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        manifest: _state_pb2.ModelManifest | None = ...,
+        allow_pickle: _builtins.bool = ...,
+        pool: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "id", b"id", "kind", b"kind", "manifest", b"manifest", "pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginPushRequest: _TypeAlias = BeginPushRequest  # noqa: Y015
+
+@_typing.final
+class BeginPushReply(_message.Message):
+    """Where to send it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGETS_FIELD_NUMBER: _builtins.int
+    ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    artifact_id: _builtins.str
+    """Names it."""
+    present: _builtins.bool
+    """True: the cluster has all of it already."""
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_weights_pb2.SwarmMember]:
+        """Nodes that take it, the best first, with tickets."""
+
+    def __init__(
+        self,
+        *,
+        targets: _abc.Iterable[_weights_pb2.SwarmMember] | None = ...,
+        artifact_id: _builtins.str = ...,
+        present: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "present", b"present", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginPushReply: _TypeAlias = BeginPushReply  # noqa: Y015
+
+@_typing.final
+class EndPushRequest(_message.Message):
+    """Ends an upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    artifact_id: _builtins.str
+    """As BeginPush answered."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        artifact_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndPushRequest: _TypeAlias = EndPushRequest  # noqa: Y015
+
+@_typing.final
+class ListCacheEntriesRequest(_message.Message):
+    """Asks for entries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """Only of this namespace; empty: all that the caller may see."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCacheEntriesRequest: _TypeAlias = ListCacheEntriesRequest  # noqa: Y015
+
+@_typing.final
+class ListCacheEntriesReply(_message.Message):
+    """Entries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheEntryView]:
+        """In order of namespace and key."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___CacheEntryView] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCacheEntriesReply: _TypeAlias = ListCacheEntriesReply  # noqa: Y015
+
+@_typing.final
+class CacheEntryView(_message.Message):
+    """An entry as an operator sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """"ready", "building" or "failed"."""
+    reason: _builtins.str
+    """Why it failed."""
+    @_builtins.property
+    def entry(self) -> _state_pb2.CacheEntry:
+        """What is stored; unset while it is being built."""
+
+    def __init__(
+        self,
+        *,
+        entry: _state_pb2.CacheEntry | None = ...,
+        state: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheEntryView: _TypeAlias = CacheEntryView  # noqa: Y015
+
+@_typing.final
+class BuildCacheRequest(_message.Message):
+    """Asks for an entry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FactsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    NUM_GPUS_FIELD_NUMBER: _builtins.int
+    MACHINE_TYPE_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """"cluster" or "team/NAME"."""
+    image: _builtins.str
+    """Image of the build task; "host" or an engine image."""
+    num_gpus: _builtins.int
+    """GPUs of the build task."""
+    machine_type: _builtins.str
+    """Machine type that it must run on."""
+    bytes_max: _builtins.int
+    """Refuse more than this."""
+    @_builtins.property
+    def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the key is made of; see fal_contract.cache_key."""
+
+    @_builtins.property
+    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Command of the build task, run with the engine image, without network or customer code; empty: only look up."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        facts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        command: _abc.Iterable[_builtins.str] | None = ...,
+        image: _builtins.str = ...,
+        num_gpus: _builtins.int = ...,
+        machine_type: _builtins.str = ...,
+        bytes_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_max", b"bytes_max", "command", b"command", "facts", b"facts", "image", b"image", "machine_type", b"machine_type", "namespace", b"namespace", "num_gpus", b"num_gpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BuildCacheRequest: _TypeAlias = BuildCacheRequest  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):

@@ -101,6 +101,61 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ModelView.FromString,
                 _registered_method=True)
+        self.WhereModel = channel.unary_unary(
+                '/fal.v1.Cluster/WhereModel',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.WhereModelRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.WhereModelReply.FromString,
+                _registered_method=True)
+        self.StageModel = channel.unary_unary(
+                '/fal.v1.Cluster/StageModel',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.StageModelRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.StageModelReply.FromString,
+                _registered_method=True)
+        self.UnstageModel = channel.unary_unary(
+                '/fal.v1.Cluster/UnstageModel',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.UnstageModelRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.StageModelReply.FromString,
+                _registered_method=True)
+        self.EvictModel = channel.unary_unary(
+                '/fal.v1.Cluster/EvictModel',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.EvictModelRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.EvictModelReply.FromString,
+                _registered_method=True)
+        self.VerifyModel = channel.unary_unary(
+                '/fal.v1.Cluster/VerifyModel',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.EvictModelRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.EvictModelReply.FromString,
+                _registered_method=True)
+        self.RevokeModel = channel.unary_unary(
+                '/fal.v1.Cluster/RevokeModel',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.RevokeModelRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ModelView.FromString,
+                _registered_method=True)
+        self.CollectModels = channel.unary_unary(
+                '/fal.v1.Cluster/CollectModels',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.CollectModelsRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.CollectModelsReply.FromString,
+                _registered_method=True)
+        self.BeginPush = channel.unary_unary(
+                '/fal.v1.Cluster/BeginPush',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.BeginPushRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.BeginPushReply.FromString,
+                _registered_method=True)
+        self.EndPush = channel.unary_unary(
+                '/fal.v1.Cluster/EndPush',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.EndPushRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ModelView.FromString,
+                _registered_method=True)
+        self.ListCacheEntries = channel.unary_unary(
+                '/fal.v1.Cluster/ListCacheEntries',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListCacheEntriesRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListCacheEntriesReply.FromString,
+                _registered_method=True)
+        self.BuildCache = channel.unary_unary(
+                '/fal.v1.Cluster/BuildCache',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.BuildCacheRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.FromString,
+                _registered_method=True)
         self.ApplyApp = channel.unary_unary(
                 '/fal.v1.Cluster/ApplyApp',
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ApplyAppRequest.SerializeToString,
@@ -250,7 +305,7 @@ class ClusterServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """A team's models.
+        """A team's models, a page at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -258,6 +313,83 @@ class ClusterServicer:
 
     def GetModel(self, request, context):
         """One model with its files.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WhereModel(self, request, context):
+        """Where a model is, and how long each node would take to have it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StageModel(self, request, context):
+        """Wishes a model to pools, nodes or a number of nodes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnstageModel(self, request, context):
+        """Takes wishes back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvictModel(self, request, context):
+        """Removes a model from nodes where nothing pins it or holds it open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyModel(self, request, context):
+        """Lets nodes read a model again, compare and repair.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeModel(self, request, context):
+        """Withdraws a model for good, everywhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectModels(self, request, context):
+        """Forgets models that were revoked or refused and are nowhere any more, and wishes that ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginPush(self, request, context):
+        """Begins an upload from an operator's machine: where to send it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndPush(self, request, context):
+        """Ends it: the model is ATTESTED once a node holds all of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCacheEntries(self, request, context):
+        """Entries of the compile cache.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BuildCache(self, request, context):
+        """Looks an entry up, or has it built: one build at a time for a key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -421,6 +553,61 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.GetModelRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ModelView.SerializeToString,
+            ),
+            'WhereModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.WhereModel,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.WhereModelRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.WhereModelReply.SerializeToString,
+            ),
+            'StageModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.StageModel,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.StageModelRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.StageModelReply.SerializeToString,
+            ),
+            'UnstageModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnstageModel,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.UnstageModelRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.StageModelReply.SerializeToString,
+            ),
+            'EvictModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvictModel,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.EvictModelRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.EvictModelReply.SerializeToString,
+            ),
+            'VerifyModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyModel,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.EvictModelRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.EvictModelReply.SerializeToString,
+            ),
+            'RevokeModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeModel,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.RevokeModelRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ModelView.SerializeToString,
+            ),
+            'CollectModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectModels,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.CollectModelsRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.CollectModelsReply.SerializeToString,
+            ),
+            'BeginPush': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginPush,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.BeginPushRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.BeginPushReply.SerializeToString,
+            ),
+            'EndPush': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndPush,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.EndPushRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ModelView.SerializeToString,
+            ),
+            'ListCacheEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCacheEntries,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListCacheEntriesRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListCacheEntriesReply.SerializeToString,
+            ),
+            'BuildCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.BuildCache,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.BuildCacheRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.SerializeToString,
             ),
             'ApplyApp': grpc.unary_unary_rpc_method_handler(
                     servicer.ApplyApp,
@@ -840,6 +1027,303 @@ class Cluster:
             '/fal.v1.Cluster/GetModel',
             fal__contract_dot_v1_dot_cluster__pb2.GetModelRequest.SerializeToString,
             fal__contract_dot_v1_dot_cluster__pb2.ModelView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WhereModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/WhereModel',
+            fal__contract_dot_v1_dot_cluster__pb2.WhereModelRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.WhereModelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StageModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/StageModel',
+            fal__contract_dot_v1_dot_cluster__pb2.StageModelRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.StageModelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnstageModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/UnstageModel',
+            fal__contract_dot_v1_dot_cluster__pb2.UnstageModelRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.StageModelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/EvictModel',
+            fal__contract_dot_v1_dot_cluster__pb2.EvictModelRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.EvictModelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/VerifyModel',
+            fal__contract_dot_v1_dot_cluster__pb2.EvictModelRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.EvictModelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/RevokeModel',
+            fal__contract_dot_v1_dot_cluster__pb2.RevokeModelRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.ModelView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/CollectModels',
+            fal__contract_dot_v1_dot_cluster__pb2.CollectModelsRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.CollectModelsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginPush(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/BeginPush',
+            fal__contract_dot_v1_dot_cluster__pb2.BeginPushRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.BeginPushReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndPush(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/EndPush',
+            fal__contract_dot_v1_dot_cluster__pb2.EndPushRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.ModelView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCacheEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/ListCacheEntries',
+            fal__contract_dot_v1_dot_cluster__pb2.ListCacheEntriesRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.ListCacheEntriesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BuildCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/BuildCache',
+            fal__contract_dot_v1_dot_cluster__pb2.BuildCacheRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,9 +57,31 @@ class ClusterStub:
     AddModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.AddModelRequest, _cluster_pb2.ModelView]
     """Registers a model."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListModelsRequest, _cluster_pb2.ListModelsReply]
-    """A team's models."""
+    """A team's models, a page at a time."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetModelRequest, _cluster_pb2.ModelView]
     """One model with its files."""
+    WhereModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.WhereModelRequest, _cluster_pb2.WhereModelReply]
+    """Where a model is, and how long each node would take to have it."""
+    StageModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.StageModelRequest, _cluster_pb2.StageModelReply]
+    """Wishes a model to pools, nodes or a number of nodes."""
+    UnstageModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.UnstageModelRequest, _cluster_pb2.StageModelReply]
+    """Takes wishes back."""
+    EvictModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.EvictModelRequest, _cluster_pb2.EvictModelReply]
+    """Removes a model from nodes where nothing pins it or holds it open."""
+    VerifyModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.EvictModelRequest, _cluster_pb2.EvictModelReply]
+    """Lets nodes read a model again, compare and repair."""
+    RevokeModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RevokeModelRequest, _cluster_pb2.ModelView]
+    """Withdraws a model for good, everywhere."""
+    CollectModels: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.CollectModelsRequest, _cluster_pb2.CollectModelsReply]
+    """Forgets models that were revoked or refused and are nowhere any more, and wishes that ended."""
+    BeginPush: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.BeginPushRequest, _cluster_pb2.BeginPushReply]
+    """Begins an upload from an operator's machine: where to send it."""
+    EndPush: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.EndPushRequest, _cluster_pb2.ModelView]
+    """Ends it: the model is ATTESTED once a node holds all of it."""
+    ListCacheEntries: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListCacheEntriesRequest, _cluster_pb2.ListCacheEntriesReply]
+    """Entries of the compile cache."""
+    BuildCache: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.BuildCacheRequest, _cluster_pb2.CacheEntryView]
+    """Looks an entry up, or has it built: one build at a time for a key."""
     ApplyApp: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]
     """Deploys: makes a revision and lets it run. All or nothing."""
     PlanApp: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]
@@ -115,9 +137,31 @@ class ClusterAsyncStub(ClusterStub):
     AddModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.AddModelRequest, _cluster_pb2.ModelView]  # type: ignore[assignment]
     """Registers a model."""
     ListModels: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListModelsRequest, _cluster_pb2.ListModelsReply]  # type: ignore[assignment]
-    """A team's models."""
+    """A team's models, a page at a time."""
     GetModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetModelRequest, _cluster_pb2.ModelView]  # type: ignore[assignment]
     """One model with its files."""
+    WhereModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.WhereModelRequest, _cluster_pb2.WhereModelReply]  # type: ignore[assignment]
+    """Where a model is, and how long each node would take to have it."""
+    StageModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.StageModelRequest, _cluster_pb2.StageModelReply]  # type: ignore[assignment]
+    """Wishes a model to pools, nodes or a number of nodes."""
+    UnstageModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.UnstageModelRequest, _cluster_pb2.StageModelReply]  # type: ignore[assignment]
+    """Takes wishes back."""
+    EvictModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.EvictModelRequest, _cluster_pb2.EvictModelReply]  # type: ignore[assignment]
+    """Removes a model from nodes where nothing pins it or holds it open."""
+    VerifyModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.EvictModelRequest, _cluster_pb2.EvictModelReply]  # type: ignore[assignment]
+    """Lets nodes read a model again, compare and repair."""
+    RevokeModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RevokeModelRequest, _cluster_pb2.ModelView]  # type: ignore[assignment]
+    """Withdraws a model for good, everywhere."""
+    CollectModels: _aio.UnaryUnaryMultiCallable[_cluster_pb2.CollectModelsRequest, _cluster_pb2.CollectModelsReply]  # type: ignore[assignment]
+    """Forgets models that were revoked or refused and are nowhere any more, and wishes that ended."""
+    BeginPush: _aio.UnaryUnaryMultiCallable[_cluster_pb2.BeginPushRequest, _cluster_pb2.BeginPushReply]  # type: ignore[assignment]
+    """Begins an upload from an operator's machine: where to send it."""
+    EndPush: _aio.UnaryUnaryMultiCallable[_cluster_pb2.EndPushRequest, _cluster_pb2.ModelView]  # type: ignore[assignment]
+    """Ends it: the model is ATTESTED once a node holds all of it."""
+    ListCacheEntries: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListCacheEntriesRequest, _cluster_pb2.ListCacheEntriesReply]  # type: ignore[assignment]
+    """Entries of the compile cache."""
+    BuildCache: _aio.UnaryUnaryMultiCallable[_cluster_pb2.BuildCacheRequest, _cluster_pb2.CacheEntryView]  # type: ignore[assignment]
+    """Looks an entry up, or has it built: one build at a time for a key."""
     ApplyApp: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]  # type: ignore[assignment]
     """Deploys: makes a revision and lets it run. All or nothing."""
     PlanApp: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]  # type: ignore[assignment]
@@ -242,7 +286,7 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ListModelsReply, _abc.Awaitable[_cluster_pb2.ListModelsReply]]:
-        """A team's models."""
+        """A team's models, a page at a time."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -251,6 +295,94 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ModelView, _abc.Awaitable[_cluster_pb2.ModelView]]:
         """One model with its files."""
+
+    @_abc_1.abstractmethod
+    def WhereModel(
+        self,
+        request: _cluster_pb2.WhereModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.WhereModelReply, _abc.Awaitable[_cluster_pb2.WhereModelReply]]:
+        """Where a model is, and how long each node would take to have it."""
+
+    @_abc_1.abstractmethod
+    def StageModel(
+        self,
+        request: _cluster_pb2.StageModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.StageModelReply, _abc.Awaitable[_cluster_pb2.StageModelReply]]:
+        """Wishes a model to pools, nodes or a number of nodes."""
+
+    @_abc_1.abstractmethod
+    def UnstageModel(
+        self,
+        request: _cluster_pb2.UnstageModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.StageModelReply, _abc.Awaitable[_cluster_pb2.StageModelReply]]:
+        """Takes wishes back."""
+
+    @_abc_1.abstractmethod
+    def EvictModel(
+        self,
+        request: _cluster_pb2.EvictModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.EvictModelReply, _abc.Awaitable[_cluster_pb2.EvictModelReply]]:
+        """Removes a model from nodes where nothing pins it or holds it open."""
+
+    @_abc_1.abstractmethod
+    def VerifyModel(
+        self,
+        request: _cluster_pb2.EvictModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.EvictModelReply, _abc.Awaitable[_cluster_pb2.EvictModelReply]]:
+        """Lets nodes read a model again, compare and repair."""
+
+    @_abc_1.abstractmethod
+    def RevokeModel(
+        self,
+        request: _cluster_pb2.RevokeModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ModelView, _abc.Awaitable[_cluster_pb2.ModelView]]:
+        """Withdraws a model for good, everywhere."""
+
+    @_abc_1.abstractmethod
+    def CollectModels(
+        self,
+        request: _cluster_pb2.CollectModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.CollectModelsReply, _abc.Awaitable[_cluster_pb2.CollectModelsReply]]:
+        """Forgets models that were revoked or refused and are nowhere any more, and wishes that ended."""
+
+    @_abc_1.abstractmethod
+    def BeginPush(
+        self,
+        request: _cluster_pb2.BeginPushRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.BeginPushReply, _abc.Awaitable[_cluster_pb2.BeginPushReply]]:
+        """Begins an upload from an operator's machine: where to send it."""
+
+    @_abc_1.abstractmethod
+    def EndPush(
+        self,
+        request: _cluster_pb2.EndPushRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ModelView, _abc.Awaitable[_cluster_pb2.ModelView]]:
+        """Ends it: the model is ATTESTED once a node holds all of it."""
+
+    @_abc_1.abstractmethod
+    def ListCacheEntries(
+        self,
+        request: _cluster_pb2.ListCacheEntriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ListCacheEntriesReply, _abc.Awaitable[_cluster_pb2.ListCacheEntriesReply]]:
+        """Entries of the compile cache."""
+
+    @_abc_1.abstractmethod
+    def BuildCache(
+        self,
+        request: _cluster_pb2.BuildCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.CacheEntryView, _abc.Awaitable[_cluster_pb2.CacheEntryView]]:
+        """Looks an entry up, or has it built: one build at a time for a key."""
 
     @_abc_1.abstractmethod
     def ApplyApp(

@@ -7,6 +7,7 @@ The agent owns staging and pins: fsd drops a pin of a runner only on the agent's
 
 from collections import abc as _abc
 from fal_contract.v1 import agent_pb2 as _agent_pb2
+from fal_contract.v1 import state_pb2 as _state_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -29,8 +30,14 @@ class StageRequest(_message.Message):
 
     ARTIFACT_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     """Runner for whom it is pinned while it is staged and after."""
+    in_flight: _builtins.bool
+    """True: also tell the folder in which it can be read while it arrives."""
+    tier: _builtins.str
+    """"disk" or "memory"; empty: disk."""
     @_builtins.property
     def artifact(self) -> _agent_pb2.Artifact:
         """What."""
@@ -40,10 +47,12 @@ class StageRequest(_message.Message):
         *,
         artifact: _agent_pb2.Artifact | None = ...,
         owner: _builtins.str = ...,
+        in_flight: _builtins.bool = ...,
+        tier: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "in_flight", b"in_flight", "owner", b"owner", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -59,6 +68,12 @@ class StageProgress(_message.Message):
     BYTES_TOTAL_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_PATH_FIELD_NUMBER: _builtins.int
+    BYTES_FROM_ORIGIN_FIELD_NUMBER: _builtins.int
+    BYTES_FROM_PEERS_FIELD_NUMBER: _builtins.int
+    RATE_BYTES_S_FIELD_NUMBER: _builtins.int
+    PROVISIONAL_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
     bytes_done: _builtins.int
     """Bytes present and checked."""
     bytes_total: _builtins.int
@@ -67,6 +82,18 @@ class StageProgress(_message.Message):
     """True: every digest was checked; `path` may be mounted."""
     path: _builtins.str
     """Directory with the artifact's files, once ready."""
+    in_flight_path: _builtins.str
+    """Directory of the mount in which it can be read while it arrives; empty: not here, wait for `ready`."""
+    bytes_from_origin: _builtins.int
+    """Of bytes_done, those that this node read from the origin."""
+    bytes_from_peers: _builtins.int
+    """Of bytes_done, those that peers sent."""
+    rate_bytes_s: _builtins.int
+    """Measured over the last seconds."""
+    provisional: _builtins.bool
+    """True: nobody has attested the content yet."""
+    waits_for: _builtins.str
+    """What holds it up, if something does."""
     def __init__(
         self,
         *,
@@ -74,10 +101,16 @@ class StageProgress(_message.Message):
         bytes_total: _builtins.int = ...,
         ready: _builtins.bool = ...,
         path: _builtins.str = ...,
+        in_flight_path: _builtins.str = ...,
+        bytes_from_origin: _builtins.int = ...,
+        bytes_from_peers: _builtins.int = ...,
+        rate_bytes_s: _builtins.int = ...,
+        provisional: _builtins.bool = ...,
+        waits_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "path", b"path", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_from_origin", b"bytes_from_origin", "bytes_from_peers", b"bytes_from_peers", "bytes_total", b"bytes_total", "in_flight_path", b"in_flight_path", "path", b"path", "provisional", b"provisional", "rate_bytes_s", b"rate_bytes_s", "ready", b"ready", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -91,19 +124,23 @@ class PinRequest(_message.Message):
 
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    TTL_S_FIELD_NUMBER: _builtins.int
     manifest_digest: _builtins.str
-    """SHA-256 of the manifest, hexadecimal."""
+    """SHA-256 of the manifest, hexadecimal, or an artifact id."""
     owner: _builtins.str
     """Who wants it kept."""
+    ttl_s: _builtins.float
+    """Seconds until the pin ends by itself; 0: on the owner's word alone."""
     def __init__(
         self,
         *,
         manifest_digest: _builtins.str = ...,
         owner: _builtins.str = ...,
+        ttl_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest_digest", b"manifest_digest", "owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest_digest", b"manifest_digest", "owner", b"owner", "ttl_s", b"ttl_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -133,16 +170,20 @@ class UnpinRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OWNER_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     """Whose pins."""
+    manifest_digest: _builtins.str
+    """Only of this artifact (manifest digest or artifact id); empty: all."""
     def __init__(
         self,
         *,
         owner: _builtins.str = ...,
+        manifest_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest_digest", b"manifest_digest", "owner", b"owner"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -222,14 +263,41 @@ class CachedArtifact(_message.Message):
     BYTES_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     PINNED_BY_FIELD_NUMBER: _builtins.int
+    ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    BYTES_DISK_FIELD_NUMBER: _builtins.int
+    BYTES_MEMORY_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    RATE_BYTES_S_FIELD_NUMBER: _builtins.int
+    BYTES_FROM_ORIGIN_FIELD_NUMBER: _builtins.int
+    BYTES_FROM_PEERS_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
     manifest_digest: _builtins.str
-    """SHA-256 of the manifest, hexadecimal."""
+    """SHA-256 of the manifest, hexadecimal; empty while nobody has attested it."""
     model: _builtins.str
     """`team/name` it was staged as."""
     bytes: _builtins.int
     """Sum of all files."""
     ready: _builtins.bool
     """Every digest was checked."""
+    artifact_id: _builtins.str
+    """Names it in swarms."""
+    bytes_disk: _builtins.int
+    """Bytes present and checked on disk."""
+    bytes_memory: _builtins.int
+    """Of them, locked in memory."""
+    kind: _builtins.str
+    """"model", "lora", "image" or "cache"."""
+    wanted: _builtins.bool
+    """True: somebody wants it whole and it is not yet."""
+    rate_bytes_s: _builtins.int
+    """Measured rate at which it arrives."""
+    bytes_from_origin: _builtins.int
+    """Read from the origin by this node, since the artifact came here."""
+    bytes_from_peers: _builtins.int
+    """Sent by peers."""
+    waits_for: _builtins.str
+    """What holds it up, if something does."""
     @_builtins.property
     def pinned_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Owners of pins."""
@@ -242,11 +310,219 @@ class CachedArtifact(_message.Message):
         bytes: _builtins.int = ...,
         ready: _builtins.bool = ...,
         pinned_by: _abc.Iterable[_builtins.str] | None = ...,
+        artifact_id: _builtins.str = ...,
+        bytes_disk: _builtins.int = ...,
+        bytes_memory: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        wanted: _builtins.bool = ...,
+        rate_bytes_s: _builtins.int = ...,
+        bytes_from_origin: _builtins.int = ...,
+        bytes_from_peers: _builtins.int = ...,
+        waits_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "manifest_digest", b"manifest_digest", "model", b"model", "pinned_by", b"pinned_by", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "bytes", b"bytes", "bytes_disk", b"bytes_disk", "bytes_from_origin", b"bytes_from_origin", "bytes_from_peers", b"bytes_from_peers", "bytes_memory", b"bytes_memory", "kind", b"kind", "manifest_digest", b"manifest_digest", "model", b"model", "pinned_by", b"pinned_by", "rate_bytes_s", b"rate_bytes_s", "ready", b"ready", "waits_for", b"waits_for", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CachedArtifact: _TypeAlias = CachedArtifact  # noqa: Y015
+
+@_typing.final
+class CancelReadsRequest(_message.Message):
+    """Ends waits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Processes (as the host numbers them) whose reads end."""
+
+    def __init__(
+        self,
+        *,
+        pids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pids", b"pids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelReadsRequest: _TypeAlias = CancelReadsRequest  # noqa: Y015
+
+@_typing.final
+class CancelReadsReply(_message.Message):
+    """Done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    cancelled: _builtins.int
+    """How many reads waited."""
+    def __init__(
+        self,
+        *,
+        cancelled: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelReadsReply: _TypeAlias = CancelReadsReply  # noqa: Y015
+
+@_typing.final
+class IngestRequest(_message.Message):
+    """Takes a folder in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLDER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    folder: _builtins.str
+    """Absolute path on this node; its files are copied."""
+    model: _builtins.str
+    """`team/name`."""
+    kind: _builtins.str
+    """"cache"."""
+    bytes_max: _builtins.int
+    """Refuse more than this."""
+    owner: _builtins.str
+    """Who keeps it until the scheduler has signed it."""
+    def __init__(
+        self,
+        *,
+        folder: _builtins.str = ...,
+        model: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        bytes_max: _builtins.int = ...,
+        owner: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_max", b"bytes_max", "folder", b"folder", "kind", b"kind", "model", b"model", "owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IngestRequest: _TypeAlias = IngestRequest  # noqa: Y015
+
+@_typing.final
+class IngestReply(_message.Message):
+    """What was taken in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    manifest_digest: _builtins.str
+    """SHA-256 of the manifest, hexadecimal."""
+    @_builtins.property
+    def manifest(self) -> _state_pb2.ModelManifest:
+        """With SHA-256 and BLAKE3 of everything."""
+
+    def __init__(
+        self,
+        *,
+        manifest: _state_pb2.ModelManifest | None = ...,
+        manifest_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "manifest_digest", b"manifest_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IngestReply: _TypeAlias = IngestReply  # noqa: Y015
+
+@_typing.final
+class GetCacheStatusRequest(_message.Message):
+    """Asks how this cache is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCacheStatusRequest: _TypeAlias = GetCacheStatusRequest  # noqa: Y015
+
+@_typing.final
+class CacheStatus(_message.Message):
+    """How this cache is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CapabilitiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_USED_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_USED_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """Cluster, or empty while no scheduler was ever reached."""
+    disk_bytes_max: _builtins.int
+    """Bytes that artifacts may take on disk, and take."""
+    disk_bytes_used: _builtins.int
+    memory_bytes_max: _builtins.int
+    """Bytes that may be locked in memory, and are."""
+    memory_bytes_used: _builtins.int
+    peers: _builtins.int
+    """Connected peers."""
+    scheduler: _builtins.bool
+    """True: the scheduler's stream is up."""
+    @_builtins.property
+    def capabilities(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What works here: "fuse", "passthrough", "resend", "mlock", "tls", each "yes" or why not."""
+
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        capabilities: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        disk_bytes_max: _builtins.int = ...,
+        disk_bytes_used: _builtins.int = ...,
+        memory_bytes_max: _builtins.int = ...,
+        memory_bytes_used: _builtins.int = ...,
+        peers: _builtins.int = ...,
+        scheduler: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "disk_bytes_max", b"disk_bytes_max", "disk_bytes_used", b"disk_bytes_used", "memory_bytes_max", b"memory_bytes_max", "memory_bytes_used", b"memory_bytes_used", "node_id", b"node_id", "peers", b"peers", "scheduler", b"scheduler"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheStatus: _TypeAlias = CacheStatus  # noqa: Y015

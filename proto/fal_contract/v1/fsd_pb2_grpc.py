@@ -55,6 +55,21 @@ class NodeCacheStub:
                 request_serializer=fal__contract_dot_v1_dot_fsd__pb2.ListArtifactsRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_fsd__pb2.ListArtifactsReply.FromString,
                 _registered_method=True)
+        self.CancelReads = channel.unary_unary(
+                '/fal.v1.NodeCache/CancelReads',
+                request_serializer=fal__contract_dot_v1_dot_fsd__pb2.CancelReadsRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_fsd__pb2.CancelReadsReply.FromString,
+                _registered_method=True)
+        self.Ingest = channel.unary_unary(
+                '/fal.v1.NodeCache/Ingest',
+                request_serializer=fal__contract_dot_v1_dot_fsd__pb2.IngestRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_fsd__pb2.IngestReply.FromString,
+                _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/fal.v1.NodeCache/GetStatus',
+                request_serializer=fal__contract_dot_v1_dot_fsd__pb2.GetCacheStatusRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_fsd__pb2.CacheStatus.FromString,
+                _registered_method=True)
 
 
 class NodeCacheServicer:
@@ -89,6 +104,27 @@ class NodeCacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelReads(self, request, context):
+        """Ends the waits of reads of unfinished files: they fail with EINTR at once. Before a runner is killed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Ingest(self, request, context):
+        """Takes a folder of this node in as an artifact: what a build task left.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStatus(self, request, context):
+        """What works here, room, rates, peers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeCacheServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +147,21 @@ def add_NodeCacheServicer_to_server(servicer, server):
                     servicer.ListArtifacts,
                     request_deserializer=fal__contract_dot_v1_dot_fsd__pb2.ListArtifactsRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_fsd__pb2.ListArtifactsReply.SerializeToString,
+            ),
+            'CancelReads': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelReads,
+                    request_deserializer=fal__contract_dot_v1_dot_fsd__pb2.CancelReadsRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_fsd__pb2.CancelReadsReply.SerializeToString,
+            ),
+            'Ingest': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ingest,
+                    request_deserializer=fal__contract_dot_v1_dot_fsd__pb2.IngestRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_fsd__pb2.IngestReply.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=fal__contract_dot_v1_dot_fsd__pb2.GetCacheStatusRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_fsd__pb2.CacheStatus.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +273,87 @@ class NodeCache:
             '/fal.v1.NodeCache/ListArtifacts',
             fal__contract_dot_v1_dot_fsd__pb2.ListArtifactsRequest.SerializeToString,
             fal__contract_dot_v1_dot_fsd__pb2.ListArtifactsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelReads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.NodeCache/CancelReads',
+            fal__contract_dot_v1_dot_fsd__pb2.CancelReadsRequest.SerializeToString,
+            fal__contract_dot_v1_dot_fsd__pb2.CancelReadsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ingest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.NodeCache/Ingest',
+            fal__contract_dot_v1_dot_fsd__pb2.IngestRequest.SerializeToString,
+            fal__contract_dot_v1_dot_fsd__pb2.IngestReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.NodeCache/GetStatus',
+            fal__contract_dot_v1_dot_fsd__pb2.GetCacheStatusRequest.SerializeToString,
+            fal__contract_dot_v1_dot_fsd__pb2.CacheStatus.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,12 @@ class NodeCacheStub:
     """Lets go of an owner's pins. Idempotent."""
     ListArtifacts: _grpc.UnaryUnaryMultiCallable[_fsd_pb2.ListArtifactsRequest, _fsd_pb2.ListArtifactsReply]
     """What is here."""
+    CancelReads: _grpc.UnaryUnaryMultiCallable[_fsd_pb2.CancelReadsRequest, _fsd_pb2.CancelReadsReply]
+    """Ends the waits of reads of unfinished files: they fail with EINTR at once. Before a runner is killed."""
+    Ingest: _grpc.UnaryUnaryMultiCallable[_fsd_pb2.IngestRequest, _fsd_pb2.IngestReply]
+    """Takes a folder of this node in as an artifact: what a build task left."""
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_fsd_pb2.GetCacheStatusRequest, _fsd_pb2.CacheStatus]
+    """What works here, room, rates, peers."""
 
 @_typing.type_check_only
 class NodeCacheAsyncStub(NodeCacheStub):
@@ -57,6 +63,12 @@ class NodeCacheAsyncStub(NodeCacheStub):
     """Lets go of an owner's pins. Idempotent."""
     ListArtifacts: _aio.UnaryUnaryMultiCallable[_fsd_pb2.ListArtifactsRequest, _fsd_pb2.ListArtifactsReply]  # type: ignore[assignment]
     """What is here."""
+    CancelReads: _aio.UnaryUnaryMultiCallable[_fsd_pb2.CancelReadsRequest, _fsd_pb2.CancelReadsReply]  # type: ignore[assignment]
+    """Ends the waits of reads of unfinished files: they fail with EINTR at once. Before a runner is killed."""
+    Ingest: _aio.UnaryUnaryMultiCallable[_fsd_pb2.IngestRequest, _fsd_pb2.IngestReply]  # type: ignore[assignment]
+    """Takes a folder of this node in as an artifact: what a build task left."""
+    GetStatus: _aio.UnaryUnaryMultiCallable[_fsd_pb2.GetCacheStatusRequest, _fsd_pb2.CacheStatus]  # type: ignore[assignment]
+    """What works here, room, rates, peers."""
 
 class NodeCacheServicer(metaclass=_abc_1.ABCMeta):
     """Served by fal-fsd on its unix socket."""
@@ -92,5 +104,29 @@ class NodeCacheServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fsd_pb2.ListArtifactsReply, _abc.Awaitable[_fsd_pb2.ListArtifactsReply]]:
         """What is here."""
+
+    @_abc_1.abstractmethod
+    def CancelReads(
+        self,
+        request: _fsd_pb2.CancelReadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fsd_pb2.CancelReadsReply, _abc.Awaitable[_fsd_pb2.CancelReadsReply]]:
+        """Ends the waits of reads of unfinished files: they fail with EINTR at once. Before a runner is killed."""
+
+    @_abc_1.abstractmethod
+    def Ingest(
+        self,
+        request: _fsd_pb2.IngestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fsd_pb2.IngestReply, _abc.Awaitable[_fsd_pb2.IngestReply]]:
+        """Takes a folder of this node in as an artifact: what a build task left."""
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _fsd_pb2.GetCacheStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fsd_pb2.CacheStatus, _abc.Awaitable[_fsd_pb2.CacheStatus]]:
+        """What works here, room, rates, peers."""
 
 def add_NodeCacheServicer_to_server(servicer: NodeCacheServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,6 +6,7 @@ What the store keeps, and the nouns that every other file uses.
 Every value in the store is one Record. A record's key names its kind, and its team where it belongs to one:
   meta                                   pool/NAME          node/ID        token/ID       revoked/SERIAL
   team/T/app/NAME   team/T/revision/NAME/00000003   team/T/model/NAME   team/T/runner/NAME-SUFFIX
+  team/T/wish/NAME/TARGET                cache/NAMESPACE/KEY
 Heartbeats, runner phases, leases and measurements are never stored; agents tell them again.
 """
 
@@ -39,6 +40,8 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     """Digests are known and frozen."""
     MODEL_STATE_REFUSED: _ModelState.ValueType  # 3
     """The content was not what it was said to be."""
+    MODEL_STATE_REVOKED: _ModelState.ValueType  # 4
+    """Withdrawn by an operator (a licence ended): never staged again, removed everywhere."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
     """How far a model's content is known."""
@@ -51,6 +54,8 @@ MODEL_STATE_ATTESTED: ModelState.ValueType  # 2
 """Digests are known and frozen."""
 MODEL_STATE_REFUSED: ModelState.ValueType  # 3
 """The content was not what it was said to be."""
+MODEL_STATE_REVOKED: ModelState.ValueType  # 4
+"""Withdrawn by an operator (a licence ended): never staged again, removed everywhere."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 class _Goal:
@@ -157,6 +162,8 @@ class Record(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     RUNNER_FIELD_NUMBER: _builtins.int
+    WISH_FIELD_NUMBER: _builtins.int
+    CACHE_ENTRY_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of the record's layout. A reader refuses a version above its own."""
     @_builtins.property
@@ -177,6 +184,10 @@ class Record(_message.Message):
     def model(self) -> Global___Model: ...
     @_builtins.property
     def runner(self) -> Global___Runner: ...
+    @_builtins.property
+    def wish(self) -> Global___Wish: ...
+    @_builtins.property
+    def cache_entry(self) -> Global___CacheEntry: ...
     def __init__(
         self,
         *,
@@ -190,12 +201,14 @@ class Record(_message.Message):
         revision: Global___Revision | None = ...,
         model: Global___Model | None = ...,
         runner: Global___Runner | None = ...,
+        wish: Global___Wish | None = ...,
+        cache_entry: Global___CacheEntry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "kind", b"kind", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "token", b"token", "wish", b"wish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "kind", b"kind", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "token", b"token", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "token", b"token", "version", b"version", "wish", b"wish"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["meta", "pool", "node", "token", "revocation", "app", "revision", "model", "runner"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["meta", "pool", "node", "token", "revocation", "app", "revision", "model", "runner", "wish", "cache_entry"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -727,6 +740,8 @@ class AppSpec(_message.Message):
     PROBE_FIELD_NUMBER: _builtins.int
     TERMINATION_GRACE_S_FIELD_NUMBER: _builtins.int
     SHARE_GROUP_FIELD_NUMBER: _builtins.int
+    STREAM_WEIGHTS_FIELD_NUMBER: _builtins.int
+    ALLOW_PROVISIONAL_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """Image name; "host" is the node's own system, read-only, with the worker's environment."""
     model: _builtins.str
@@ -741,6 +756,10 @@ class AppSpec(_message.Message):
     """Seconds between SIGTERM and SIGKILL."""
     share_group: _builtins.str
     """Runners of apps in one share group of one team may share processes; empty: the app's own."""
+    stream_weights: _builtins.bool
+    """Start while weights are still arriving; reads of a piece that is not there yet wait for it."""
+    allow_provisional: _builtins.bool
+    """Such reads may also see bytes that nobody has attested yet."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Command and arguments; empty: our worker."""
@@ -796,10 +815,12 @@ class AppSpec(_message.Message):
         probe: Global___Probe | None = ...,
         termination_grace_s: _builtins.float = ...,
         share_group: _builtins.str = ...,
+        stream_weights: _builtins.bool = ...,
+        allow_provisional: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["probe", b"probe", "resources", b"resources", "scaling", b"scaling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "env", b"env", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "image", b"image", "labels", b"labels", "loras", b"loras", "machine_type", b"machine_type", "model", b"model", "network", b"network", "num_gpus", b"num_gpus", "pools", b"pools", "probe", b"probe", "resources", b"resources", "scaling", b"scaling", "share_group", b"share_group", "termination_grace_s", b"termination_grace_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "command", b"command", "env", b"env", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "image", b"image", "labels", b"labels", "loras", b"loras", "machine_type", b"machine_type", "model", b"model", "network", b"network", "num_gpus", b"num_gpus", "pools", b"pools", "probe", b"probe", "resources", b"resources", "scaling", b"scaling", "share_group", b"share_group", "stream_weights", b"stream_weights", "termination_grace_s", b"termination_grace_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -943,22 +964,30 @@ class ModelFile(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    BLAKE3_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Relative path with '/'; never absolute, never with ".."."""
     bytes: _builtins.int
     """Size in bytes."""
     sha256: _builtins.bytes
-    """SHA-256 of the content."""
+    """SHA-256 of the content; empty while nobody knows it."""
+    version: _builtins.str
+    """What the origin calls this version of the file: an ETag, a blob id, a change time. Sent back with every range."""
+    blake3: _builtins.bytes
+    """BLAKE3 of every piece, 32 bytes each, in order; empty until the model is ATTESTED."""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         bytes: _builtins.int = ...,
         sha256: _builtins.bytes = ...,
+        version: _builtins.str = ...,
+        blake3: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "path", b"path", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blake3", b"blake3", "bytes", b"bytes", "path", b"path", "sha256", b"sha256", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -980,12 +1009,17 @@ class Model(_message.Message):
     CREATED_AT_S_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    RESOLVED_URI_FIELD_NUMBER: _builtins.int
+    ATTESTATION_FIELD_NUMBER: _builtins.int
+    ATTESTED_BY_FIELD_NUMBER: _builtins.int
+    ALLOW_PICKLE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`team/name`."""
     kind: _builtins.str
-    """"model" or "lora"."""
+    """"model", "lora", "image" or "cache"."""
     uri: _builtins.str
-    """Where it came from."""
+    """Where it came from, as the operator gave it."""
     state: Global___ModelState.ValueType
     """How far its content is known."""
     manifest_digest: _builtins.str
@@ -999,7 +1033,19 @@ class Model(_message.Message):
     reason: _builtins.str
     """Why it is refused."""
     revision: _builtins.str
-    """Revision that was asked for and what it was resolved to."""
+    """Revision that was asked for: branch, tag or commit."""
+    artifact_id: _builtins.str
+    """SHA-256 over the listing: names this artifact from REGISTERED on, in swarms and in caches."""
+    resolved_uri: _builtins.str
+    """`uri` with moving names replaced by what they meant when it was registered: a commit."""
+    attestation: _builtins.str
+    """How the content became known: "digests" (the origin published them, and they were confirmed), "version" (every
+    range came under one version of the origin's file), "read" (the scheduler read the folder itself) or "push".
+    """
+    attested_by: _builtins.str
+    """Who told the content: "scheduler", a node's id, or an operator's name."""
+    allow_pickle: _builtins.bool
+    """Files that may hold pickles were allowed by who registered it."""
     def __init__(
         self,
         *,
@@ -1013,14 +1059,141 @@ class Model(_message.Message):
         created_at_s: _builtins.float = ...,
         reason: _builtins.str = ...,
         revision: _builtins.str = ...,
+        artifact_id: _builtins.str = ...,
+        resolved_uri: _builtins.str = ...,
+        attestation: _builtins.str = ...,
+        attested_by: _builtins.str = ...,
+        allow_pickle: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "created_at_s", b"created_at_s", "files", b"files", "id", b"id", "kind", b"kind", "manifest_digest", b"manifest_digest", "reason", b"reason", "revision", b"revision", "state", b"state", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "artifact_id", b"artifact_id", "attestation", b"attestation", "attested_by", b"attested_by", "bytes", b"bytes", "created_at_s", b"created_at_s", "files", b"files", "id", b"id", "kind", b"kind", "manifest_digest", b"manifest_digest", "reason", b"reason", "resolved_uri", b"resolved_uri", "revision", b"revision", "state", b"state", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Wish(_message.Message):
+    """Where a model should be, whatever runs: an operator's wish."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_S_FIELD_NUMBER: _builtins.int
+    CREATED_BY_FIELD_NUMBER: _builtins.int
+    CREATED_AT_S_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """`team/name` of the model."""
+    target: _builtins.str
+    """"pool/NAME", "node/ID" or "replicas"."""
+    replicas: _builtins.int
+    """How many nodes, with target "replicas"."""
+    tier: _builtins.str
+    """"disk" or "memory"."""
+    expires_at_s: _builtins.float
+    """Unix seconds; 0: until it is taken back."""
+    created_by: _builtins.str
+    """Who wished it."""
+    created_at_s: _builtins.float
+    """Unix seconds."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        target: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+        tier: _builtins.str = ...,
+        expires_at_s: _builtins.float = ...,
+        created_by: _builtins.str = ...,
+        created_at_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at_s", b"created_at_s", "created_by", b"created_by", "expires_at_s", b"expires_at_s", "model", b"model", "replicas", b"replicas", "target", b"target", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wish: _TypeAlias = Wish  # noqa: Y015
+
+@_typing.final
+class CacheEntry(_message.Message):
+    """An entry of the compile cache: immutable, content-addressed, signed by the scheduler."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FactsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    CREATED_AT_S_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """"cluster" or "team/NAME": who may read it."""
+    key: _builtins.str
+    """SHA-256 over what decides the content, hexadecimal; never the weights."""
+    model: _builtins.str
+    """`team/name` of the artifact with the files."""
+    manifest_digest: _builtins.str
+    """SHA-256 of its manifest, hexadecimal."""
+    bytes: _builtins.int
+    """Sum of all files."""
+    task: _builtins.str
+    """Id of the build task whose output it is."""
+    created_at_s: _builtins.float
+    """Unix seconds."""
+    signature: _builtins.bytes
+    """The CA's signature over namespace, key and manifest digest, DER."""
+    @_builtins.property
+    def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the key was made of, for people."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        key: _builtins.str = ...,
+        model: _builtins.str = ...,
+        manifest_digest: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        task: _builtins.str = ...,
+        created_at_s: _builtins.float = ...,
+        signature: _builtins.bytes = ...,
+        facts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "created_at_s", b"created_at_s", "facts", b"facts", "key", b"key", "manifest_digest", b"manifest_digest", "model", b"model", "namespace", b"namespace", "signature", b"signature", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheEntry: _TypeAlias = CacheEntry  # noqa: Y015
 
 @_typing.final
 class ModelManifest(_message.Message):
@@ -1029,6 +1202,21 @@ class ModelManifest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FILES_FIELD_NUMBER: _builtins.int
+    ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    URI_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    PIECE_BYTES_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    artifact_id: _builtins.str
+    """Names the artifact in swarms."""
+    uri: _builtins.str
+    """Where ranges are read: `resolved_uri` of the model."""
+    kind: _builtins.str
+    """"model", "lora", "image" or "cache"."""
+    piece_bytes: _builtins.int
+    """Length of a piece; only the last one of a file is shorter."""
+    signature: _builtins.bytes
+    """The CA's signature over artifact id, manifest digest and piece digests, DER; empty until ATTESTED."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
         """In order of path."""
@@ -1037,10 +1225,15 @@ class ModelManifest(_message.Message):
         self,
         *,
         files: _abc.Iterable[Global___ModelFile] | None = ...,
+        artifact_id: _builtins.str = ...,
+        uri: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        piece_bytes: _builtins.int = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "files", b"files", "kind", b"kind", "piece_bytes", b"piece_bytes", "signature", b"signature", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
