@@ -24,6 +24,22 @@ class BadPiece(Exception):
         self.source = source
 
 
+class PieceWriter(Protocol):
+    """One piece on its way in: written and hashed as it comes, counted only by `finish`. Used by one thread."""
+
+    def write(self, data: memoryview) -> None:
+        """The next bytes. Raises FalError (disk full …) and ValueError beyond the piece's end."""
+        ...
+
+    def finish(self) -> bytes:
+        """Check and count; the BLAKE3 digest. Raises BadPiece: nothing counts."""
+        ...
+
+    def abort(self) -> None:
+        """Give it up; idempotent, and fine after `finish`."""
+        ...
+
+
 class Part(Protocol):
     """An artifact on its way (or finished), on disk. Thread-safe."""
 
@@ -37,10 +53,10 @@ class Part(Protocol):
 
     def has(self, piece: int) -> bool: ...
 
-    def put(self, piece: int, data: memoryview, *, source: str, expect: bytes | None = None) -> bytes:
-        """Check, write, count. Returns the BLAKE3 digest. Without `expect` the attested digest counts, else any.
+    def writer(self, piece: int, *, source: str, expect: bytes | None = None) -> PieceWriter | None:
+        """Begin to write a piece; None when it is here already or somebody else writes it just now.
 
-        Raises BadPiece (nothing was written), FalError (disk full …). A piece that is there already is not written.
+        Without `expect` the attested digest counts; where there is none, any content does (it is provisional).
         """
         ...
 

@@ -17,8 +17,8 @@ from fal_contract.errors import invalid
 KINDS: Final = ("model", "lora", "image", "cache")
 BLAKE3_BYTES: Final = 32
 _MODEL_PIECE_BYTES_MIN: Final = 4 << 20
-_MODEL_PIECE_BYTES_MAX: Final = 64 << 20
-_MODEL_PIECES_MEANT: Final = 2000  # 24 GB: 16 MiB; 100 GB: 64 MiB
+_MODEL_PIECE_BYTES_MAX: Final = 32 << 20
+_MODEL_PIECES_MEANT: Final = 2000  # 24 GB: 16 MiB
 _PIECE_BYTES: Final = {"image": 256 << 10, "cache": 1 << 20}
 # What may lie in a swarm: a bitmap of so many pieces is 64 KiB.
 PIECES_MAX: Final = 1 << 19
