@@ -57,6 +57,19 @@ class FakeCache:
         self.refuse: dict[str, FalError] = {}
         self.away = False
         self.pins: dict[str, set[str]] = {}
+        self.mount = False  # whether unfinished artifacts can be read
+        self.cancelled: list[int] = []
+
+    async def view(self, artifact: agent_pb2.Artifact, owner: str) -> tuple[Path, bool]:
+        if not self.mount:
+            return await self.stage(artifact, owner), True
+        self._answer()
+        self.pins.setdefault(owner, set()).add(artifact.model)
+        return Path("/in-flight") / artifact.model, False
+
+    async def cancel_reads(self, pids: Sequence[int]) -> None:
+        self._answer()
+        self.cancelled += pids
 
     async def stage(self, artifact: agent_pb2.Artifact, owner: str) -> Path:
         self._answer()

@@ -121,6 +121,8 @@ def _env(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec) -> 
     ):
         if bound:
             env[name] = f"{bound:g}"
+    if any(artifact.stream for artifact in message.artifacts):
+        env["FAL_STREAM_WEIGHTS"] = "1"  # files may still be arriving: to be read, not mapped
     if checkpoints := models("model"):
         env["FAL_MODEL_DIR"] = checkpoints[0][1]
     if loras := models("lora"):

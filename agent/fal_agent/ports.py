@@ -25,6 +25,17 @@ class WeightCache(Protocol):
         """The folder with the artifact's files, all digests checked, pinned for `owner`. CORRUPT, UNAVAILABLE …"""
         ...
 
+    async def view(self, artifact: agent_pb2.Artifact, owner: str) -> tuple[Path, bool]:
+        """The folder in which the artifact can be read soonest, and whether that is the finished one.
+
+        An unfinished one is a mount whose reads wait for what they need; where there is none, it is waited for.
+        """
+        ...
+
+    async def cancel_reads(self, pids: Sequence[int]) -> None:
+        """End what these processes wait for in unfinished files."""
+        ...
+
     async def unpin(self, owner: str) -> None:
         """Let go of all pins of `owner`."""
         ...

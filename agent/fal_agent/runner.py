@@ -19,6 +19,7 @@ from typing import Final
 
 from fal_agent import launch
 from fal_agent.aftermath import exit_of, gpu_in_use, log_tail
+from fal_agent.arrivals import PASSING, Arrivals, processes_of
 from fal_agent.core.assignments import Assignment, Goal
 from fal_agent.core.tasks import (
     Action,
@@ -49,9 +50,7 @@ _RETRY_MIN_S: Final = 0.1
 _RETRY_MAX_S: Final = 10.0
 _RELEASE_POLL_S: Final = 0.5
 _DRAIN_POLL_S: Final = 1.0
-# What may pass by itself before a container runs; anything else ends the runner with its reason.
 _log = get_logger("agent.runner")
-_PASSING: Final = frozenset({Code.UNAVAILABLE, Code.TIMEOUT, Code.BUSY})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +85,7 @@ class Runner:
         self._on_change = on_change
         self._news = asyncio.Event()
         self._idle = asyncio.Event()  # set whenever the counts change
+        self._arrivals = Arrivals(task.runner_id, tools.cache, tools.driver, on_failed=self._weights_failed)
         self._exit_watch: asyncio.Task[None] | None = None
         self._job: asyncio.Task[None] | None = None
 
@@ -104,6 +104,7 @@ class Runner:
         """Begin driving. A container that runs already is watched from now on."""
         if Phase.STARTED <= self.task.phase < Phase.EXITED:
             self._watch_exit()
+            self._arrivals.follow(parse(self.task.assignment).artifacts)
         self._job = asyncio.create_task(self._drive(), name=f"runner {self.id}")
 
     def assign(self, assignment: Assignment) -> bool:
@@ -140,6 +141,7 @@ class Runner:
 
     async def close(self) -> None:
         """Stop driving; the container goes on."""
+        await self._arrivals.close()
         for job in (self._job, self._exit_watch):
             if job is not None:
                 job.cancel()
@@ -209,7 +211,7 @@ class Runner:
 
     def _gave_up(self, action: Action | None, exc: FalError) -> bool:
         """True when the error ends the runner."""
-        if action not in (Action.STAGE, Action.CREATE, Action.START) or exc.code in _PASSING:
+        if action not in (Action.STAGE, Action.CREATE, Action.START) or exc.code in PASSING:
             return False
         self._see(fail(self.task, f"{action}: {exc}"))
         return True
@@ -266,7 +268,7 @@ class Runner:
         message = parse(self.task.assignment)
         try:
             async with asyncio.timeout(STAGE_TIMEOUT_S):
-                await _together([self._tools.cache.stage(a, self.id) for a in message.artifacts], self._make(message))
+                await _together([self._arrivals.stage(a) for a in message.artifacts], self._make(message))
         except TimeoutError:
             raise FalError(
                 Code.RUNNER_FAILED, f"weights did not arrive in {STAGE_TIMEOUT_S:g} s", remedy="Look at their origin."
@@ -285,9 +287,7 @@ class Runner:
         message = parse(self.task.assignment)
         await self._make(message)  # made while staging, or lost with an earlier life of this machine
         for artifact in message.artifacts:
-            source = await self._tools.cache.stage(artifact, self.id)
-            name = launch.model_name(artifact.model)
-            await self._tools.driver.attach_model(launch.container_id(self.id), name, source)
+            await self._arrivals.attach(artifact)
         self._see(advance(self.task, Phase.CREATED, move=Action.CREATE, seconds=self._now_s() - began_s))
 
     async def _start(self) -> None:
@@ -367,6 +367,7 @@ class Runner:
         id, driver = launch.container_id(self.id), self._tools.driver
         try:
             if action is Action.KILL:
+                await self._cancel_reads()
                 status = await driver.kill(id)
             else:
                 status = await driver.stop(id, grace_s=self.task.assignment.termination_grace_s)
@@ -376,6 +377,16 @@ class Runner:
             self._exit_seen(None)
         else:
             self._exit_seen(status)
+
+    async def _cancel_reads(self) -> None:
+        """A process that waits for weights cannot be killed before its wait ends (a D state inside FUSE)."""
+        if self._arrivals.arriving:
+            with contextlib.suppress(FalError):
+                status = await self._tools.driver.status(launch.container_id(self.id))
+                await self._tools.cache.cancel_reads(processes_of(status.pid if status else None))
+
+    def _weights_failed(self, why: str) -> None:
+        self._see(fail(self.task, why))
 
     async def _collect(self) -> None:
         """Exit code and last lines must be durable before the container is removed."""
@@ -393,6 +404,7 @@ class Runner:
                 break
             self._trouble(f"waits for GPU memory: {busy}")
             await asyncio.sleep(_RELEASE_POLL_S)
+        await self._arrivals.close()
         await self._tools.cache.unpin(self.id)
         launch.drop_assignment(self._tools.places, self.id)
         self._see(advance(self.task, Phase.GONE))

@@ -6,7 +6,7 @@ Every call is idempotent and raises FalError; UNAVAILABLE while fsd is away. One
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +43,26 @@ class CacheClient:
                 if progress.ready:
                     return Path(progress.path)
         raise FalError(Code.UNAVAILABLE, "fal-fsd ended a staging without a word", remedy="It is asked again.")
+
+    async def view(self, artifact: agent_pb2.Artifact, owner: str) -> tuple[Path, bool]:
+        """The folder where it can be read soonest, and whether it is whole. Pinned for `owner`, so it goes on."""
+        with rpc.fal_errors():
+            request = fsd_pb2.StageRequest(artifact=artifact, owner=owner, in_flight=True)
+            call = self._stub.Stage(request, timeout=STAGE_TIMEOUT_S)
+            try:
+                async for progress in call:
+                    if progress.ready:
+                        return Path(progress.path), True
+                    if progress.in_flight_path:
+                        return Path(progress.in_flight_path), False
+            finally:
+                call.cancel()
+        raise FalError(Code.UNAVAILABLE, "fal-fsd ended a staging without a word", remedy="It is asked again.")
+
+    async def cancel_reads(self, pids: Sequence[int]) -> None:
+        """End what these processes wait for in unfinished files."""
+        with rpc.fal_errors():
+            await self._stub.CancelReads(fsd_pb2.CancelReadsRequest(pids=pids), timeout=RPC_TIMEOUT_S)
 
     async def pin(self, manifest_digest: str, owner: str) -> None:
         """Keep an artifact that is here. NOT_FOUND."""

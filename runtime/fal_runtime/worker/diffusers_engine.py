@@ -142,6 +142,8 @@ class DiffusersEngine:
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
+                # A page fault in a file that is still arriving cannot be interrupted, and its failure is a SIGBUS.
+                disable_mmap=os.environ.get("FAL_STREAM_WEIGHTS") == "1",
             )
         return pipeline.to(device)
 
