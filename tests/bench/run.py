@@ -18,12 +18,12 @@ from harness import Options, Result  # noqa: E402
 
 def names() -> list[str]:
     """All benchmarks, by their files."""
-    return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    return sorted(path.stem.removeprefix("bench_").replace("_", "-") for path in HERE.glob("bench_*.py"))
 
 
 def run_one(name: str, options: Options) -> Result:
     """Run one benchmark; it prints its table, we print its last line."""
-    module = importlib.import_module(f"bench_{name}")
+    module = importlib.import_module(f"bench_{name.replace('-', '_')}")
     print(f"{name}: must reach {module.MUST_REACH}", flush=True)
     result: Result = asyncio.run(module.run(options))
     print(result.last_line(), flush=True)
