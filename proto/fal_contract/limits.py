@@ -96,3 +96,20 @@ JOURNAL_RECORD_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 4096
 NODE_EVENTS_MAX: Final = 256  # kept for the scheduler while it is away; the oldest go first
 GPU_IDLE_MEMORY_BYTES_MAX: Final = 768 << 20  # a GPU without a process shows less than this
 GPU_RELEASE_TIMEOUT_S: Final = 30.0  # then it is quarantined
+
+# Weight caches' sessions.
+CACHED_ARTIFACTS_PER_NODE_MAX: Final = 20_000  # a hello of so many is just within one message
+CACHED_ARTIFACTS_MAX: Final = 1_000_000  # of all nodes together, in the scheduler's memory
+CACHE_RATES_PER_NODE_MAX: Final = 256
+CACHE_EVENTS_PER_REPORT_MAX: Final = 64
+WISHES_PER_NODE_MAX: Final = 8192  # a set travels in one message
+SWARM_WINDOW_S: Final = 0.2  # between two changes of one swarm's membership; the first is told at once
+INLINE_MANIFEST_BYTES_MAX: Final = 64 << 10  # with a wish or an assignment; a larger one is fetched
+ATTESTED_MANIFEST_BYTES_MAX: Final = 1 << 20  # sent when a model becomes ATTESTED; a larger one is fetched
+
+# Weight cache (fal-fsd): its node.
+SMALL_ARTIFACT_BYTES: Final = 512 << 20  # a LoRA: comes before checkpoints
+READ_TIMEOUT_S: Final = 20.0  # of a read of an unfinished file
+ORIGIN_READS_MAX: Final = 4  # ranges of one artifact at once
+CACHE_EVENTS_MAX: Final = 256  # kept for the scheduler while it is away; the oldest go first
+CACHE_REPORT_S: Final = 1.0  # progress is told so often
