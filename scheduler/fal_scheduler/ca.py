@@ -28,6 +28,7 @@ from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fal_contract.clock import Clock
@@ -54,6 +55,7 @@ _CA_BACKDATE: Final = timedelta(days=1)
 _SEAL_VERSION: Final = b"fals1"
 _NONCE_BYTES: Final = 12
 _CA_KEY_PURPOSE: Final = "ca-key"
+_SECRET_BYTES: Final = 32
 _HEX_KEY: Final = re.compile(r"[0-9a-f]{64}")
 _SERVERS: Final = frozenset({Role.SCHEDULER, Role.SERVING, Role.NODE})
 
@@ -225,6 +227,15 @@ class CertificateAuthority:
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def derive(self, purpose: str) -> bytes:
+        """32 secret bytes for `purpose`, the same on every scheduler that has the CA's key; nothing is stored.
+
+        HKDF-SHA256 (RFC 5869) over the private scalar: who knows a derived secret learns neither the key nor another.
+        """
+        scalar = self._key.private_numbers().private_value.to_bytes(_SECRET_BYTES, "big")
+        info = f"falctl {self.cluster_id} {purpose}".encode()
+        return HKDF(algorithm=hashes.SHA256(), length=_SECRET_BYTES, salt=None, info=info).derive(scalar)
 
     def renew(self, csr_pem: bytes, peer: PeerIdentity, *, revoked: bool, now_s: float) -> bytes:
         """A new certificate for the name and role that the caller already has, never another.

@@ -102,6 +102,7 @@ class CacheDown(_message.Message):
     DROP_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
     WANT_MANIFEST_FIELD_NUMBER: _builtins.int
+    LAST_COPIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___CacheWelcome: ...
     @_builtins.property
@@ -109,13 +110,19 @@ class CacheDown(_message.Message):
     @_builtins.property
     def wishes(self) -> Global___WishSet: ...
     @_builtins.property
-    def attested(self) -> _state_pb2.ModelManifest: ...
+    def attested(self) -> _state_pb2.ModelManifest:
+        """Content became known. Without `files` (only artifact_id, kind, signature) where it is larger than 1 MiB: then the
+        cache reads it with GetManifest or from a peer.
+        """
+
     @_builtins.property
     def drop(self) -> Global___DropArtifact: ...
     @_builtins.property
     def verify(self) -> Global___VerifyArtifact: ...
     @_builtins.property
     def want_manifest(self) -> Global___WantManifest: ...
+    @_builtins.property
+    def last_copies(self) -> Global___LastCopies: ...
     def __init__(
         self,
         *,
@@ -126,12 +133,13 @@ class CacheDown(_message.Message):
         drop: Global___DropArtifact | None = ...,
         verify: Global___VerifyArtifact | None = ...,
         want_manifest: Global___WantManifest | None = ...,
+        last_copies: Global___LastCopies | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "drop", b"drop", "kind", b"kind", "swarm", b"swarm", "verify", b"verify", "want_manifest", b"want_manifest", "welcome", b"welcome", "wishes", b"wishes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "drop", b"drop", "kind", b"kind", "last_copies", b"last_copies", "swarm", b"swarm", "verify", b"verify", "want_manifest", b"want_manifest", "welcome", b"welcome", "wishes", b"wishes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "drop", b"drop", "kind", b"kind", "swarm", b"swarm", "verify", b"verify", "want_manifest", b"want_manifest", "welcome", b"welcome", "wishes", b"wishes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "drop", b"drop", "kind", b"kind", "last_copies", b"last_copies", "swarm", b"swarm", "verify", b"verify", "want_manifest", b"want_manifest", "welcome", b"welcome", "wishes", b"wishes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "swarm", "wishes", "attested", "drop", "verify", "want_manifest"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "swarm", "wishes", "attested", "drop", "verify", "want_manifest", "last_copies"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -712,3 +720,27 @@ class WantManifest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WantManifest: _TypeAlias = WantManifest  # noqa: Y015
+
+@_typing.final
+class LastCopies(_message.Message):
+    """Artifacts that no other node has READY; this cache evicts them last. The whole set, whenever it changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def artifact_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Artifact ids."""
+
+    def __init__(
+        self,
+        *,
+        artifact_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_ids", b"artifact_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LastCopies: _TypeAlias = LastCopies  # noqa: Y015
