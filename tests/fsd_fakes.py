@@ -352,17 +352,17 @@ class FakePeers:
         artifact_id = part.artifact.id
         self.parts[artifact_id] = part
         for other in self._net.sharers(self, artifact_id):
-            self._soon(lambda other=other: self._net._up(self, other, artifact_id))
+            self._soon(self._net._up, self, other, artifact_id)
 
     def leave(self, artifact_id: str) -> None:
         if self.parts.pop(artifact_id, None) is not None:
             for other in self._net.sharers(self, artifact_id):
-                other._soon(lambda other=other: other._events.peer_down(self.node_id, artifact_id, "left"))
+                other._soon(other._events.peer_down, self.node_id, artifact_id, "left")
 
     def ask(self, node_id: str, artifact_id: str, pieces: Sequence[int], *, urgent: bool) -> None:
         for piece in pieces:
             self.asked[node_id, artifact_id, piece] = urgent
-            self._soon(lambda piece=piece: self._give(node_id, artifact_id, piece))
+            self._soon(self._give, node_id, artifact_id, piece)
 
     def withdraw(self, node_id: str, artifact_id: str, pieces: Sequence[int]) -> None:
         for piece in pieces:
@@ -373,12 +373,12 @@ class FakePeers:
         self.claims[artifact_id].update((claim.piece, claim) for claim in claims)
         for other in self._net.sharers(self, artifact_id):
             if claims:
-                other._soon(lambda o=other: o._events.claims_told(self.node_id, artifact_id, tuple(claims)))
-            other._soon(lambda o=other: o._events.peer_has(self.node_id, artifact_id, tuple(pieces)))
+                other._soon(other._events.claims_told, self.node_id, artifact_id, tuple(claims))
+            other._soon(other._events.peer_has, self.node_id, artifact_id, tuple(pieces))
 
     def tell_lease(self, artifact_id: str, lease: Lease, *, ended: bool) -> None:
         for other in self._net.sharers(self, artifact_id):
-            other._soon(lambda o=other: o._events.lease_told(self.node_id, artifact_id, lease, ended))
+            other._soon(other._events.lease_told, self.node_id, artifact_id, lease, ended)
 
     def drop(self, node_id: str, reason: str) -> None:
         self.dropped[node_id] = reason
@@ -423,5 +423,6 @@ class FakePeers:
         else:
             self._events.piece_came(node_id, artifact_id, piece, 0.001)
 
-    def _soon(self, call: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_soon(call)
+    @staticmethod
+    def _soon(call: Callable[..., None], *told: Any) -> None:
+        asyncio.get_running_loop().call_soon(call, *told)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fsd_fakes import FakeNet, FakePart, RecordingEvents, make_artifact, piece_of
 
 from fal_fsd.ports import BadPiece
+from fsd_fakes import FakeNet, FakePart, RecordingEvents, make_artifact, piece_of
 
 
 def test_part_counts_only_right_bytes() -> None:
