@@ -412,6 +412,7 @@ def _records(state: State) -> dict[str, object]:
     found: dict[str, object] = {"meta": state.meta}
     for table in (*tables, state.models, state.runners):
         found.update({key_of(record): record for record in table.values()})  # type: ignore[attr-defined]
+    found.update({key_of(wish): wish for wish in state.catalog.all_wishes()})
     return found
 
 

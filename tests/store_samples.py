@@ -1,13 +1,16 @@
-"""One record of each kind, as release 0.1 stores it, and how `tests/data/store/v1/store.sqlite` was made from them.
+"""Records of each kind, as releases stored them, and how the files `tests/data/store/*/store.sqlite` were made of them.
 
-The file was recorded once, by `python tests/store_samples.py FILE`, and is never made anew: a later release must read
-what an earlier one wrote. For a new format or record version, record a new file in a folder of its own.
+A file is recorded once, by `python tests/store_samples.py FOLDER FILE`, and is never made anew: a later release must
+read what an earlier one wrote. For a new format, kind or record version, record a new file in a folder of its own.
+`v1`: release 0.1. `v1-weights`: models with artifacts, wishes, entries of the compile cache, specs that stream.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +19,7 @@ from fal_scheduler.core.records import (
     App,
     AssignmentRef,
     Binding,
+    CacheEntry,
     Goal,
     Meta,
     Model,
@@ -32,6 +36,7 @@ from fal_scheduler.core.records import (
     ScaleOverride,
     Scaling,
     Spec,
+    Wish,
     key_of,
 )
 from fal_scheduler.core.tokens import JoinToken
@@ -135,15 +140,62 @@ RECORDS: Final[tuple[Record, ...]] = (
 )
 
 
-async def record(path: Path) -> None:
-    """Write a store that holds `RECORDS`, as a scheduler of term 5 would."""
+WEIGHTS: Final[tuple[Record, ...]] = (
+    Meta("c-7k2m", 3, "i-9q4c", MADE_AT_S),
+    App("team1/digits", 3, created_at_s=MADE_AT_S),
+    Revision("team1/digits", 3, replace(SPEC, stream_weights=True, allow_provisional=True), "ab" * 32, MADE_AT_S),
+    Model(
+        id="team1/digits-model",
+        kind="model",
+        uri="hf://org/digits",
+        state=ModelState.ATTESTED,
+        manifest_digest="cd" * 32,
+        bytes=5_000_000,
+        files=7,
+        created_at_s=MADE_AT_S,
+        revision="main",
+        artifact_id="ef" * 32,
+        resolved_uri="hf://org/digits@0123abcd",
+        attestation="digests",
+        attested_by="n-4f7a20c1d9e8",
+        allow_pickle=True,
+    ),
+    Model(
+        "team1/ink",
+        "lora",
+        "s3://b/ink",
+        ModelState.REVOKED,
+        created_at_s=MADE_AT_S,
+        reason="licence ended",
+        artifact_id="12" * 32,
+        resolved_uri="s3://b/ink",
+    ),
+    Wish("team1/digits-model", "pool/metal", 0, "memory", 1_800_000_000.0, "operator/ada", MADE_AT_S),
+    Wish("team1/digits-model", "replicas", 3, created_by="operator/ada", created_at_s=MADE_AT_S),
+    CacheEntry(
+        namespace="team/team1",
+        key="34" * 32,
+        model="team1/cache-34",
+        manifest_digest="56" * 32,
+        bytes=1 << 30,
+        task="team1/build-1",
+        created_at_s=MADE_AT_S,
+        signature=b"der",
+        facts={"gpu": "H100-80GB", "torch": "2.13.0"},
+    ),
+)
+SETS: Final[dict[str, tuple[Record, ...]]] = {"v1": RECORDS, "v1-weights": WEIGHTS}
+
+
+async def record(path: Path, records: Sequence[Record] = RECORDS) -> None:
+    """Write a store that holds `records`, as a scheduler of term 5 would."""
     store = SqliteStore(path)
     await store.open()
     guard = await store.campaign("sample", term_min=5)
-    await store.commit(guard, [Write(key_of(one), encode(one)) for one in RECORDS])
+    await store.commit(guard, [Write(key_of(one), encode(one)) for one in records])
     await store.resign(guard)
     await store.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(record(Path(sys.argv[1])))
+    asyncio.run(record(Path(sys.argv[2]), SETS[sys.argv[1]]))

@@ -113,3 +113,32 @@ READ_TIMEOUT_S: Final = 20.0  # of a read of an unfinished file
 ORIGIN_READS_MAX: Final = 4  # ranges of one artifact at once
 CACHE_EVENTS_MAX: Final = 256  # kept for the scheduler while it is away; the oldest go first
 CACHE_REPORT_S: Final = 1.0  # progress is told so often
+
+# Origins.
+ORIGIN_URI_CHARS_MAX: Final = 2048
+ORIGIN_CREDENTIALS_BYTES_MAX: Final = 256 << 10
+ORIGIN_LIST_BYTES_MAX: Final = 8 << 20  # of falctl-files.json
+ORIGIN_LIST_TIMEOUT_S: Final = 60.0
+ORIGIN_CONNECT_TIMEOUT_S: Final = 10.0
+ORIGIN_SILENCE_MAX_S: Final = 20.0  # no byte for so long: the connection is given up
+ORIGIN_RATE_MIN: Final = 64 << 10  # bytes/s; a read that is slower in the long run is given up
+ORIGIN_REDIRECTS_MAX: Final = 5
+ORIGIN_ATTEMPTS_MAX: Final = 5  # in a row without a byte
+ORIGIN_ATTEMPTS_ALL_MAX: Final = 64  # of one read
+ORIGIN_RETRY_BASE_S: Final = 0.25
+ORIGIN_RETRY_CAP_S: Final = 8.0
+ORIGIN_RETRY_WAIT_MAX_S: Final = 15.0  # a longer Retry-After goes back to the caller
+ORIGIN_RETRY_AFTER_MAX_S: Final = 300.0  # whatever a server says
+ORIGIN_BLOCK_BYTES: Final = 1 << 20
+ORIGIN_CONNECTIONS_MAX: Final = 8
+ORIGIN_LOCATION_TTL_S: Final = 300.0  # signed addresses are asked for anew
+
+# Model registry.
+MODELS_LISTED_MAX: Final = 5000  # in one answer; more in the next page
+MODELS_LISTED_DEFAULT: Final = 1000
+LISTING_TIMEOUT_S: Final = 25.0  # asking an origin for a model's files; below the time of one call
+LISTINGS_AT_ONCE_MAX: Final = 4
+MANIFEST_EMBEDDED_BYTES_MAX: Final = 64 << 10  # larger ones are fetched by who needs them
+WISHES_PER_MODEL_MAX: Final = 256
+WISH_TTL_MAX_S: Final = 366 * 86400.0
+CLAIMS_BYTES_MAX: Final = 64 << 20  # digests of pieces that nobody has attested yet, of all models together

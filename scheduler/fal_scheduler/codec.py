@@ -15,14 +15,22 @@ from google.protobuf.message import DecodeError
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import state_pb2 as pb
 from fal_scheduler.codec_spec import scale_from_pb, spec_from_pb, spec_to_pb
+from fal_scheduler.codec_weights import (
+    cache_entry_from_pb,
+    cache_entry_to_pb,
+    model_from_pb,
+    model_to_pb,
+    wish_from_pb,
+    wish_to_pb,
+)
 from fal_scheduler.core.records import (
     App,
     AssignmentRef,
     Binding,
+    CacheEntry,
     Goal,
     Meta,
     Model,
-    ModelState,
     Node,
     Pool,
     Record,
@@ -31,6 +39,7 @@ from fal_scheduler.core.records import (
     Revocation,
     Runner,
     Suspicion,
+    Wish,
     key_of,
 )
 from fal_scheduler.core.tokens import JoinToken
@@ -53,6 +62,10 @@ def encode(record: Record) -> bytes:
             message = pb.Record(version=RECORD_VERSION, pool=pool_to_pb(record))
         case Model():
             message = pb.Record(version=RECORD_VERSION, model=model_to_pb(record))
+        case Wish():
+            message = pb.Record(version=RECORD_VERSION, wish=wish_to_pb(record))
+        case CacheEntry():
+            message = pb.Record(version=RECORD_VERSION, cache_entry=cache_entry_to_pb(record))
         case JoinToken():
             message = pb.Record(version=RECORD_VERSION, token=_token_to_pb(record))
         case Revocation():
@@ -283,37 +296,6 @@ def _revision_from_pb(revision: pb.Revision) -> Revision:
     )
 
 
-def model_to_pb(model: Model) -> pb.Model:
-    """A model for the wire."""
-    return pb.Model(
-        id=model.id,
-        kind=model.kind,
-        uri=model.uri,
-        state=pb.ModelState.ValueType(model.state),
-        manifest_digest=model.manifest_digest,
-        bytes=model.bytes,
-        files=model.files,
-        created_at_s=model.created_at_s,
-        reason=model.reason,
-        revision=model.revision,
-    )
-
-
-def _model_from_pb(model: pb.Model) -> Model:
-    return Model(
-        id=model.id,
-        kind=model.kind,
-        uri=model.uri,
-        state=ModelState(model.state),
-        manifest_digest=model.manifest_digest,
-        bytes=model.bytes,
-        files=model.files,
-        created_at_s=model.created_at_s,
-        reason=model.reason,
-        revision=model.revision,
-    )
-
-
 def runner_to_pb(runner: Runner) -> pb.Runner:
     """A runner for the wire."""
     assignment = runner.assignment
@@ -364,6 +346,8 @@ _DECODE: Final[dict[str, Callable[[pb.Record], Record]]] = {
     "revocation": lambda message: _revocation_from_pb(message.revocation),
     "app": lambda message: _app_from_pb(message.app),
     "revision": lambda message: _revision_from_pb(message.revision),
-    "model": lambda message: _model_from_pb(message.model),
+    "model": lambda message: model_from_pb(message.model),
+    "wish": lambda message: wish_from_pb(message.wish),
+    "cache_entry": lambda message: cache_entry_from_pb(message.cache_entry),
     "runner": lambda message: _runner_from_pb(message.runner),
 }

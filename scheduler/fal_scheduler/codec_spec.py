@@ -75,6 +75,8 @@ def spec_to_pb(spec: Spec) -> pb.AppSpec:
         ),
         termination_grace_s=spec.termination_grace_s,
         share_group=spec.share_group,
+        stream_weights=spec.stream_weights,
+        allow_provisional=spec.allow_provisional,
     )
 
 
@@ -98,4 +100,6 @@ def spec_from_pb(spec: pb.AppSpec) -> Spec:
         probe=Probe(probe.ready_path, probe.live_path, probe.interval_s, probe.timeout_s, probe.failures_max),
         termination_grace_s=spec.termination_grace_s,
         share_group=spec.share_group,
+        stream_weights=spec.stream_weights,
+        allow_provisional=spec.allow_provisional,
     )

@@ -12,14 +12,13 @@ import pytest
 
 from fal_contract.errors import Code, FalError
 from fal_scheduler.codec import decode, encode
-from fal_scheduler.core.records import Record, key_of
+from fal_scheduler.core.records import Model, Record, key_of
 from fal_scheduler.recovery import recover
 from fal_scheduler.store.interface import Loaded
 from fal_scheduler.store.sqlite import SqliteStore
-from store_samples import RECORDS, record
+from store_samples import RECORDS, SETS, record
 
 FOLDER = Path(__file__).parents[1] / "data" / "store"
-RECORDED = FOLDER / "v1" / "store.sqlite"
 
 
 def loaded(path: Path) -> tuple[int, Loaded]:
@@ -39,22 +38,28 @@ def loaded(path: Path) -> tuple[int, Loaded]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy that may be opened; the recorded file is never written to."""
-    return Path(shutil.copyfile(RECORDED, tmp_path / "store.sqlite"))
+    """A copy of release 0.1's that may be opened; the recorded file is never written to."""
+    return copied("v1", tmp_path)
 
 
-def test_a_store_of_version_1_is_read_as_it_was_meant(copy: Path) -> None:
-    term, found = loaded(copy)
+def copied(name: str, folder: Path) -> Path:
+    return Path(shutil.copyfile(FOLDER / name / "store.sqlite", folder / "store.sqlite"))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_store_of_version_1_is_read_as_it_was_meant(name: str, tmp_path: Path) -> None:
+    term, found = loaded(copied(name, tmp_path))
     assert (term, found.revision) == (6, 1)  # recorded in term 5, with one commit
-    assert {key: decode(key, value) for key, value in found.records.items()} == {key_of(x): x for x in RECORDS}
+    assert {key: decode(key, value) for key, value in found.records.items()} == {key_of(x): x for x in SETS[name]}
     state, violations = recover(found.records, term=term, revision=found.revision, now_s=0.0)
     assert not violations
-    assert state.runners["team1/digits-7k2m9q4c"].gpus == ("GPU-1", "GPU-2")
+    models = sorted(one.id for one in SETS[name] if isinstance(one, Model))
+    assert [one.id for one in state.catalog.page(limit=10)[0]] == models
 
 
 def test_the_sample_has_every_kind_of_record_in_the_bytes_that_are_also_listed(copy: Path) -> None:
     _, found = loaded(copy)
-    assert {type(one) for one in RECORDS} == set(Record.__args__)
+    assert {type(one) for records in SETS.values() for one in records} == set(Record.__args__)
     raw = json.loads((FOLDER / "records_v1.json").read_text())
     assert {key: found.records[key].hex() for key in raw} == {key: one["bytes"] for key, one in raw.items()}
 

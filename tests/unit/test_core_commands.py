@@ -15,10 +15,8 @@ from engine_rig import Rig, deploy
 from fal_contract.errors import Code, FalError
 from fal_scheduler.core import reconcile, tokens
 from fal_scheduler.core.events import (
-    AddModel,
     ApplyApp,
     ApplyPool,
-    AttestModel,
     Confirm,
     CordonNode,
     CreateToken,
@@ -26,7 +24,6 @@ from fal_scheduler.core.events import (
     Event,
     Moment,
     RedeemToken,
-    RefuseModel,
     RevokeCaller,
     Revoked,
     RevokeNode,
@@ -34,8 +31,7 @@ from fal_scheduler.core.events import (
     ScaleApp,
     StopRunner,
 )
-from fal_scheduler.core.records import Model, Pool, Runner, ScaleOverride, Spec
-from fal_scheduler.core.views import app_reason, runner_phase
+from fal_scheduler.core.records import Pool, Runner, ScaleOverride, Spec
 from fal_scheduler.engine import Engine, EngineOptions
 from fal_scheduler.store.memory import MemoryBackend, MemoryStore
 from virtual_time import run_virtually
@@ -111,69 +107,6 @@ def test_a_token_is_refused_when_expired_revoked_or_used_up(world: World) -> Non
     world.now_s += 61.0
     assert "expired" in _refused(world, RedeemToken("late", "s", "n-12", "x")).what
     assert set(world.state.nodes) == {"n-0", "n-1", "n-10"}
-
-
-def test_a_model_cannot_become_another(world: World) -> None:
-    first = Model("default/m", "model", "file:///m", manifest_digest="aa")
-    assert world.step(AddModel(first)) is not None
-    again = world.step(AddModel(first))
-    assert again is not None
-    assert again.reply is not None
-    assert again.reply.outcome == "unchanged"
-    error = _refused(world, AddModel(Model("default/m", "model", "file:///other")))
-    assert error.code is Code.ALREADY_EXISTS
-
-
-def _waiting_for_a_model() -> World:
-    """An app with one runner whose model and LoRA are registered only."""
-    world = World(Random(1), nodes=2)
-    world.step(AddModel(Model("default/m", "model", "file:///m")))
-    world.step(AddModel(Model("default/l", "lora", "file:///l")))
-    world.step(ApplyApp("default/b", replace(SPEC, model="default/m", loras=("default/l",)), "x"))
-    return world
-
-
-def _only_runner(world: World) -> tuple[Runner, str]:
-    (runner,) = (one for one in world.state.runners.values() if one.app == "default/b")
-    return runner, runner_phase(world.state, runner).reason
-
-
-def test_a_runner_waits_for_its_models_and_is_placed_in_the_step_that_attests_the_last() -> None:
-    world = _waiting_for_a_model()
-    runner, reason = _only_runner(world)
-    assert (runner.node, runner.assignment) == ("", None)
-    assert reason.startswith("model default/m is not attested yet")
-    assert app_reason(world.state, world.state.apps["default/b"]) == reason
-    world.tick(2.0)
-    assert _only_runner(world)[0].node == "", "time alone changes nothing"
-    world.step(AttestModel("default/m", "aa", 1, 1))
-    runner, reason = _only_runner(world)
-    assert runner.node == ""
-    assert reason.startswith("model default/l is not attested yet"), "told at once, not with the next tick"
-    world.step(AttestModel("default/l", "bb", 1, 1))
-    runner, _ = _only_runner(world)
-    assert runner.node
-    assert [(one.model, one.manifest_digest) for one in runner.residencies] == [("default/m", "aa")]
-
-
-def test_a_runner_whose_model_is_refused_says_why_and_the_old_revision_serves_on() -> None:
-    world = _waiting_for_a_model()
-    world.step(RefuseModel("default/m", "weights.bin may hold a pickle"))
-    runner, reason = _only_runner(world)
-    assert runner.node == ""
-    assert "model default/m is refused: weights.bin may hold a pickle" in reason
-    world.step(ApplyApp("default/b", SPEC, "y"))
-    world.heal()
-    runner, reason = _only_runner(world)
-    assert (bool(runner.node), runner.revision, reason) == (True, 2, "")
-    world.step(AddModel(Model("default/n", "model", "file:///n")))
-    world.step(ApplyApp("default/b", replace(SPEC, model="default/n"), "z"))
-    world.heal()
-    serving, waiting = sorted(
-        (one for one in world.state.runners.values() if one.app == "default/b"), key=lambda one: one.revision
-    )
-    assert serving == runner, "nothing took its place, so it stays"
-    assert (waiting.revision, waiting.node) == (3, "")
 
 
 def test_an_app_that_is_being_deleted_takes_no_deploy(world: World) -> None:

@@ -14,16 +14,13 @@ from fal_contract.limits import RUNNERS_PER_APP_MAX
 from fal_scheduler.core import tokens
 from fal_scheduler.core.events import (
     AcceptCluster,
-    AddModel,
     ApplyApp,
     ApplyPool,
-    AttestModel,
     CordonNode,
     CreateToken,
     DeleteApp,
     NodeChanged,
     RedeemToken,
-    RefuseModel,
     Reply,
     RevokeCaller,
     Revoked,
@@ -32,13 +29,13 @@ from fal_scheduler.core.events import (
     ScaleApp,
     StopRunner,
 )
+from fal_scheduler.core.model_commands import check_models
 from fal_scheduler.core.reconcile import stop
 from fal_scheduler.core.records import (
     App,
     AssignmentRef,
     Binding,
     Goal,
-    ModelState,
     Node,
     Pool,
     Revision,
@@ -82,7 +79,7 @@ def apply_app(work: Work, event: ApplyApp) -> Reply:
     have = state.apps.get(event.id)
     _expect(event.expected_generation, have.generation if have is not None else 0, f"app {event.id}")
     _check_alive(state, event.id)
-    _check_models(state, event)
+    check_models(state, event.spec)
     if have is not None and state.revision_of(have).digest == event.digest:
         return Reply("unchanged", event.id, have.generation)
     _check_scaling(_scaled(event.spec.scaling, have.scale if have is not None else None))
@@ -163,72 +160,6 @@ def delete_app(work: Work, event: DeleteApp) -> Reply:
         work.log("APP_DELETING", app.id, f"{runners} runners are stopped")
     _touch(work, app.id)
     return Reply("done", app.id, app.generation + 1, (f"{runners} runners",))
-
-
-def add_model(work: Work, event: AddModel) -> Reply:
-    """Register a model."""
-    model, have = event.model, work.state.models.get(event.model.id)
-    if have is not None:
-        same = (have.kind, have.uri, have.revision) == (model.kind, model.uri, model.revision)
-        grown = have.manifest_digest and model.manifest_digest and have.manifest_digest != model.manifest_digest
-        if not same or grown:
-            raise FalError(
-                Code.ALREADY_EXISTS,
-                f"model {model.id!r} exists with other content (from {have.uri})",
-                remedy="Use another name; a model's content never changes.",
-                field="id",
-            )
-        return Reply("unchanged", model.id)
-    work.put(replace(model, created_at_s=work.moment.wall_s), None)
-    work.log("MODEL_ADDED", model.id, f"registered from {model.uri}")
-    return Reply("created", model.id)
-
-
-def attest_model(work: Work, event: AttestModel) -> Reply:
-    """Freeze a model's digests."""
-    model = work.state.models.get(event.id)
-    if model is None:
-        raise not_found("model", event.id, remedy="Register it with `falctl weights add`.")
-    if model.state is ModelState.ATTESTED and model.manifest_digest == event.manifest_digest:
-        return Reply("unchanged", model.id)
-    if model.state is not ModelState.REGISTERED:
-        raise FalError(
-            Code.FAILED_PRECONDITION, f"model {model.id!r} is {model.state.name}", remedy="Register it anew."
-        )
-    after = replace(
-        model,
-        state=ModelState.ATTESTED,
-        manifest_digest=event.manifest_digest,
-        bytes=event.bytes,
-        files=event.files,
-    )
-    work.put(after, model)
-    _model_settled(work, model.id)
-    work.log("MODEL_ATTESTED", model.id, f"manifest {event.manifest_digest}")
-    return Reply("changed", model.id)
-
-
-def refuse_model(work: Work, event: RefuseModel) -> Reply:
-    """A model's content was not what it was said to be."""
-    model = work.state.models.get(event.id)
-    if model is None:
-        raise not_found("model", event.id, remedy="Register it with `falctl weights add`.")
-    work.put(replace(model, state=ModelState.REFUSED, reason=event.reason), model)
-    _model_settled(work, model.id)
-    work.log("MODEL_REFUSED", model.id, event.reason)
-    return Reply("changed", model.id)
-
-
-def _model_settled(work: Work, model_id: str) -> None:
-    """Runners that wait for this model are placed, or told anew why not, at once."""
-    state = work.state
-    for app_id in state.waiting:
-        app = state.apps.get(app_id)
-        if app is not None:
-            spec = state.revision_of(app).spec
-            if model_id in (spec.model, *spec.loras):
-                state.pending.pop((app_id, app.revision), None)
-                state.dirty[app_id] = None
 
 
 def cordon_node(work: Work, event: CordonNode) -> Reply:
@@ -410,27 +341,6 @@ def _check_alive(state: State, app_id: str) -> None:
             f"app {app_id!r} is frozen: {state.frozen[app_id]}",
             remedy="Report the replay file; restart the scheduler when it is understood.",
         )
-
-
-def _check_models(state: State, event: ApplyApp) -> None:
-    named = [("model", event.spec.model)] if event.spec.model else []
-    named += [(f"loras[{at}]", lora) for at, lora in enumerate(event.spec.loras)]
-    for field, name in named:
-        model = state.models.get(name)
-        if model is None:
-            raise FalError(
-                Code.NOT_FOUND,
-                f"{field} = {name!r} is not registered",
-                remedy=f"Register it with `falctl weights add {name.split('/', 1)[-1]} URI`.",
-                field=field,
-            )
-        if model.state is ModelState.REFUSED:
-            raise FalError(
-                Code.FAILED_PRECONDITION,
-                f"{field} = {name!r} was refused: {model.reason}",
-                remedy="Register the right content under another name.",
-                field=field,
-            )
 
 
 def _node(state: State, name: str) -> Node:

@@ -78,16 +78,18 @@ def summarise(verdicts: Iterable[Verdict], spec: Spec) -> Pending:
 
 
 def model_awaited(state: State, spec: Spec) -> str:
-    """Why a model or LoRA of `spec` keeps runners from being placed; empty when all are attested."""
-    for name in (spec.model, *spec.loras):
-        model = state.models.get(name) if name else None
-        if not name or (model is not None and model.state is ModelState.ATTESTED):
-            continue
+    """Why a model or LoRA of `spec` keeps runners from being placed; empty when none does.
+
+    One that is registered only does not: its node stages it meanwhile, and starts nothing before it may.
+    """
+    for name in spec.models:
+        model = state.models.get(name)
         if model is None:
             return f"model {name} is not registered; register it with `falctl weights add`"
         if model.state is ModelState.REFUSED:
             return f"model {name} is refused: {model.reason}; apply the app with another model"
-        return f"model {name} is not attested yet: its files are still being hashed, see `falctl weights show`"
+        if model.state is ModelState.REVOKED:
+            return f"model {name} was withdrawn: {model.reason}; apply the app with another model"
     return ""
 
 

@@ -23,12 +23,13 @@ from fal_scheduler.core.records import (
     AssignmentRef,
     Binding,
     Goal,
+    ModelState,
     Residency,
     Revision,
     Runner,
     Spec,
 )
-from fal_scheduler.core.state import Pending
+from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Backoff
 from fal_scheduler.core.work import Work
 
@@ -62,6 +63,7 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
     if state.hold_all and app_id not in work.state.asked:
         return
     revision = state.revision_of(app)
+    _stop_withdrawn(work, app)
     current, old = _sort(work, app)
     wanted = desired(work, app)
     _replace_crashed(work, current)
@@ -87,6 +89,33 @@ def backoff_of(work: Work, app_id: str) -> Backoff | None:
     """The app's backoff while it lasts."""
     backoff = work.state.backoffs.get(app_id)
     return backoff if backoff is not None and work.moment.now_s < backoff.until_s else None
+
+
+def _stop_withdrawn(work: Work, app: App) -> None:
+    """Runners with a refused or revoked model end, serving or not; an operator's word or a proof asked for it.
+
+    Those without a node stay and say what they wait for.
+    """
+    state = work.state
+    reasons: dict[int, str] = {}
+    for runner_id in list(state.runners_by_app.get(app.id, ())):
+        runner = state.runners[runner_id]
+        if runner.goal is not Goal.RUN or not runner.node:
+            continue
+        if runner.revision not in reasons:
+            revision = state.revisions.get((app.id, runner.revision))
+            reasons[runner.revision] = _withdrawn(state, revision.spec) if revision is not None else ""
+        if why := reasons[runner.revision]:
+            stop(work, runner, Goal.STOP, why)
+
+
+def _withdrawn(state: State, spec: Spec) -> str:
+    for name in spec.models:
+        model = state.models.get(name)
+        if model is not None and model.withdrawn:
+            word = "refused" if model.state is ModelState.REFUSED else "withdrawn"
+            return f"model {name} was {word}: {model.reason}"
+    return ""
 
 
 def _sort(work: Work, app: App) -> tuple[_Runners, _Runners]:
@@ -237,7 +266,7 @@ def _place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unp
 
 
 def _placed(work: Work, placer: Placer, runner: Runner, revision: Revision) -> Runner | None:
-    """The runner on the best node, assigned; None where there is none, or a model is not attested."""
+    """The runner on the best node, assigned; None where there is none, or a model may not be used."""
     state, spec = work.state, revision.spec
     if state.hold_all or not state.settled or model_awaited(state, spec):
         return None
@@ -277,7 +306,7 @@ def _note_pending(work: Work, runner: Runner, revision: Revision) -> None:
 
 
 def _residencies(work: Work, spec: Spec) -> tuple[Residency, ...]:
-    """What the runner loads. The digest is known once the model is attested, so never later than at placement."""
+    """What the runner loads. The digest is empty where the model is staged before it is attested."""
     if not spec.model:
         return ()
     model = work.state.models.get(spec.model)

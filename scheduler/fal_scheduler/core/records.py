@@ -6,6 +6,7 @@ Used by every part of the scheduler. Must not know how records are encoded or wh
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -46,6 +47,7 @@ class ModelState(IntEnum):
     REGISTERED = 1
     ATTESTED = 2
     REFUSED = 3
+    REVOKED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,13 @@ class Spec:
     probe: Probe = Probe()
     termination_grace_s: float = TERMINATION_GRACE_S
     share_group: str = ""
+    stream_weights: bool = False
+    allow_provisional: bool = False
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model and LoRA that it names."""
+        return (self.model, *self.loras) if self.model else self.loras
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +221,10 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A named checkpoint or LoRA."""
+    """A named artifact: a checkpoint, LoRA, image or compile cache. There are many: the codec shares equal strings.
+
+    `artifact_id` is empty only in a record of the first release that no leader has completed yet.
+    """
 
     id: str
     kind: str
@@ -224,6 +236,51 @@ class Model:
     created_at_s: float = 0.0
     reason: str = ""
     revision: str = ""
+    artifact_id: str = ""
+    resolved_uri: str = ""
+    attestation: str = ""
+    attested_by: str = ""
+    allow_pickle: bool = False
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether nothing may be started with it: refused or revoked."""
+        return self.state in (ModelState.REFUSED, ModelState.REVOKED)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Where a model should be, whatever runs. `target`: "pool/NAME", "node/ID" or "replicas"; `expires_at_s` 0: never.
+
+    An operator's record; which nodes it means at a moment is `core.wishes`.
+    """
+
+    model: str
+    target: str
+    replicas: int = 0
+    tier: str = "disk"
+    expires_at_s: float = 0.0
+    created_by: str = ""
+    created_at_s: float = 0.0
+
+    def ended(self, now_s: float) -> bool:
+        """Whether its time is over; `now_s`: wall clock."""
+        return 0.0 < self.expires_at_s <= now_s
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """An entry of the compile cache: immutable, signed by the scheduler. `namespace`: "cluster" or "team/NAME"."""
+
+    namespace: str
+    key: str
+    model: str
+    manifest_digest: str
+    bytes: int = 0
+    task: str = ""
+    created_at_s: float = 0.0
+    signature: builtins.bytes = b""
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +337,7 @@ class Runner:
         return self.bindings[0].revision
 
 
-Record = Meta | Pool | Node | JoinToken | Revocation | App | Revision | Model | Runner
+Record = Meta | Pool | Node | JoinToken | Revocation | App | Revision | Model | Wish | CacheEntry | Runner
 
 META_KEY: Final = "meta"
 
@@ -293,6 +350,8 @@ _KEYS: Final[dict[type, Callable[[Any], str]]] = {
     Runner: _owned_key("runner"),
     App: _owned_key("app"),
     Model: _owned_key("model"),
+    Wish: lambda one: f"team/{team_of(one.model)}/wish/{name_of(one.model)}/{one.target}",
+    CacheEntry: lambda one: f"cache/{one.namespace}/{one.key}",
     Revision: lambda one: f"team/{team_of(one.app)}/revision/{name_of(one.app)}/{one.number:08d}",
     Node: lambda one: f"node/{one.id}",
     Pool: lambda one: f"pool/{one.name}",

@@ -13,9 +13,11 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from fal_scheduler.core.catalog import Catalog
 from fal_scheduler.core.fleet import Fleet, NodeFacts
 from fal_scheduler.core.records import (
     App,
+    CacheEntry,
     Change,
     Meta,
     Model,
@@ -26,6 +28,7 @@ from fal_scheduler.core.records import (
     Runner,
     Scaling,
     Suspicion,
+    Wish,
 )
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.told import Alarm, Backoff, Health, Hold, Inventory, NodeLive, RunnerStatus
@@ -56,7 +59,7 @@ class State:
         self.revocations: dict[str, Revocation] = {}
         self.apps: dict[str, App] = {}
         self.revisions: dict[tuple[str, int], Revision] = {}
-        self.models: dict[str, Model] = {}
+        self.catalog = Catalog()  # models, wishes, cache entries
         self.runners: dict[str, Runner] = {}
         # Indexes. Dicts without values are ordered sets.
         self.runners_by_app: dict[str, dict[str, None]] = {}
@@ -110,8 +113,16 @@ class State:
                 _set(self.apps, app.id, after)
             case Revision() as revision:
                 _set(self.revisions, (revision.app, revision.number), after)
-            case Model() as model:
-                _set(self.models, model.id, after)
+            case Model():
+                assert before is None or isinstance(before, Model)
+                assert after is None or isinstance(after, Model)
+                self.catalog.set_model(before, after)
+            case Wish():
+                assert before is None or isinstance(before, Wish)
+                assert after is None or isinstance(after, Wish)
+                self.catalog.set_wish(before, after)
+            case CacheEntry() as entry:
+                _set(self.catalog.cache_entries, (entry.namespace, entry.key), after)
             case JoinToken() as token:
                 _set(self.tokens, token.id, after)
             case Revocation() as revocation:
@@ -209,6 +220,28 @@ class State:
                 gpus=inventory.gpus,
             )
         )
+
+    # --- registered -------------------------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """Models by id; read only."""
+        return self.catalog.models
+
+    @property
+    def models_by_artifact(self) -> dict[str, tuple[str, ...]]:
+        """Ids of the models with an artifact."""
+        return self.catalog.by_artifact
+
+    @property
+    def models_by_digest(self) -> dict[str, tuple[str, ...]]:
+        """Ids of the models with a manifest digest."""
+        return self.catalog.by_digest
+
+    @property
+    def wishes(self) -> dict[str, dict[str, Wish]]:
+        """Wishes by model and target; read only."""
+        return self.catalog.wishes
 
     # --- derived ----------------------------------------------------------------------------------------------------
 

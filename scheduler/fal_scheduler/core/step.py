@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import FAILOVER_GRACE_S
-from fal_scheduler.core import commands, invariants, liveness, news
+from fal_scheduler.core import commands, invariants, liveness, model_commands, news
 from fal_scheduler.core.confirm import confirm
 from fal_scheduler.core.events import (
     AcceptCluster,
@@ -20,6 +20,7 @@ from fal_scheduler.core.events import (
     ApplyApp,
     ApplyPool,
     AttestModel,
+    CollectModels,
     Command,
     Confirm,
     CordonNode,
@@ -27,6 +28,7 @@ from fal_scheduler.core.events import (
     DeleteApp,
     Event,
     GatewayReach,
+    IdentifyModel,
     IdSource,
     Moment,
     NodeDisconnected,
@@ -38,11 +40,14 @@ from fal_scheduler.core.events import (
     RefuseModel,
     Reply,
     RevokeCaller,
+    RevokeModel,
     RevokeNode,
     RevokeToken,
     ScaleApp,
+    StageModel,
     StopRunner,
     Tick,
+    UnstageModel,
 )
 from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.place import Placer
@@ -139,12 +144,6 @@ def _command(work: Work, event: Command) -> Reply:
             return commands.scale_app(work, event)
         case DeleteApp():
             return commands.delete_app(work, event)
-        case AddModel():
-            return commands.add_model(work, event)
-        case AttestModel():
-            return commands.attest_model(work, event)
-        case RefuseModel():
-            return commands.refuse_model(work, event)
         case CordonNode():
             return commands.cordon_node(work, event)
         case RevokeNode():
@@ -163,6 +162,28 @@ def _command(work: Work, event: Command) -> Reply:
             return confirm(work, event)
         case AcceptCluster():
             return commands.accept_cluster(work, event)
+        case _:
+            return _model_command(work, event)
+
+
+def _model_command(work: Work, event: Command) -> Reply:
+    match event:
+        case AddModel():
+            return model_commands.add_model(work, event)
+        case AttestModel():
+            return model_commands.attest_model(work, event)
+        case RefuseModel():
+            return model_commands.refuse_model(work, event)
+        case IdentifyModel():
+            return model_commands.identify_model(work, event)
+        case RevokeModel():
+            return model_commands.revoke_model(work, event)
+        case StageModel():
+            return model_commands.stage_model(work, event)
+        case UnstageModel():
+            return model_commands.unstage_model(work, event)
+        case CollectModels():
+            return model_commands.collect_models(work, event)
     raise FalError(Code.INTERNAL, f"{type(event).__name__} is no command", remedy="Report this.")
 
 

@@ -13,11 +13,13 @@ from fal_scheduler.core.events import (
     Effect,
     IdSource,
     Logged,
+    ModelChanged,
     Moment,
     NodeChanged,
     RouteChanged,
+    WishesChanged,
 )
-from fal_scheduler.core.records import App, Change, Node, Record, Revision, Runner, key_of
+from fal_scheduler.core.records import App, Change, Model, Node, Record, Revision, Runner, Wish, key_of
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Alarm
 
@@ -64,6 +66,10 @@ class Work:
                 self.emit(AppChanged(app.id))
             case Revision() as revision:
                 self.emit(AppChanged(revision.app))
+            case Model() as model:
+                self.emit(ModelChanged(model.id))
+            case Wish() as wish:
+                self.emit(WishesChanged(wish.model))
             case _:
                 pass
 

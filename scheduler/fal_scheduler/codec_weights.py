@@ -1,0 +1,121 @@
+"""Models, wishes and cache entries between records and messages, field by field. Used by `codec` and by the APIs.
+
+There may be 100,000 models: strings that repeat (kind, revision, who attested) are shared, and so are URI and resolved
+URI where they are equal.
+"""
+
+from __future__ import annotations
+
+from sys import intern
+
+from fal_contract.v1 import state_pb2 as pb
+from fal_scheduler.core.records import CacheEntry, Model, ModelState, Wish
+
+
+def model_to_pb(model: Model) -> pb.Model:
+    """A model for the wire."""
+    return pb.Model(
+        id=model.id,
+        kind=model.kind,
+        uri=model.uri,
+        state=pb.ModelState.ValueType(model.state),
+        manifest_digest=model.manifest_digest,
+        bytes=model.bytes,
+        files=model.files,
+        created_at_s=model.created_at_s,
+        reason=model.reason,
+        revision=model.revision,
+        artifact_id=model.artifact_id,
+        resolved_uri=model.resolved_uri,
+        attestation=model.attestation,
+        attested_by=model.attested_by,
+        allow_pickle=model.allow_pickle,
+    )
+
+
+def model_from_pb(model: pb.Model) -> Model:
+    """A model from the wire. Raises ValueError for a state that is none."""
+    uri, resolved_uri = model.uri, model.resolved_uri
+    return Model(
+        id=model.id,
+        kind=intern(model.kind),
+        uri=uri,
+        state=ModelState(model.state),
+        manifest_digest=model.manifest_digest,
+        bytes=model.bytes,
+        files=model.files,
+        created_at_s=model.created_at_s,
+        reason=model.reason,
+        revision=intern(model.revision),
+        artifact_id=model.artifact_id,
+        resolved_uri=uri if uri == resolved_uri else resolved_uri,
+        attestation=intern(model.attestation),
+        attested_by=intern(model.attested_by),
+        allow_pickle=model.allow_pickle,
+    )
+
+
+def wish_to_pb(wish: Wish) -> pb.Wish:
+    """A wish for the wire."""
+    return pb.Wish(
+        model=wish.model,
+        target=wish.target,
+        replicas=wish.replicas,
+        tier=wish.tier,
+        expires_at_s=wish.expires_at_s,
+        created_by=wish.created_by,
+        created_at_s=wish.created_at_s,
+    )
+
+
+def wish_from_pb(wish: pb.Wish) -> Wish:
+    """A wish from the wire."""
+    return Wish(
+        wish.model,
+        wish.target,
+        wish.replicas,
+        intern(wish.tier),
+        wish.expires_at_s,
+        intern(wish.created_by),
+        wish.created_at_s,
+    )
+
+
+def cache_entry_to_pb(entry: CacheEntry) -> pb.CacheEntry:
+    """An entry of the compile cache for the wire."""
+    return pb.CacheEntry(
+        namespace=entry.namespace,
+        key=entry.key,
+        model=entry.model,
+        manifest_digest=entry.manifest_digest,
+        bytes=entry.bytes,
+        task=entry.task,
+        created_at_s=entry.created_at_s,
+        signature=entry.signature,
+        facts=entry.facts,
+    )
+
+
+def cache_entry_from_pb(entry: pb.CacheEntry) -> CacheEntry:
+    """An entry of the compile cache from the wire."""
+    return CacheEntry(
+        namespace=intern(entry.namespace),
+        key=entry.key,
+        model=entry.model,
+        manifest_digest=entry.manifest_digest,
+        bytes=entry.bytes,
+        task=entry.task,
+        created_at_s=entry.created_at_s,
+        signature=entry.signature,
+        facts=dict(entry.facts),
+    )
+
+
+__all__ = [
+    "cache_entry_from_pb",
+    "cache_entry_to_pb",
+    "model_from_pb",
+    "model_to_pb",
+    "wish_from_pb",
+    "wish_to_pb",
+]
