@@ -16,7 +16,7 @@ from sys import intern
 from types import MappingProxyType
 from typing import Final
 
-from fal_contract.limits import CACHED_ARTIFACTS_MAX, CACHED_ARTIFACTS_PER_NODE_MAX, CACHE_RATES_PER_NODE_MAX
+from fal_contract.limits import CACHE_RATES_PER_NODE_MAX, CACHED_ARTIFACTS_MAX, CACHED_ARTIFACTS_PER_NODE_MAX
 from fal_scheduler.core.told import Endpoint
 
 STALE_KEPT_S: Final = 60.0
@@ -48,6 +48,11 @@ class Holding:
         return self.ready or 0 < self.bytes <= self.bytes_disk
 
     @property
+    def fetching(self) -> bool:
+        """Whether bytes are on their way."""
+        return self.wanted and not self.complete
+
+    @property
     def staging(self) -> bool:
         """Whether it is on its way to READY."""
         return self.wanted and not self.ready
@@ -77,6 +82,8 @@ class CacheNode:
     manifests: frozenset[str] = frozenset()
     left_at_s: float | None = None
     refused: int = 0  # artifacts that were told beyond the bounds
+    fetching: dict[str, None] = field(default_factory=dict)  # artifacts that are wanted and not complete
+    fed_bytes_s: int = 0  # the most that all its fetches together were measured at
 
     @property
     def stale(self) -> bool:
@@ -97,16 +104,14 @@ class Counts:
 class Changed:
     """What an update means for others. Dicts without values are ordered sets.
 
-    `members`: artifacts of which the node became or ceased to be a member, or became or ceased to be complete.
+    `members`: artifacts of which a node became or ceased to be a holder, or began or ceased to fetch.
     `copies`: nodes for whom the set of last copies may be another.
     """
 
     members: dict[str, None] = field(default_factory=dict)
     copies: dict[str, None] = field(default_factory=dict)
-    reach: bool = False  # the node's endpoints, or the peers that it cannot reach, are others
-
-    def __bool__(self) -> bool:
-        return bool(self.members or self.copies or self.reach)
+    reach: bool = False  # the node's endpoints are others, or it reaches an origin now or no more
+    unreached: dict[str, None] = field(default_factory=dict)  # nodes that it reaches now, or reaches no more
 
 
 class _Total:
@@ -125,6 +130,7 @@ class ResidencyTable:
     def __init__(self) -> None:
         self._nodes: dict[str, CacheNode] = {}
         self._totals: dict[str, _Total] = {}
+        self._unreached: dict[str, set[str]] = {}  # node -> those that told that they cannot reach it
         self._size = 0
 
     # --- told -------------------------------------------------------------------------------------------------------
@@ -144,12 +150,14 @@ class ResidencyTable:
         changed = Changed()
         known = self._nodes.get(node_id)
         told = tuple(endpoints)
-        changed.reach = known is None or known.endpoints != told or bool(known.unreachable)
+        changed.reach = known is None or known.endpoints != told
+        changed.unreached.update(dict.fromkeys(sorted(known.unreachable) if known else ()))
         node = known or CacheNode(node_id)
         self._nodes[node_id] = node
         node.endpoints, node.room, node.left_at_s = told, room, None
         node.capabilities = dict(capabilities or {})
-        node.unreachable, node.manifests, node.refused = frozenset(), frozenset(manifests), 0
+        node.manifests, node.refused = frozenset(manifests), 0
+        self._set_unreachable(node, frozenset())
         stays = {holding.artifact_id: holding for holding in holdings}
         for artifact_id in [i for i in node.holdings if i not in stays]:
             self._drop(node, artifact_id, changed)
@@ -175,14 +183,16 @@ class ResidencyTable:
         for holding in holdings:
             self._put(node, holding, changed)
         for source, rate in (rates or {}).items():
-            node.rates.pop(source, None)  # the newest go to the end, the oldest go first
+            known = node.rates.pop(source, None)  # the newest go to the end, the oldest go first
+            if source.startswith("origin:") and (known == 0) != (rate == 0):
+                changed.reach = True
             node.rates[intern(source)] = rate
             if len(node.rates) > CACHE_RATES_PER_NODE_MAX:
                 del node.rates[next(iter(node.rates))]
         if unreachable is not None:
             peers = frozenset(intern(peer) for peer in unreachable)
-            changed.reach = changed.reach or peers != node.unreachable
-            node.unreachable = peers
+            changed.unreached.update(dict.fromkeys(sorted(peers ^ node.unreachable)))
+            self._set_unreachable(node, peers)
         if room is not None:
             node.room = room
         if capabilities is not None:
@@ -213,8 +223,18 @@ class ResidencyTable:
     def _forget(self, node: CacheNode, changed: Changed) -> None:
         for artifact_id in list(node.holdings):
             self._drop(node, artifact_id, changed)
+        changed.unreached.update(dict.fromkeys(sorted(node.unreachable)))
+        self._set_unreachable(node, frozenset())
         del self._nodes[node.node_id]
-        changed.reach = True
+
+    def _set_unreachable(self, node: CacheNode, peers: frozenset[str]) -> None:
+        for peer in node.unreachable - peers:
+            self._unreached[peer].discard(node.node_id)
+            if not self._unreached[peer]:
+                del self._unreached[peer]
+        for peer in peers - node.unreachable:
+            self._unreached.setdefault(peer, set()).add(node.node_id)
+        node.unreachable = peers
 
     def _put(self, node: CacheNode, holding: Holding, changed: Changed) -> None:
         artifact_id = holding.artifact_id
@@ -231,7 +251,12 @@ class ResidencyTable:
         node.holdings[artifact_id] = total.holders[node.node_id] = holding
         total.origin += holding.bytes_from_origin - (before.bytes_from_origin if before else 0)
         total.staging += holding.staging - (before is not None and before.staging)
-        if before is None or before.complete != holding.complete:
+        if holding.fetching:
+            node.fetching[artifact_id] = None
+            node.fed_bytes_s = max(node.fed_bytes_s, sum(node.holdings[i].rate_bytes_s for i in node.fetching))
+        else:
+            node.fetching.pop(artifact_id, None)
+        if before is None or (before.complete, before.fetching) != (holding.complete, holding.fetching):
             changed.members[artifact_id] = None
         if holding.ready != (before is not None and before.ready):
             self._set_ready(total, node.node_id, holding.ready, changed)
@@ -240,6 +265,7 @@ class ResidencyTable:
         before = node.holdings.pop(artifact_id, None)
         if before is None:
             return
+        node.fetching.pop(artifact_id, None)
         total = self._totals[artifact_id]
         del total.holders[node.node_id]
         self._size -= 1
@@ -281,6 +307,10 @@ class ResidencyTable:
         """Who has some of it, by node id; do not keep it."""
         total = self._totals.get(artifact_id)
         return total.holders if total is not None else _NOBODY
+
+    def unreached_by(self, node_id: str) -> frozenset[str]:
+        """Nodes that tried to connect to it and cannot."""
+        return frozenset(self._unreached.get(node_id, ()))
 
     def counts(self, artifact_id: str) -> Counts:
         """For operators."""
