@@ -1,0 +1,63 @@
+"""The numbers by which a swarm is run, and what all its parts know of the pieces. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Figures of the decisions; the defaults are those that the simulation bears out. Tests switch rules off."""
+
+    # Asking peers.
+    window_bytes_min: int = 4 << 20  # asked of one peer at once, at least (and at least two pieces) …
+    window_bytes_max: int = 64 << 20  # … and at most (or two pieces)
+    window_s: float = 0.25  # what it sends in so many seconds
+    total_pieces: int = 12  # asked of all peers at once …
+    total_s: float = 1.0  # … or what all send in so many seconds
+    stuck_min_s: float = 2.0
+    stuck_factor: float = 4.0  # times the expected
+    penalty_max_s: float = 10.0  # a stuck peer is not asked for so long
+    refused_min_s: float = 0.05
+    banned_s: float = 600.0  # a peer that sent bad bytes
+    # Crossing regions.
+    importers: bool = True  # False: everyone may ask other regions
+    import_patience_s: float = 20.0  # per rank, before the next one brings a piece into the region
+    reader_far_s: float = 3.0  # a reader waits so long before its node asks another region out of turn
+    # The origin.
+    seeds_meant: int = 16
+    streams_max: int = 8  # ranges that one node reads at once
+    stripe_bytes: int = 16 << 20
+    unspread_pieces: int = 8  # a seed holds so many that nobody else has, then it takes no more
+    fencing: bool = True  # False: weaker leases are not given up
+    lease_patience_s: float = 10.0  # and four times what it should take, before a silent lease is taken over
+    connect_grace_s: float = 5.0  # seeds that the scheduler told count, though not connected yet
+    promote_quiet_s: float = 10.0  # nothing came and nobody has more: the node reads the origin unasked
+    promote_rank_s: float = 2.0  # later for each peer that would be first
+    promote_seeded_s: float = 60.0  # where seeds are connected and bring nothing
+    reader_origin_s: float = 5.0  # a reader waits so long before its node reads the origin out of turn
+    tick_s: float = 0.5
+    reader_tick_s: float = 0.1  # while a reader waits
+
+
+@dataclass(slots=True)
+class Pieces:
+    """The pieces of one artifact, as this node has them; sets as in core/bits.py."""
+
+    lengths: Sequence[int]
+    missing: int
+    wanted: dict[int, int] = field(default_factory=dict)  # how many readers wait for it
+    waits_since_s: dict[int, float] = field(default_factory=dict)  # of those that are wanted and missing
+    from_origin: int = 0  # read by this node
+
+    @property
+    def count(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def every(self) -> int:
+        return (1 << len(self.lengths)) - 1
+
+
+__all__ = ["Pieces", "Policy"]

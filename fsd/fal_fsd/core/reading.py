@@ -1,0 +1,266 @@
+"""Which pieces this node reads from the origin, and when it may. Pure.
+
+Seeds (the scheduler names them) cut the origin into stripes; each begins with those that it owns by rendezvous and
+then helps the seed with most left, from the back. A lease is told before its bytes are read; leases shrink towards the
+end, so that no last one is long. A seed takes no more while it holds several pieces that nobody else has yet: a slow
+uplink then reads little. What any connected peer has is never read.
+
+A node without any seed (an island, the scheduler gone at the wrong moment) promotes itself when nothing came for some
+time, by rank of hashes among its neighbours; it passes on leases that it hears, so that its island reads once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fal_fsd.core.bits import bits_of, each, hash_of, highest, lowest, mix, run_at, span
+from fal_fsd.core.leases import Held, LeaseBook
+from fal_fsd.core.messages import Action, Lease, ReadOrigin, StopOrigin, Tell
+from fal_fsd.core.policy import Pieces, Policy
+from fal_fsd.core.sharing import Shares
+from fal_fsd.core.sources import Sources
+
+BAD_MAX = 2  # times that one piece comes wrong from the origin
+_BAD_AGAIN_S = 10.0  # another seed may try first
+_STREAMS_MEANT = 16  # of all seeds together
+_FADE = 0.7
+
+
+class Reading:
+    """Decisions about the origin."""
+
+    def __init__(self, me: str, pieces: Pieces, sources: Sources, shares: Shares, policy: Policy) -> None:
+        self._me = me
+        self._pieces = pieces
+        self._sources = sources
+        self._shares = shares
+        self._policy = policy
+        self.leases = LeaseBook(me)
+        self.available = True
+        self.blocked_until_s = float("-inf")
+        self.seed = False
+        self.promoted = False
+        self.bad: dict[int, int] = {}  # piece: how often it came wrong
+        self._bad_until_s: dict[int, float] = {}
+        self._seeds: tuple[str, ...] = ()
+        self._owned: dict[str, int] | None = None
+        self._seconds: float | None = None  # of one piece
+        self._last_s: dict[int, float] = {}  # by first piece of the lease: when the last of its pieces came
+        self._quiet_s: float | None = None
+        self._pending: list[Action] = []
+
+    # ---- what happened
+
+    def set_seeds(self, seeds: Iterable[str]) -> None:
+        """All that count just now, with this node if it is one."""
+        told = tuple(sorted(seeds))
+        if told != self._seeds:
+            self._seeds, self._owned = told, None
+
+    def moved(self, now_s: float) -> None:
+        """Something came, or somebody has more: no reason to promote itself."""
+        self._quiet_s = now_s
+
+    def lease_told(self, lease: Lease, ended: bool, now_s: float) -> None:
+        """Another's lease; those of this node that it fences end."""
+        if lease.first < 0 or not 0 < lease.count <= self._pieces.count - lease.first:
+            return
+        news, fenced, fences = self.leases.told(lease, ended, now_s)
+        self._pending.extend(Tell(mine) for mine in fences)
+        for mine in fenced if self._policy.fencing else ():
+            self.leases.give_up(mine)
+            self._pending.append(StopOrigin(mine))
+        if news:
+            self.moved(now_s)
+            if not self._seed_connected():
+                self._pending.append(Tell(lease, ended=ended))
+
+    def arrived(self, piece: int, from_origin: bool, now_s: float) -> None:
+        """A piece is here; leases of which nothing is missing end."""
+        bit = 1 << piece
+        for first, held in list(self.leases.mine.items()):
+            if not held.bits & bit:
+                continue
+            if from_origin:
+                seconds = now_s - self._last_s.get(first, held.heard_s)
+                self._seconds = seconds if self._seconds is None else self._seconds * _FADE + seconds * (1 - _FADE)
+                self._last_s[first] = now_s
+            if not held.bits & self._pieces.missing:
+                self._end(held.lease)
+                if not from_origin:
+                    self._pending.append(StopOrigin(held.lease))
+        if from_origin:
+            self._pieces.from_origin |= bit
+
+    def came_wrong(self, piece: int, now_s: float) -> None:
+        """The origin sent something else than was attested."""
+        self.bad[piece] = self.bad.get(piece, 0) + 1
+        self._bad_until_s[piece] = now_s + _BAD_AGAIN_S
+
+    def done(self, lease: Lease) -> None:
+        """The read ended; what of it is still missing is free again."""
+        if self.leases.alive(lease):
+            left = span(lease.first, lease.count) & self._pieces.missing
+            self._end(lease)
+            if left:
+                self._pending.append(Tell(lease, ended=True))
+
+    def failed(self, lease: Lease, retry_s: float, now_s: float) -> None:
+        """The origin gave nothing more of it; nothing is read for `retry_s`."""
+        self.done(lease)
+        self.blocked_until_s = max(self.blocked_until_s, now_s + retry_s)
+
+    def set_available(self, available: bool) -> None:
+        """Whether this node can read the origin at all."""
+        self.available = available
+        if not available:
+            self.stop()
+
+    def stop(self) -> None:
+        """Give all leases back."""
+        for held in list(self.leases.mine.values()):
+            self._end(held.lease)
+            self._pending += [StopOrigin(held.lease), Tell(held.lease, ended=True)]
+
+    def tell_again(self) -> None:
+        """Somebody connected who has not heard of this node's leases."""
+        self._pending.extend(Tell(held.lease) for held in self.leases.mine.values())
+
+    # ---- decisions
+
+    def decide(self, now_s: float) -> list[Action]:
+        """Leases to take, to tell and to end."""
+        made, self._pending = self._pending, []
+        if self._quiet_s is None:
+            self._quiet_s = now_s
+        pieces = self._pieces
+        if not pieces.missing:
+            return made
+        self.leases.prune(pieces.missing & ~self._sources.everywhere.held)
+        self._promote(now_s)
+        if not self.available or self.blocked_until_s > now_s:
+            return made
+        free = pieces.missing & ~self._sources.everywhere.held & ~self._sources.asked & ~self.leases.own()
+        free &= ~bits_of(piece for piece, until_s in self._bad_until_s.items() if until_s > now_s)
+        free &= ~bits_of(piece for piece, times in self.bad.items() if times >= BAD_MAX)
+        free &= ~self._leased(now_s)
+        free = self._for_readers(made, free, now_s)
+        if (self.seed or self.promoted) and free:
+            self._take_stripes(made, free, now_s)
+        return made
+
+    def _take_stripes(self, made: list[Action], free: int, now_s: float) -> None:
+        unspread = (self._pieces.from_origin & ~self._pieces.missing & ~self._sources.everywhere.held).bit_count()
+        while free and len(self.leases.mine) < self._streams():
+            if len(self._sources) and unspread >= self._policy.unspread_pieces:
+                return
+            first, count = self._next(free)
+            free &= ~self._take(made, first, count, now_s)
+
+    def _streams(self) -> int:
+        """One until something came: the first pieces should be whole soon, so that others can pass them on."""
+        if self._seconds is None:
+            return 1
+        return max(min(_STREAMS_MEANT // max(len(self._seeds), 1), self._policy.streams_max), 1)
+
+    def _next(self, free: int) -> tuple[int, int]:
+        """Of this node's own stripes the first; else of the seed with most left the last."""
+        if self._owned is None:
+            self._owned = self._shares.owned(self._seeds or (self._me,))
+        count_max = max(1, min(self._shares.stripe_pieces, free.bit_count() // (2 * max(len(self._seeds), 1))))
+        own = self._owned.get(self._me, 0) & free
+        if own:
+            return self._run(free, lowest(own), count_max)
+        most = max(self._owned.values(), key=lambda bits: (bits & free).bit_count()) & free or free
+        stripe, count = self._shares.stripe_of(highest(most))
+        return self._run(free, lowest(free & span(stripe, count)), count_max)
+
+    def _run(self, free: int, piece: int, count_max: int) -> tuple[int, int]:
+        stripe, count = self._shares.stripe_of(piece)
+        return piece, run_at(free, piece, min(count_max, stripe + count - piece))
+
+    def _take(self, made: list[Action], first: int, count: int, now_s: float) -> int:
+        lease = self.leases.take(first, count, now_s)
+        made += [Tell(lease), ReadOrigin(lease, tuple(range(first, first + count)))]
+        return span(first, count)
+
+    def _end(self, lease: Lease) -> None:
+        self.leases.give_up(lease)
+        self._last_s.pop(lease.first, None)
+
+    def _for_readers(self, made: list[Action], free: int, now_s: float) -> int:
+        """What readers wait for and nobody has: its owner reads it at once, other seeds soon, other nodes late."""
+        pieces, policy = self._pieces, self._policy
+        for piece in each(bits_of(pieces.wanted) & free):
+            if len(self.leases.mine) > self._streams():
+                break
+            wait_s = policy.reader_origin_s * (1.0 + mix(hash_of(self._me), piece) % 1024 / 1024)
+            if self.seed or self.promoted:
+                wait_s = 0.0 if self._first_for(piece) else wait_s / 10
+            if now_s - pieces.waits_since_s.get(piece, now_s) >= wait_s:
+                free &= ~self._take(made, piece, 1, now_s)
+        return free
+
+    def _first_for(self, piece: int) -> bool:
+        share = self._shares.share_of(piece)
+        return self._me == min(self._seeds, key=lambda x: mix(hash_of(x), share), default=self._me)
+
+    def _leased(self, now_s: float) -> int:
+        """Pieces that others read; leases of which nothing was heard for too long are not counted, by rank."""
+        made = 0
+        for held in self.leases.quiet():
+            if now_s - held.heard_s > self._patience_s(held):
+                held.over = True
+            else:
+                made |= held.bits
+        return made
+
+    def _patience_s(self, held: Held) -> float:
+        """Silence that is bad: four times what this node would need, longer each time; one after another asks."""
+        policy, lease = self._policy, held.lease
+        if self._seconds is None:
+            return policy.promote_seeded_s * 2 ** min(lease.epoch, 10)
+        own = mix(hash_of(self._me), lease.first)
+        rank = sum(mix(hash_of(x), lease.first) < own for x in self._seeds if x not in (self._me, lease.holder))
+        return (policy.lease_patience_s + 4.0 * self._seconds) * 2 ** min(lease.epoch - 1, 10) + 2.0 * rank
+
+    def why_not(self, now_s: float) -> str:
+        """Why nothing is read just now, for people."""
+        if not self.available:
+            return "the origin cannot be read from here"
+        if self.blocked_until_s > now_s:
+            return f"the origin failed, again in {self.blocked_until_s - now_s:.0f} s"
+        if self.bad:
+            return f"the origin sent {len(self.bad)} pieces with wrong bytes"
+        if self.leases.quiet():
+            holders = sorted({held.lease.holder for held in self.leases.quiet()})
+            return f"{', '.join(holders[:3])} read the origin"
+        if self.seed or self.promoted:
+            return "its own pieces are not fetched by others yet"
+        return "it is not among those that read the origin"
+
+    # ---- without seeds
+
+    def _seed_connected(self) -> bool:
+        return any(source.seed for source in self._sources)
+
+    def _promote(self, now_s: float) -> None:
+        """See the module's docstring."""
+        policy, sources, missing = self._policy, self._sources, self._pieces.missing
+        if self.seed or not self.available:
+            self.promoted = False
+            return
+        if self.promoted:
+            self.promoted = not self._seed_connected() or not missing & sources.everywhere.held
+            return
+        if sources.asked or missing & sources.everywhere.held or self.leases.mine:
+            self.moved(now_s)
+            return
+        own = mix(hash_of(self._me))
+        rank = sum(mix(source.hash) < own for source in sources)
+        seeded = self._seed_connected()
+        patience_s = (policy.promote_seeded_s if seeded else policy.promote_quiet_s) + policy.promote_rank_s * rank
+        self.promoted = now_s - (self._quiet_s or now_s) >= patience_s
+
+
+__all__ = ["BAD_MAX", "Reading"]
