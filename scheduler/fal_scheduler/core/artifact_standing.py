@@ -31,7 +31,7 @@ class Standing:
 
 
 def standing_of(catalog: Catalog, artifact_id: str, manifest_digest: str = "") -> Standing:
-    """By artifact id, or by digest where nobody registered the id (a first release's name, or another listing of it)."""
+    """By artifact id, or by digest where nobody registered that id (an old cache, or another listing of it)."""
     names = catalog.by_artifact.get(artifact_id) or catalog.by_digest.get(artifact_id)
     if not names and manifest_digest:
         names = catalog.by_digest.get(manifest_digest)

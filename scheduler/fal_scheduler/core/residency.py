@@ -205,12 +205,15 @@ class ResidencyTable:
         if node is not None:
             node.left_at_s = now_s
 
-    def expire(self, now_s: float) -> Changed:
-        """Forget nodes that stayed away; call it every few seconds."""
-        changed = Changed()
-        for node in [x for x in self._nodes.values() if x.left_at_s is not None and now_s - x.left_at_s > STALE_KEPT_S]:
+    def expire(self, now_s: float) -> list[tuple[str, Changed]]:
+        """Forget nodes that stayed away, and what that means for others; call it every few seconds."""
+        gone = [x for x in self._nodes.values() if x.left_at_s is not None and now_s - x.left_at_s > STALE_KEPT_S]
+        forgotten = []
+        for node in gone:
+            changed = Changed()
             self._forget(node, changed)
-        return changed
+            forgotten.append((node.node_id, changed))
+        return forgotten
 
     def forget(self, node_id: str) -> Changed:
         """A node is revoked: nothing of it counts any more."""

@@ -49,9 +49,14 @@ class Wanted:
 
 
 class WishNodes:
-    """All nodes, arranged once for many wishes."""
+    """All nodes, arranged once for many wishes.
 
-    def __init__(self, nodes: Iterable[WishNode]) -> None:
+    `settled`: False while a new leader has not heard all caches; until then no node is chosen for a replica that may
+    well exist on a node that is about to say so.
+    """
+
+    def __init__(self, nodes: Iterable[WishNode], *, settled: bool = True) -> None:
+        self.settled = settled
         self.by_id: dict[str, WishNode] = {node.id: node for node in sorted(nodes, key=lambda x: x.id)}
         self.by_pool: dict[str, list[str]] = {}
         for node in self.by_id.values():
@@ -82,7 +87,7 @@ def _replicas(
     keep = [i for i in keep if _has_any(holders.get(i)) or nodes.by_id[i].open]
     keep.sort(key=lambda i: (*_held(holders.get(i)), i not in before, _draw(model.artifact_id, i)))
     chosen = [i for i in keep if _has_any(holders.get(i)) or i in before][:count]
-    if len(chosen) < count:
+    if len(chosen) < count and nodes.settled:
         chosen += _fresh(count - len(chosen), chosen, model, nodes)
     return chosen
 
