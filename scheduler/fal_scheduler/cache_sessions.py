@@ -50,7 +50,12 @@ class Registrar(Manifests, Protocol):
 
     def on_attestation(self, node_id: str, attestation: weights_pb2.Attestation) -> None: ...
 
-    def offer_manifest(self, manifest: state_pb2.ModelManifest) -> None: ...
+    def offer_manifest(self, message: state_pb2.ModelManifest) -> bool: ...
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Artifact ids whose manifests this scheduler lacks."""
+        ...
 
 
 class CacheSessions:
@@ -103,6 +108,8 @@ class CacheSessions:
             self._spread(peer_name, changed)
             for holding in list(self.table.node(peer_name).holdings.values()):  # type: ignore[union-attr]
                 session.judge(holding)
+            for artifact_id in self._registrar.wanted:
+                self._ask_manifest(peer_name, artifact_id)
             self.swarms.session_began(peer_name)
             self.wishes.nodes_changed()
             session.signal.set()
@@ -212,15 +219,11 @@ class CacheSessions:
                 session.copies_due()
 
     def _offered(self, session: Outbox, manifest: state_pb2.ModelManifest) -> None:
-        try:
-            self._registrar.offer_manifest(manifest)
-        except FalError as error:
-            event = weights_pb2.CacheEvent(kind="BAD_MANIFEST", subject=manifest.artifact_id[:64], message=str(error))
-            self._note_event(session.node_id, event)
-            return
-        for other in self._sessions.values():
-            if manifest.artifact_id in other.stuck:
-                other.try_again()
+        """A manifest that this scheduler lacked, perhaps; who waits for it is told."""
+        if self._registrar.offer_manifest(manifest):
+            for other in self._sessions.values():
+                if manifest.artifact_id in other.stuck:
+                    other.try_again()
 
     def _note_event(self, node_id: str, event: weights_pb2.CacheEvent) -> None:
         """One event a minute for each node, kind and subject, so that no node can flood the log."""
@@ -357,19 +360,23 @@ class CacheSessions:
         verify = weights_pb2.VerifyArtifact(id=artifact_id)
         return [i for i in node_ids if self._push(i, weights_pb2.CacheDown(verify=verify))]
 
-    def want_manifest(self, id_: str) -> bool:
-        """Ask some caches for a manifest that this scheduler does not have; False when nobody could have it."""
-        standing = standing_of(self._view.catalog, id_)
-        names = {id_, *((standing.model.artifact_id, standing.model.manifest_digest) if standing.model else ())} - {""}
+    def want_manifest(self, artifact_id: str) -> None:
+        """Ask some caches for a manifest that this scheduler does not have; those that come later are asked at Hello."""
         asked = 0
-        holders = [i for name in sorted(names) for i, x in self.table.holders(name).items() if x.manifest_digest]
-        others = (node.node_id for node in self.table.nodes() if names & node.manifests)
-        for node_id in dict.fromkeys((*holders, *others)):
-            want = weights_pb2.WantManifest(id=id_)
-            asked += self._push(node_id, weights_pb2.CacheDown(want_manifest=want))
+        for node in self.table.nodes():
+            asked += self._ask_manifest(node.node_id, artifact_id)
             if asked == MANIFEST_ASKED_MAX:
                 break
-        return asked > 0
+
+    def _ask_manifest(self, node_id: str, artifact_id: str) -> bool:
+        """Ask one that has the artifact, or told that it keeps the manifest."""
+        node = self.table.node(node_id)
+        standing = standing_of(self._view.catalog, artifact_id)
+        digest = standing.model.manifest_digest if standing.model is not None else ""
+        if node is None or not ({artifact_id, digest} & (node.holdings.keys() | node.manifests)):
+            return False
+        want = weights_pb2.WantManifest(id=artifact_id)
+        return self._push(node_id, weights_pb2.CacheDown(want_manifest=want))
 
     def close(self, error: FalError) -> None:
         """End all sessions: the leader is one no longer."""

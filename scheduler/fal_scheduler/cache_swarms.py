@@ -23,7 +23,7 @@ from fal_contract.ticket import TICKET_TTL_S
 from fal_contract.v1 import agent_pb2, weights_pb2
 from fal_scheduler.core.artifact_standing import standing_of
 from fal_scheduler.core.cache_paths import needs_tls, shared_endpoints
-from fal_scheduler.core.neighbours import SwarmMember, SwarmView
+from fal_scheduler.core.neighbours import Neighbour, SwarmMember, SwarmView
 from fal_scheduler.core.records import Pool
 from fal_scheduler.core.residency import CacheNode, Changed, Holding, ResidencyTable
 from fal_scheduler.core.state import State
@@ -335,6 +335,11 @@ class Swarms:
         """False where it told that the origin gave it nothing at all."""
         model = standing_of(self._view().catalog, artifact_id).model
         return model is None or node.rates.get(origin_source(model.resolved_uri or model.uri)) != 0
+
+    def neighbours(self, node_id: str, artifact_id: str) -> tuple[Neighbour, ...]:
+        """Who is beside a node, told or not; none where the artifact has no swarm."""
+        swarm = self._swarms.get(artifact_id)
+        return swarm.view.neighbours_of(node_id) if swarm is not None else ()
 
     def statistics(self) -> dict[str, int]:
         """Swarms, and members of all of them."""
