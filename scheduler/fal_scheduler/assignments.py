@@ -1,5 +1,6 @@
 """Builds what a node is told of a runner: its record, its revision's spec, its models' manifests.
 
+A model that is registered only is told with its listing: its node stages it and starts nothing before it may.
 Called by `sessions` for runners whose assignment is durable. Specs and artifacts are built once per revision and
 model; they are shared between messages, so nobody may change them.
 """
@@ -10,18 +11,19 @@ from collections import OrderedDict
 from typing import Final, Protocol
 
 from fal_contract.errors import Code, FalError
+from fal_contract.limits import MANIFEST_EMBEDDED_BYTES_MAX
 from fal_contract.v1 import agent_pb2, state_pb2
 from fal_scheduler.codec_spec import spec_to_pb
-from fal_scheduler.core.records import Goal, Model, ModelState, Runner
+from fal_scheduler.core.records import Goal, Model, ModelState, Runner, Spec
 from fal_scheduler.core.state import State
 
 _CACHED_MAX: Final = 512
 
 
 class ManifestSource(Protocol):
-    """Where manifests are (`blobs.ManifestBlobs`)."""
+    """Where manifests are (`manifest_desk.ManifestDesk`)."""
 
-    def get(self, digest: str) -> state_pb2.ModelManifest: ...
+    def get(self, artifact_id: str) -> state_pb2.ModelManifest: ...
 
 
 class AssignmentBuilder:
@@ -30,7 +32,7 @@ class AssignmentBuilder:
     def __init__(self, manifests: ManifestSource) -> None:
         self._manifests = manifests
         self._specs: OrderedDict[tuple[str, int, str], state_pb2.AppSpec] = OrderedDict()
-        self._artifacts: OrderedDict[tuple[str, str], agent_pb2.Artifact] = OrderedDict()
+        self._artifacts: OrderedDict[tuple[str, str, str, bool, bool], agent_pb2.Artifact] = OrderedDict()
 
     def build(self, state: State, runner: Runner) -> agent_pb2.Assignment:
         """The message. Raises what stands in the way of a manifest (NOT_FOUND, CORRUPT, FAILED_PRECONDITION).
@@ -54,9 +56,8 @@ class AssignmentBuilder:
             return message
         message.spec.CopyFrom(self._spec(state, runner))
         if runner.goal is Goal.RUN:
-            for name in (revision.spec.model, *revision.spec.loras):
-                if name:
-                    message.artifacts.append(self._artifact(state, name))
+            for name in revision.spec.models:
+                message.artifacts.append(self._artifact(state, name, revision.spec))
         return message
 
     def _spec(self, state: State, runner: Runner) -> state_pb2.AppSpec:
@@ -69,36 +70,46 @@ class AssignmentBuilder:
                 self._specs.popitem(last=False)
         return spec
 
-    def _artifact(self, state: State, name: str) -> agent_pb2.Artifact:
+    def _artifact(self, state: State, name: str, spec: Spec) -> agent_pb2.Artifact:
         model = state.models.get(name)
         if model is None:
             raise FalError(Code.NOT_FOUND, f"model {name} is not registered", remedy="Register it again.")
-        if model.state is not ModelState.ATTESTED:
-            raise _not_attested(model)
-        key = (model.id, model.manifest_digest)
+        if model.withdrawn or not model.artifact_id:
+            raise _not_usable(model)
+        key = (model.id, model.artifact_id, model.manifest_digest, spec.stream_weights, spec.allow_provisional)
         artifact = self._artifacts.get(key)
         if artifact is None:
-            artifact = self._artifacts[key] = agent_pb2.Artifact(
-                model=model.id,
-                kind=model.kind,
-                uri=model.uri,
-                manifest_digest=model.manifest_digest,
-                bytes=model.bytes,
-                manifest=self._manifests.get(model.manifest_digest),
-            )
+            artifact = self._artifacts[key] = artifact_message(model, self._manifests.get(model.artifact_id), spec)
             if len(self._artifacts) > _CACHED_MAX:
                 self._artifacts.popitem(last=False)
         return artifact
 
 
-def _not_attested(model: Model) -> FalError:
-    if model.state is ModelState.REFUSED:
-        return FalError(Code.FAILED_PRECONDITION, f"model {model.id} is refused: {model.reason}", remedy="Replace it.")
+def artifact_message(model: Model, manifest: state_pb2.ModelManifest, spec: Spec | None = None) -> agent_pb2.Artifact:
+    """What a node is told of a model: with its manifest where that is small, else by id and digest only."""
+    return agent_pb2.Artifact(
+        model=model.id,
+        kind=model.kind,
+        uri=model.resolved_uri or model.uri,
+        manifest_digest=model.manifest_digest,
+        bytes=model.bytes,
+        manifest=manifest if manifest.ByteSize() <= MANIFEST_EMBEDDED_BYTES_MAX else None,
+        artifact_id=model.artifact_id,
+        stream=spec.stream_weights if spec is not None else False,
+        allow_provisional=spec.allow_provisional if spec is not None else False,
+    )
+
+
+def _not_usable(model: Model) -> FalError:
+    if model.withdrawn:
+        word = "refused" if model.state is ModelState.REFUSED else "withdrawn"
+        what = f"model {model.id} was {word}: {model.reason}"
+        return FalError(Code.FAILED_PRECONDITION, what, remedy="Apply the app with another model.")
     return FalError(
         Code.FAILED_PRECONDITION,
-        f"the files of model {model.id} are still being hashed",
+        f"model {model.id} was registered with an earlier release and is being read again",
         remedy="Wait; `falctl weights show` tells the state.",
     )
 
 
-__all__ = ["AssignmentBuilder", "ManifestSource"]
+__all__ = ["AssignmentBuilder", "ManifestSource", "artifact_message"]

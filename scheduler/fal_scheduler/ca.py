@@ -182,6 +182,15 @@ class CertificateAuthority:
             ) from None
         return cls(certificate, key, sealer)
 
+    @property
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        """What `sign` is checked with (`fal_contract.artifact.signed_by`)."""
+        return self._key.public_key()
+
+    def sign(self, text: bytes) -> bytes:
+        """ECDSA with SHA-256, DER. `text` must begin with a head of its own kind (`fal_contract.artifact`)."""
+        return self._key.sign(text, ec.ECDSA(hashes.SHA256()))
+
     def issue(
         self,
         csr_pem: bytes,

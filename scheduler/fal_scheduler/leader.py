@@ -29,7 +29,7 @@ from fal_scheduler.engine import Engine
 from fal_scheduler.engine_port import EngineOptions
 from fal_scheduler.event_feed import EventFeed
 from fal_scheduler.leadership import CurrentLeadership, Leadership, not_leading
-from fal_scheduler.models import ModelRegistrar
+from fal_scheduler.models import ModelRegistrar, origin_lister
 from fal_scheduler.revocations import RevocationIndex
 from fal_scheduler.sessions import AgentSessions
 from fal_scheduler.store.interface import Store
@@ -58,6 +58,7 @@ class Leader:
         revocations: RevocationIndex,
         cut_revoked: Callable[[], object],
         rng: Random | None = None,
+        credentials_file: Path | None = None,
     ) -> None:
         self._store = store
         self._ca = ca
@@ -69,6 +70,7 @@ class Leader:
         self._revocations = revocations
         self._cut_revoked = cut_revoked
         self._rng = rng or SystemRandom()
+        self._credentials_file = credentials_file
         self._engine: Engine | None = None
         self.began = asyncio.Event()  # set once the first term began
 
@@ -98,10 +100,19 @@ class Leader:
         """One term, from its first moment to its last; returns why it ended."""
         alarms = EdgeAlarms()
         feed = EventFeed(engine, engine.events)
-        manifests = ManifestBlobs(self._data_dir / "blobs")
+        manifests = ManifestBlobs(self._data_dir / "blobs", self._ca.public_key)
+        models = ModelRegistrar(
+            engine,
+            manifests,
+            self._ca,
+            clock=self._clock,
+            note=feed.note,
+            roots=self._model_roots,
+            lister=origin_lister(self._credentials_file),
+        )
         sessions = AgentSessions(
             engine,
-            AssignmentBuilder(manifests),
+            AssignmentBuilder(models.desk),
             clock=self._clock,
             alarms=alarms,
             note=feed.note,
@@ -109,7 +120,6 @@ class Leader:
         )
         dispatcher = Dispatcher(engine, clock=self._clock, push=sessions.push)
         sessions.set_gateways(dispatcher.tunnels.gateway_set)
-        models = ModelRegistrar(engine, manifests, roots=self._model_roots)
         commits_before = _commits(self._store)
         leadership = Leadership(
             engine=engine,

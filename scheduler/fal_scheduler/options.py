@@ -67,6 +67,9 @@ class Options(ConfigModel):
     model_roots: list[Path] = Field(
         default_factory=list, description="folders below which file:// models may lie; empty: anywhere"
     )
+    credentials_file: Path | None = Field(
+        default=None, description="TOML with credentials of origins, mode 0600; the environment counts too"
+    )
     rpc: RpcListen = Field(default_factory=RpcListen, description="gRPC listener")
     join: JoinListen = Field(default_factory=JoinListen, description="join listener")
     metrics: MetricsListen = Field(default_factory=MetricsListen, description="metrics listener")

@@ -105,6 +105,7 @@ class Scheduler:
             clock=clock,
             data_dir=options.data_dir,
             model_roots=tuple(options.model_roots),
+            credentials_file=options.credentials_file,
             holder=f"{socket.gethostname()}-{random_suffix(SystemRandom())}",
             current=self._current,
             revocations=revocations,
@@ -175,7 +176,8 @@ class Scheduler:
 
     async def _grpc_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=[self._guard], options=SERVER_OPTIONS)
-        add_ClusterServicer_to_server(ClusterService(self._current), server)
+        # Pushes and the compile cache come later; until then they answer UNIMPLEMENTED.
+        add_ClusterServicer_to_server(ClusterService(self._current), server)  # type: ignore[abstract]
         add_AgentServiceServicer_to_server(AgentService(self._current), server)
         add_ServingServicer_to_server(ServingService(self._current), server)
         await add_standard_services(server, [service.full_name for service in services()])

@@ -202,7 +202,8 @@ def test_models_are_listed_hashed_and_attested(tmp_path: Path) -> None:
         assert [(x.path, x.bytes) for x in view.files] == [("weights.safetensors", 1000)]
         assert (await add("t/m")).model.manifest_digest == view.model.manifest_digest  # the same again
         for bad in (
-            lambda: add("t/x", "hf://org/model"),
+            lambda: add("t/x", "ftp://host/model"),
+            lambda: add("t/x", "push://t/x"),
             lambda: add("t/x", kind="adapter"),
             lambda: add("t/x", revision="main"),
             lambda: add("x"),
@@ -255,23 +256,24 @@ def test_a_standby_without_the_manifest_makes_it_anew(tmp_path: Path) -> None:
         backend = MemoryBackend()
         request = cluster_pb2.AddModelRequest(id="t/m", uri=f"file://{folder}")
         async with leading(tmp_path / "one", MemoryStore(backend)) as leader:
-            digest = (await weights.add_model(leader, request, ACTOR)).model.manifest_digest
+            id_ = (await weights.add_model(leader, request, ACTOR)).model.artifact_id
             await join(leader, "n1")
         (tmp_path / "two").mkdir()
         (tmp_path / "one" / "identity").rename(tmp_path / "two" / "identity")
         async with leading(tmp_path / "two", MemoryStore(backend)) as leader:
-            await eventually(lambda: leader.manifests.has(digest))
+            await eventually(lambda: leader.manifests.has(id_))
             async with Agent(leader, "n1") as agent:
                 await deployed(leader, model="m")
                 (held,) = agent.held.values()
                 assert held.artifacts[0].manifest.files[0].path == "weights.safetensors"
-        (tmp_path / "two" / "blobs" / digest).unlink()
+        (tmp_path / "two" / "blobs" / id_).unlink()
         (folder / "weights.safetensors").write_bytes(b"v")  # not what was attested: stays missing, and is told
         async with leading(tmp_path / "two", MemoryStore(backend)) as leader:
             view = weights.get_model(leader, cluster_pb2.GetModelRequest(id="t/m"))
             assert "does not exist on this scheduler" in view.model.reason
             await eventually(lambda: leader.models.idle)
-            assert not leader.manifests.has(digest)
+            assert not leader.manifests.has(id_)
+            assert leader.models.wanted == (id_,)
 
     asyncio.run(body())
 

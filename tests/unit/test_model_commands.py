@@ -31,7 +31,7 @@ from fal_scheduler.core.events import (
     UnstageModel,
     WishesChanged,
 )
-from fal_scheduler.core.model_commands import check_ttl, collectable
+from fal_scheduler.core.model_commands import check_ttl, in_use
 from fal_scheduler.core.records import Goal, Model, ModelState, Runner, Wish
 from fal_scheduler.core.views import app_reason, runner_phase
 
@@ -249,7 +249,7 @@ def test_collecting_forgets_what_nobody_needs_and_nothing_else(world: World) -> 
     world.step(StageModel(Wish(kept.id, "pool/east", expires_at_s=world.wall_s + 5)))
     world.step(StageModel(Wish(kept.id, "replicas", 1)))
     world.now_s += 10
-    assert [model.id for model in world.state.models.values() if collectable(world.state, model)] == [M.id]
+    assert in_use(world.state) == {used.id}
     outcome = did(world, CollectModels((M.id, kept.id, used.id, "default/no")))
     assert outcome.reply is not None
     assert outcome.reply.lines == (M.id,)

@@ -31,10 +31,10 @@ class Blobs:
     def __init__(self) -> None:
         self.manifests: dict[str, state_pb2.ModelManifest] = {}
 
-    def get(self, digest: str) -> state_pb2.ModelManifest:
-        if digest not in self.manifests:
-            raise FalError(Code.NOT_FOUND, f"the manifest {digest} does not exist", remedy="Register again.")
-        return self.manifests[digest]
+    def get(self, artifact_id: str) -> state_pb2.ModelManifest:
+        if artifact_id not in self.manifests:
+            raise FalError(Code.NOT_FOUND, f"the manifest {artifact_id} does not exist", remedy="Register again.")
+        return self.manifests[artifact_id]
 
 
 class Rig:
@@ -373,14 +373,14 @@ def test_a_revoked_node_is_cut() -> None:
 
 def test_a_runner_without_its_manifest_is_held_back_and_sent_once_it_is_there() -> None:
     async def test(rig: Rig) -> None:
-        rig.engine.put(Model("t/m", "model", "file:///m", ModelState.ATTESTED, "d" * 64, 10, 1))
+        rig.engine.put(Model("t/m", "model", "file:///m", ModelState.ATTESTED, "d" * 64, 10, 1, artifact_id="a" * 64))
         rig.engine.deploy("t/b", Spec("host", model="t/m"))
         rig.engine.run("t/b-1", app="t/b")
         rig.engine.run("t/a-1")
         link = Link(rig)
         assert [x.runner_id for x in (await link.open()).assignments] == ["t/a-1"]
         assert [(x.kind, x.subject) for x in rig.alarms.all()] == [("MANIFEST", "t/b-1")]
-        rig.blobs.manifests["d" * 64] = state_pb2.ModelManifest(files=[state_pb2.ModelFile(path="x", bytes=10)])
+        rig.blobs.manifests["a" * 64] = state_pb2.ModelManifest(files=[state_pb2.ModelFile(path="x", bytes=10)])
         (put,) = (await link.next("delta")).delta.put
         assert put.artifacts[0].manifest.files[0].path == "x"
         assert rig.alarms.all() == ()

@@ -89,7 +89,7 @@ def _warnings(state: State, app: App | None, spec: Spec, feasible: int, reason: 
     for name in (spec.model, *spec.loras):
         model = state.models.get(name)
         if model is not None and model.state is ModelState.REGISTERED:
-            yield f"the files of model {name} are still being hashed; runners wait for it"
+            yield f"nobody has attested model {name} yet: runners stage it and start once its content is known"
     if app is not None and app.scale is not None:
         yield "scaling values set at run time stay in force; `falctl app scale --reset` forgets them"
 

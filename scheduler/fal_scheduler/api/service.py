@@ -78,10 +78,28 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         return await weights.add_model(self._current.get(), request, _actor())
 
     async def ListModels(self, request: cluster_pb2.ListModelsRequest, context: Context) -> cluster_pb2.ListModelsReply:
-        return weights.list_models(self._current.get(), request)
+        return _sized(weights.list_models(self._current.get(), request), "Ask for fewer with `limit`.")
 
     async def GetModel(self, request: cluster_pb2.GetModelRequest, context: Context) -> cluster_pb2.ModelView:
         return weights.get_model(self._current.get(), request)
+
+    async def StageModel(
+        self, request: cluster_pb2.StageModelRequest, context: Context
+    ) -> cluster_pb2.StageModelReply:
+        return await weights.stage_model(self._current.get(), request, _actor())
+
+    async def UnstageModel(
+        self, request: cluster_pb2.UnstageModelRequest, context: Context
+    ) -> cluster_pb2.StageModelReply:
+        return await weights.unstage_model(self._current.get(), request, _actor())
+
+    async def RevokeModel(self, request: cluster_pb2.RevokeModelRequest, context: Context) -> cluster_pb2.ModelView:
+        return await weights.revoke_model(self._current.get(), request, _actor())
+
+    async def CollectModels(
+        self, request: cluster_pb2.CollectModelsRequest, context: Context
+    ) -> cluster_pb2.CollectModelsReply:
+        return await weights.collect_models(self._current.get(), request, _actor())
 
     async def ApplyApp(self, request: cluster_pb2.ApplyAppRequest, context: Context) -> cluster_pb2.ApplyAppReply:
         return await apps.apply_app(self._current.get(), request, _actor())

@@ -16,8 +16,7 @@ from fal_scheduler.codec import (
     runner_to_pb,
 )
 from fal_scheduler.codec_spec import scaling_to_pb
-from fal_scheduler.codec_weights import model_to_pb
-from fal_scheduler.core.records import App, Model, Node, Pool, Runner
+from fal_scheduler.core.records import App, Node, Pool, Runner
 from fal_scheduler.core.serving import last_words
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.tokens import JoinToken
@@ -166,16 +165,6 @@ def app_view(state: State, app: App) -> cluster_pb2.AppView:
         runners=[runner_view(state, state.runners[i]) for i in sorted(state.runners_by_app.get(app.id, ()))],
         reason=app_reason(state, app),
     )
-
-
-def model_view(state: State, model: Model, files: Iterable[state_pb2.ModelFile] = ()) -> cluster_pb2.ModelView:
-    """A model and the apps whose current revision names it."""
-    users = []
-    for app in state.apps.values():
-        spec = state.revision_of(app).spec
-        if model.id == spec.model or model.id in spec.loras:
-            users.append(app.id)
-    return cluster_pb2.ModelView(model=model_to_pb(model), files=files, apps=sorted(users))
 
 
 def token_view(token: JoinToken, now_s: float) -> cluster_pb2.TokenView:

@@ -148,7 +148,7 @@ class UnstageModel:
 
 @dataclass(frozen=True, slots=True)
 class CollectModels:
-    """Forget these models as far as they still may be forgotten (`model_commands.collectable`), and ended wishes."""
+    """Forget those of these models that are withdrawn and not in use, and all wishes that ended."""
 
     models: tuple[str, ...] = ()
     actor: str = ""

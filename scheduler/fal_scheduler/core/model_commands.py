@@ -241,21 +241,32 @@ def unstage_model(work: Work, event: UnstageModel) -> Reply:
     return Reply("done", model.id, lines=tuple(wish.target for wish in wishes))
 
 
-def collectable(state: State, model: Model) -> bool:
-    """Whether the registry may forget it: withdrawn, and no app names it (in any revision that runners serve)."""
-    return model.withdrawn and not users(state, model.id) and not _runners_of(state, model.id)
+def in_use(state: State) -> set[str]:
+    """Models that an app's current revision names, or one that a runner serves."""
+    found: set[str] = set()
+    for app in state.apps.values():
+        found.update(state.revision_of(app).spec.models)
+    for served in {(runner.app, runner.revision) for runner in state.runners.values()}:
+        revision = state.revisions.get(served)
+        if revision is not None:
+            found.update(revision.spec.models)
+    return found
 
 
 def collect_models(work: Work, event: CollectModels) -> Reply:
-    """Forget; what does not fit in one step is for the next call. `Reply.lines`: ids of models that went."""
+    """Forget withdrawn models that are not in use; what does not fit in one step is for the next call.
+
+    `Reply.lines`: ids of models that went.
+    """
     gone: list[str] = []
+    used = in_use(work.state)
     for wish in [wish for wish in work.state.catalog.all_wishes() if wish.ended(work.moment.wall_s)]:
         if not work.full:
             work.drop(wish)
             work.log("MODEL_WISH_ENDED", wish.model, f"{_target_text(wish)}: its time is over", target=wish.target)
     for id_ in event.models[:CHANGES_PER_STEP_MAX]:
         model = work.state.models.get(id_)
-        if model is None or work.full or not collectable(work.state, model):
+        if model is None or work.full or not model.withdrawn or id_ in used:
             continue
         for wish in work.state.catalog.wishes_of(id_):
             if not work.full:
@@ -346,8 +357,8 @@ __all__ = [
     "check_models",
     "check_ttl",
     "collect_models",
-    "collectable",
     "identify_model",
+    "in_use",
     "refuse_model",
     "revoke_model",
     "stage_model",
