@@ -338,6 +338,15 @@ class CacheSessions:
         """Nodes that have an artifact, nodes to which it comes, bytes read at the origin."""
         return self.table.counts(artifact_id)
 
+    def nodes_with(self, artifact_id: str) -> tuple[int, int]:
+        """Nodes that have an artifact READY, and nodes to which it comes."""
+        counts = self.table.counts(artifact_id)
+        return counts.nodes_ready, counts.nodes_staging
+
+    def wished_names(self, model_id: str) -> list[str]:
+        """As `nodes_wished`, by name and in its order."""
+        return sorted(self._view.nodes[node_id].name for node_id in self.nodes_wished(model_id))
+
     def nodes_wished(self, model_id: str) -> tuple[str, ...]:
         """Nodes that should have a model now by its wishes, in order of id; works it out at once."""
         return self.wishes.work_out(model_id)
@@ -361,7 +370,7 @@ class CacheSessions:
         return [i for i in node_ids if self._push(i, weights_pb2.CacheDown(verify=verify))]
 
     def want_manifest(self, artifact_id: str) -> None:
-        """Ask some caches for a manifest that this scheduler does not have; those that come later are asked at Hello."""
+        """Ask some caches for a manifest that this scheduler lacks; those that come later are asked at Hello."""
         asked = 0
         for node in self.table.nodes():
             asked += self._ask_manifest(node.node_id, artifact_id)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Final
@@ -22,8 +21,10 @@ from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
 from fal_scheduler.blobs import ManifestBlobs
 from fal_scheduler.ca import CertificateAuthority
+from fal_scheduler.cache_sessions import CacheSessions
 from fal_scheduler.collector import calm
 from fal_scheduler.core.events import Effect, Logged, NodeChanged, Revoked
+from fal_scheduler.core.tickets import TICKET_PURPOSE
 from fal_scheduler.dispatch import Dispatcher
 from fal_scheduler.engine import Engine
 from fal_scheduler.engine_port import EngineOptions
@@ -96,8 +97,8 @@ class Leader:
             finally:
                 await engine.stop()
 
-    async def _term(self, engine: Engine) -> FalError:
-        """One term, from its first moment to its last; returns why it ended."""
+    def _parts(self, engine: Engine) -> Leadership:
+        """What a term is made of; nothing runs yet."""
         alarms = EdgeAlarms()
         feed = EventFeed(engine, engine.events)
         manifests = ManifestBlobs(self._data_dir / "blobs", self._ca.public_key)
@@ -120,10 +121,12 @@ class Leader:
         )
         dispatcher = Dispatcher(engine, clock=self._clock, push=sessions.push)
         sessions.set_gateways(dispatcher.tunnels.gateway_set)
+        caches = self._caches(engine, models, alarms, feed)
         commits_before = _commits(self._store)
-        leadership = Leadership(
+        return Leadership(
             engine=engine,
             sessions=sessions,
+            caches=caches,
             dispatcher=dispatcher,
             feed=feed,
             models=models,
@@ -135,30 +138,55 @@ class Leader:
             store=self._store.name,
             commits=lambda: _commits(self._store) - commits_before,
         )
+
+    async def _term(self, engine: Engine) -> FalError:
+        """One term, from its first moment to its last; returns why it ended."""
+        leadership = self._parts(engine)
         self._revocations.refresh(engine.view)
         unsubscribe = engine.subscribe(self._on_effect(engine))
-        expiry = asyncio.create_task(dispatcher.expire(), name="dispatch-expiry")
+        upkeep = [
+            asyncio.create_task(leadership.dispatcher.expire(), name="dispatch-expiry"),
+            asyncio.create_task(leadership.caches.upkeep(), name="cache-upkeep"),
+        ]
+        for task in upkeep:
+            task.add_done_callback(_say_failed)
         self._engine = engine
         self._current.set(leadership)
         self.began.set()
         now_s = self._clock.wall_s()
-        feed.note(Logged("LEADER", self._holder, f"leads term {engine.view.term}", now_s))
+        leadership.feed.note(Logged("LEADER", self._holder, f"leads term {engine.view.term}", now_s))
         _log.info("leads", term=engine.view.term, revision=engine.view.store_revision, store=self._store.name)
         try:
-            models.resume()
+            leadership.models.resume()
             return await engine.lost()
         finally:
             self._current.set(None)
             self._engine = None
             unsubscribe()
             why = not_leading()
-            sessions.close(why)
-            dispatcher.close(why)
-            feed.close(why)
-            expiry.cancel()
-            with suppress(asyncio.CancelledError):
-                await expiry
-            await models.close()
+            leadership.sessions.close(why)
+            leadership.caches.close(why)
+            leadership.dispatcher.close(why)
+            leadership.feed.close(why)
+            for task in upkeep:
+                task.cancel()
+            await asyncio.gather(*upkeep, return_exceptions=True)
+            await leadership.models.close()
+
+    def _caches(self, engine: Engine, models: ModelRegistrar, alarms: EdgeAlarms, feed: EventFeed) -> CacheSessions:
+        """Sessions of the nodes' caches, and what the registrar asks of them."""
+        caches = CacheSessions(
+            engine,
+            models,
+            secret=self._ca.derive(TICKET_PURPOSE),
+            clock=self._clock,
+            alarms=alarms,
+            note=feed.note,
+        )
+        models.want_manifest = caches.want_manifest
+        models.counts = caches.nodes_with
+        models.wished_nodes = caches.wished_names
+        return caches
 
     def _on_effect(self, engine: Engine) -> Callable[[Effect], None]:
         def listen(effect: Effect) -> None:
@@ -178,8 +206,15 @@ class Leader:
             "term": float(leadership.view.term),
             **{f"engine_{name}": float(value) for name, value in self._engine.statistics().items()},
             **{f"session_{name}": float(value) for name, value in leadership.sessions.statistics().items()},
+            **{f"cache_{name}": float(value) for name, value in leadership.caches.statistics().items()},
             **{f"dispatch_{name}": float(value) for name, value in leadership.dispatcher.statistics().items()},
         }
+
+
+def _say_failed(task: asyncio.Task[None]) -> None:
+    """What runs beside a term has no one who waits for it before the end."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("upkeep_failed", task=task.get_name(), exc_info=error)
 
 
 def _is_revoked(engine: Engine, node_id: str) -> bool:

@@ -14,6 +14,7 @@ from fal_contract.errors import Code, FalError
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.blobs import ManifestBlobs
 from fal_scheduler.ca import CertificateAuthority
+from fal_scheduler.cache_sessions import CacheSessions
 from fal_scheduler.core.state import State
 from fal_scheduler.dispatch import Dispatcher
 from fal_scheduler.engine_port import EnginePort
@@ -29,6 +30,7 @@ class Leadership:
 
     engine: EnginePort
     sessions: AgentSessions
+    caches: CacheSessions
     dispatcher: Dispatcher
     feed: EventFeed
     models: ModelRegistrar

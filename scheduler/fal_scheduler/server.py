@@ -31,8 +31,9 @@ from fal_contract.telemetry import Health, LoopLag, TelemetryServer, get_logger
 from fal_contract.v1.agent_pb2_grpc import add_AgentServiceServicer_to_server
 from fal_contract.v1.cluster_pb2_grpc import add_ClusterServicer_to_server
 from fal_contract.v1.serving_pb2_grpc import add_ServingServicer_to_server
+from fal_contract.v1.weights_pb2_grpc import add_CacheServiceServicer_to_server
 from fal_scheduler.api.roles import ROLES
-from fal_scheduler.api.service import AgentService, ClusterService, ServingService, services
+from fal_scheduler.api.service import AgentService, CacheService, ClusterService, ServingService, services
 from fal_scheduler.ca import CertificateAuthority, OwnIdentity
 from fal_scheduler.core.events import Logged, RedeemToken
 from fal_scheduler.join import JoinRefusal, JoinServer, NodeGrant
@@ -180,6 +181,7 @@ class Scheduler:
         add_ClusterServicer_to_server(ClusterService(self._current), server)  # type: ignore[abstract]
         add_AgentServiceServicer_to_server(AgentService(self._current), server)
         add_ServingServicer_to_server(ServingService(self._current), server)
+        add_CacheServiceServicer_to_server(CacheService(self._current), server)
         await add_standard_services(server, [service.full_name for service in services()])
         return server
 

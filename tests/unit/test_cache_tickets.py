@@ -31,7 +31,8 @@ def test_keys_told_yesterday_check_todays_tickets_and_keys_told_today_yesterdays
     office = TicketOffice(b"s" * 32)
     midnight_s = 20_001 * GENERATION_S
     before, after = office.keys("n-b", midnight_s - 1), office.keys("n-b", midnight_s + 1)
-    assert before[0] != after[0] and TicketOffice.generation(midnight_s) == TicketOffice.generation(midnight_s - 1) + 1
+    assert before[0] != after[0]
+    assert TicketOffice.generation(midnight_s) == TicketOffice.generation(midnight_s - 1) + 1
     for now_s in (midnight_s - 1, midnight_s + 1):
         ticket = _ticket(office, now_s)
         for keys in (before, after):
@@ -43,6 +44,7 @@ def test_every_scheduler_with_the_cas_key_makes_the_same_keys(tmp_path: Path) ->
     again = CertificateAuthority.open(tmp_path / "ca")
     other = CertificateAuthority.create(tmp_path / "other", cluster_id="c-000000000000", now_s=NOON_S)
     secret = made.derive(TICKET_PURPOSE)
-    assert secret == again.derive(TICKET_PURPOSE) and len(secret) == 32
+    assert secret == again.derive(TICKET_PURPOSE)
+    assert len(secret) == 32
     assert secret not in (made.derive("another purpose"), other.derive(TICKET_PURPOSE))
     assert TicketOffice(secret).keys("n-b", NOON_S) == TicketOffice(again.derive(TICKET_PURPOSE)).keys("n-b", NOON_S)

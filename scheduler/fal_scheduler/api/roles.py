@@ -55,5 +55,7 @@ ROLES: Final[Mapping[str, frozenset[Role]]] = {
     **{f"/fal.v1.Cluster/{method}": roles for method, roles in _CLUSTER.items()},
     "/fal.v1.AgentService/Session": NODES,
     "/fal.v1.AgentService/RenewCertificate": NODES,
+    "/fal.v1.CacheService/Session": NODES,
+    "/fal.v1.CacheService/GetManifest": NODES,
     "/fal.v1.Serving/Dispatch": frozenset({Role.SERVING, Role.OPERATOR, Role.ADMIN}),
 }

@@ -13,10 +13,11 @@ from google.protobuf.message import Message
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import MESSAGE_BYTES_MAX
 from fal_contract.rpc_guard import current_peer
-from fal_contract.v1 import agent_pb2, cluster_pb2, cluster_pb2_grpc
+from fal_contract.v1 import agent_pb2, cluster_pb2, cluster_pb2_grpc, state_pb2, weights_pb2
 from fal_contract.v1.agent_pb2_grpc import AgentServiceServicer
 from fal_contract.v1.serving_pb2_grpc import ServingServicer
-from fal_scheduler.api import apps, callers, explain, join_tokens, nodes, pools, runners, status, weights
+from fal_contract.v1.weights_pb2_grpc import CacheServiceServicer
+from fal_scheduler.api import apps, caches, callers, explain, join_tokens, nodes, pools, runners, status, weights
 from fal_scheduler.leadership import CurrentLeadership
 
 M = TypeVar("M", bound=Message)
@@ -83,15 +84,25 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def GetModel(self, request: cluster_pb2.GetModelRequest, context: Context) -> cluster_pb2.ModelView:
         return weights.get_model(self._current.get(), request)
 
-    async def StageModel(
-        self, request: cluster_pb2.StageModelRequest, context: Context
-    ) -> cluster_pb2.StageModelReply:
+    async def StageModel(self, request: cluster_pb2.StageModelRequest, context: Context) -> cluster_pb2.StageModelReply:
         return await weights.stage_model(self._current.get(), request, _actor())
 
     async def UnstageModel(
         self, request: cluster_pb2.UnstageModelRequest, context: Context
     ) -> cluster_pb2.StageModelReply:
         return await weights.unstage_model(self._current.get(), request, _actor())
+
+    async def WhereModel(self, request: cluster_pb2.WhereModelRequest, context: Context) -> cluster_pb2.WhereModelReply:
+        reply = caches.where_model(self._current.get(), request)
+        return _sized(reply, "Leave out `all`.")
+
+    async def EvictModel(self, request: cluster_pb2.EvictModelRequest, context: Context) -> cluster_pb2.EvictModelReply:
+        return caches.evict_model(self._current.get(), request)
+
+    async def VerifyModel(
+        self, request: cluster_pb2.EvictModelRequest, context: Context
+    ) -> cluster_pb2.EvictModelReply:
+        return caches.verify_model(self._current.get(), request)
 
     async def RevokeModel(self, request: cluster_pb2.RevokeModelRequest, context: Context) -> cluster_pb2.ModelView:
         return await weights.revoke_model(self._current.get(), request, _actor())
@@ -167,6 +178,21 @@ class AgentService(AgentServiceServicer):
         return agent_pb2.RenewCertificateReply(certificate_pem=certificate)
 
 
+class CacheService(CacheServiceServicer):
+    """`fal.v1.CacheService`."""
+
+    def __init__(self, current: CurrentLeadership) -> None:
+        self._current = current
+
+    async def Session(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[weights_pb2.CacheUp], context: Context
+    ) -> None:
+        await self._current.get().caches.run(current_peer().name, request_iterator, context.write)
+
+    async def GetManifest(self, request: weights_pb2.GetManifestRequest, context: Context) -> state_pb2.ModelManifest:
+        return _sized(caches.get_manifest(self._current.get(), request), "Read it from a peer.")
+
+
 class ServingService(ServingServicer):
     """`fal.v1.Serving`."""
 
@@ -184,5 +210,6 @@ def services() -> Iterable[Any]:
     """Descriptors of every service here."""
     from fal_contract.v1 import serving_pb2
 
-    for module, name in ((cluster_pb2, "Cluster"), (agent_pb2, "AgentService"), (serving_pb2, "Serving")):
+    own = (cluster_pb2, "Cluster"), (agent_pb2, "AgentService"), (serving_pb2, "Serving"), (weights_pb2, "CacheService")
+    for module, name in own:
         yield module.DESCRIPTOR.services_by_name[name]
