@@ -140,6 +140,12 @@ class AppManifest(_Manifest):
     share_group: Name | Literal[""] = Field(
         default="", description="apps of one team and one group may share runners; empty: the app alone"
     )
+    stream_weights: bool = Field(
+        default=False, description="start while weights still arrive; reads of what is not there yet wait for it"
+    )
+    allow_provisional: bool = Field(
+        default=False, description="such reads may also see bytes that nobody has attested yet"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> AppManifest:
@@ -154,6 +160,10 @@ class AppManifest(_Manifest):
                     raise ValueError(f"{field} = {one!r} belongs to another team; register it in team {self.team!r}")
         if not self.command and not self.model:
             raise ValueError("model is missing: without a command the app is our worker, which needs a model")
+        if self.allow_provisional and not self.stream_weights:
+            raise ValueError(
+                "allow_provisional = true means nothing without stream_weights; set stream_weights = true as well"
+            )
         if len(set(self.machine_type)) != len(self.machine_type):
             raise ValueError("machine_type names a GPU model twice; name each once")
         return self
@@ -203,6 +213,8 @@ class AppManifest(_Manifest):
             ),
             termination_grace_s=self.termination_grace_period,
             share_group=self.share_group,
+            stream_weights=self.stream_weights,
+            allow_provisional=self.allow_provisional,
         )
 
     @classmethod
@@ -250,6 +262,8 @@ class AppManifest(_Manifest):
                     "failures_max": probe.failures_max,
                 },
                 "share_group": spec.share_group,
+                "stream_weights": spec.stream_weights,
+                "allow_provisional": spec.allow_provisional,
             },
             source=f"app {app}",
         )

@@ -50,6 +50,18 @@ def test_message_round_trip_is_exact_and_checked_again() -> None:
         AppManifest.from_proto(app.id, spec)
 
 
+def test_an_app_that_streams_says_so_and_all_others_keep_their_digest() -> None:
+    plain = parse_manifest(AppManifest, GOOD, source="m", yaml_syntax=False)
+    assert spec_digest(plain.to_proto()) == "5024896a2e3992943e6db17d36b1adc91c3d6ee86b995b1b8ecf66af8ba6c7fb"  # 0.1's
+    streams = GOOD + "stream_weights = true\nallow_provisional = true\n"
+    app = parse_manifest(AppManifest, streams, source="m", yaml_syntax=False)
+    spec = app.to_proto()
+    assert (spec.stream_weights, spec.allow_provisional) == (True, True)
+    assert AppManifest.from_proto(app.id, spec) == app.model_copy(update={"model": "default/digits-model"})
+    error = refused(AppManifest, GOOD + "allow_provisional = true\n")
+    assert "stream_weights = true" in str(error)
+
+
 def test_digest_does_not_depend_on_map_order() -> None:
     one = parse_manifest(AppManifest, GOOD + 'env = {A = "1", B = "2"}\n', source="m", yaml_syntax=False)
     two = parse_manifest(AppManifest, GOOD + 'env = {B = "2", A = "1"}\n', source="m", yaml_syntax=False)
