@@ -3,7 +3,7 @@
 Invariants: every request is answered once, by the thread that took it, or, while its read waits, by whoever takes it
 out of `_waiting` (a piece came, INTERRUPT, time is up, cancelled, failed, closed). A waiting read holds no thread. The
 descriptor is closed when the connection is over and no thread uses it. No method touches a path. Requests are taken by
-`server`; pieces and orders come from the event loop. The state is guarded by one lock, never held over a look at the disk.
+`server`; pieces and orders come from the event loop. One lock guards the state, never held over a look at the disk.
 """
 
 from __future__ import annotations
@@ -171,9 +171,8 @@ class Connection:
     def arrived(self, piece: int) -> None:
         """Reads that waited for nothing else go on."""
         with self._lock:
-            found = self._by_piece.pop(piece, ())
             come = False
-            for unique in list(found):
+            for unique in self._by_piece.pop(piece, ()):
                 read = self._waiting[unique]
                 read.missing.discard(piece)
                 if not read.missing:
@@ -308,9 +307,7 @@ class Connection:
 
     def _release(self, handle: int) -> None:
         with self._lock:
-            gone = self._readers.release(handle)
-            if gone:
-                self._tell(self.artifact_id, gone, False)
+            self._say(self._readers.release(handle), False)
 
     def _read(self, request: Request, scratch: Scratch, now_s: float) -> bool:
         node = self._tree.node(request.nodeid)
@@ -335,10 +332,12 @@ class Connection:
     def _follow(self, handle: int, pieces: range, of_file: range) -> None:
         with self._lock:  # told under the lock: in the order in which it happened
             wanted, gone = self._readers.read(handle, pieces, of_file)
-            if wanted:
-                self._tell(self.artifact_id, wanted, True)
-            if gone:
-                self._tell(self.artifact_id, gone, False)
+            self._say(wanted, True)
+            self._say(gone, False)
+
+    def _say(self, pieces: Sequence[int], wanted: bool) -> None:
+        if pieces:
+            self._tell(self.artifact_id, pieces, wanted)
 
     def _wait(self, read: Read, now_s: float) -> bool:
         """Let it wait; False: it was answered with an error or its pieces have just come (`missing` is empty)."""
@@ -349,6 +348,7 @@ class Connection:
                 read.until_s = now_s + self._read_timeout_s
                 self._serving.pop(read.unique, None)
                 self._waiting[read.unique] = read
+                self._say(self._readers.take(read.pieces), True)
                 for piece in read.missing:
                     self._by_piece.setdefault(piece, set()).add(read.unique)
         if interrupted:
@@ -424,18 +424,18 @@ class Connection:
 
     def _forget(self, read: Read) -> None:
         """Take it out of the tables. Under the lock."""
-        self._waiting.pop(read.unique, None)
+        del self._waiting[read.unique]
+        self._say(self._readers.give_back(read.pieces), False)
         for piece in read.missing:
-            found = self._by_piece.get(piece)
-            if found is not None:
-                found.discard(read.unique)
-                if not found:
-                    del self._by_piece[piece]
+            found = self._by_piece[piece]
+            found.discard(read.unique)
+            if not found:
+                del self._by_piece[piece]
 
     def _take_all(self) -> Iterable[Read]:
         taken = list(self._waiting.values())
-        self._waiting.clear()
-        self._by_piece.clear()
+        for read in taken:
+            self._forget(read)
         return taken
 
 

@@ -2,7 +2,7 @@
 
 Every open file has a window: the pieces that its last read asked for and, while it reads on in order, some beyond them
 (doubling with each piece that it enters, up to `AHEAD_BYTES_MAX`), as the kernel's own read-ahead grows. A piece is
-wanted while it lies in at least one window.
+wanted while it lies in at least one window or a read waits for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Readers:
 
     @property
     def wanted(self) -> frozenset[int]:
-        """Pieces in any window."""
+        """Pieces in any window or waited for."""
         return frozenset(self._wanted)
 
     def read(self, handle: int, pieces: range, of_file: range) -> tuple[list[int], list[int]]:
@@ -46,10 +46,10 @@ class Readers:
         held = range(pieces.start, min(pieces.stop + ahead, of_file.stop))
         self._handles[handle] = _Handle(held, pieces, ahead)
         self._handles.move_to_end(handle)
-        added = self._take(held)
-        gone = self._give_back(known.held) if known is not None else []
+        added = self.take(held)
+        gone = self.give_back(known.held) if known is not None else []
         if len(self._handles) > HANDLES_MAX:
-            gone += self._give_back(self._handles.popitem(last=False)[1].held)
+            gone += self.give_back(self._handles.popitem(last=False)[1].held)
         return added, gone
 
     def _ahead(self, known: _Handle | None, pieces: range, of_file: range) -> int:
@@ -62,9 +62,10 @@ class Readers:
     def release(self, handle: int) -> list[int]:
         """The file was closed: pieces that nobody wants now."""
         known = self._handles.pop(handle, None)
-        return [] if known is None else self._give_back(known.held)
+        return [] if known is None else self.give_back(known.held)
 
-    def _take(self, pieces: Iterable[int]) -> list[int]:
+    def take(self, pieces: Iterable[int]) -> list[int]:
+        """A read waits for these: those that nobody wanted before."""
         new = []
         for piece in pieces:
             self._wanted[piece] += 1
@@ -72,7 +73,8 @@ class Readers:
                 new.append(piece)
         return new
 
-    def _give_back(self, pieces: Iterable[int]) -> list[int]:
+    def give_back(self, pieces: Iterable[int]) -> list[int]:
+        """It does not wait any more: those that nobody wants now."""
         gone = []
         for piece in pieces:
             self._wanted[piece] -= 1

@@ -1,0 +1,184 @@
+"""Mounts of unfinished artifacts as they are in production: a serving process, readers, and a holder, each its own.
+
+Nothing in the test's own process touches a mount: a reader that hangs can be killed, a test cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fal_contract.clock import SystemClock
+from fal_fsd.mount import kernel
+from fal_fsd.mount.keeper import Keeper
+from mount_server import artifact_of, content_of
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 60.0
+_PATHS = os.pathsep.join(str(HERE.parent / root) for root in ("proto", "fsd", "tests"))
+
+
+class Lines:
+    """A child that answers a line with a line."""
+
+    def __init__(self, argv: list[str], log: Path, env: dict[str, str] | None = None) -> None:
+        with log.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env={**os.environ, **(env or {})}
+            )
+        self._log = log
+        self._rest = b""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def send(self, message: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def answer(self, timeout_s: float = TIMEOUT_S) -> Any:
+        """The next line. AssertionError when it does not come in time or the child ends."""
+        assert self.process.stdout is not None
+        fd = self.process.stdout.fileno()
+        while b"\n" not in self._rest:
+            assert select.select([fd], [], [], timeout_s)[0], f"no answer: {self.last_words()}"
+            data = os.read(fd, 1 << 16)
+            assert data, f"it ended: {self.last_words()}"
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        return json.loads(line)
+
+    def silent(self) -> bool:
+        """Whether nothing was said since the last answer."""
+        assert self.process.stdout is not None
+        return not self._rest and not select.select([self.process.stdout], [], [], 0)[0]
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.send_signal(signal.SIGKILL)  # one that ended is left alone
+        self.end()
+
+    def end(self) -> int:
+        """Its input ends; wait for its end."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        return self.process.wait(TIMEOUT_S)
+
+    def last_words(self) -> str:
+        return self._log.read_text()[-3000:]
+
+
+class Reader(Lines):
+    """See `mount_reader`."""
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        self.send(command)
+        found: dict[str, Any] = self.answer()
+        return found
+
+    def do(self, **command: Any) -> Any:
+        """The result; a failure is an AssertionError."""
+        found = self.ask(**command)
+        assert "result" in found, (command, found)
+        return found["result"]
+
+
+class Rig:
+    """One folder of mounts. `artifacts`: specs as `mount_server.artifact_of` takes them."""
+
+    def __init__(self, root: Path, artifacts: list[dict[str, Any]], **options: Any) -> None:
+        self.root = root
+        self.folder = root / "mounts"
+        self.specs = artifacts
+        self.artifacts = [artifact_of(spec) for spec in artifacts]
+        self.options = options  # of InFlightMounts
+        self.readers: list[Reader] = []
+        self.servers: list[Lines] = []
+        self.status: dict[str, Any] = {}
+        self.taken: list[str] = []
+
+    def serve(self, **config: Any) -> None:
+        """Start the serving process. `off`, `give`, `finished` as in `mount_server`."""
+        everything = {
+            "folder": str(self.folder),
+            "data": str(self.root / "data"),
+            "artifacts": self.specs,
+            "options": self.options,
+            **config,
+        }
+        argv = [sys.executable, str(HERE / "mount_server.py"), json.dumps(everything)]
+        self.servers.append(Lines(argv, self.root / "server.log", {"PYTHONPATH": _PATHS}))
+        hello = self.server.answer()
+        self.status, self.taken = hello["status"], hello["taken"]
+
+    @property
+    def server(self) -> Lines:
+        """The last one started."""
+        return self.servers[-1]
+
+    def do(self, op: str, **words: Any) -> Any:
+        """A command's result; AssertionError when it fails."""
+        self.server.send({"op": op, **words})
+        answer = self.server.answer()
+        self.status = answer["status"]
+        assert answer["ok"], answer["why"]
+        return answer["result"]
+
+    def wanted(self, artifact: int = 0) -> set[int]:
+        """Pieces that readers want, by the last status."""
+        pieces: dict[int, bool] = {}
+        for artifact_id, words, want in self.status["wanted"]:
+            if artifact_id == self.artifacts[artifact].id:
+                pieces.update(dict.fromkeys(words, want))
+        return {piece for piece, want in pieces.items() if want}
+
+    def reader(self) -> Reader:
+        made = Reader([sys.executable, "-I", "-S", str(HERE / "mount_reader.py")], self.root / "readers.log")
+        self.readers.append(made)
+        return made
+
+    def path(self, file: str, artifact: int = 0) -> str:
+        return str(self.folder / self.artifacts[artifact].id / file)
+
+    def content(self, file: str, artifact: int = 0) -> bytes:
+        return content_of(self.specs[artifact], file)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Events of the serving processes."""
+        lines = (self.root / "server.log").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def holder_log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "holder.log").read_text().splitlines()]
+
+    def clean(self) -> None:
+        """No process and no mount is left."""
+        for found in kernel.mounted_below(self.folder):
+            kernel.abort(found.connection)  # a reader that hangs can be killed now
+        for child in (*self.readers, *self.servers):
+            child.kill()
+        if self.folder.is_dir():
+            Keeper(self.folder, SystemClock()).end()
+        for found in kernel.mounted_below(self.folder):
+            kernel.remove_mount_point(found.path)
+
+
+@contextlib.contextmanager
+def rig(root: Path, artifacts: list[dict[str, Any]], **options: Any) -> Iterator[Rig]:
+    made = Rig(root, artifacts, **options)
+    try:
+        yield made
+    finally:
+        made.clean()
