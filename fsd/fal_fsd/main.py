@@ -15,43 +15,46 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from pydantic import Field
+from fal_contract.config import load_config
+from fal_contract.errors import Code, FalError
+from fal_contract.telemetry import configure_logging, get_logger
+from fal_fsd.options import ENV_PREFIX, FsdOptions, check
 
-from fal_contract.config import ConfigModel, load_config
-from fal_contract.errors import Code, FalError, invalid
-from fal_contract.telemetry import LogLevel, configure_logging, get_logger
-
-ENV_PREFIX: Final = "FAL_FSD"
-_SOCKET_PATH_BYTES_MAX: Final = 100
 _STOP_GRACE_S: Final = 2.0
-
-
-class FsdOptions(ConfigModel):
-    """What fal-fsd needs to know at its start."""
-
-    state_dir: Path = Field(description="folder for models, parts and pins")
-    socket: Path | None = Field(None, description="unix socket to serve on; default STATE_DIR/fsd.sock")
-    log_level: LogLevel = Field("info", description="debug, info, warning or error")
-
-    @property
-    def socket_path(self) -> Path:
-        """Where the socket is."""
-        return self.socket or self.state_dir / "fsd.sock"
+_FLAGS: Final = (
+    ("--state-dir", "folder for models, parts and pins"),
+    ("--socket", "unix socket to serve on (STATE_DIR/fsd.sock)"),
+    ("--log-level", "debug, info, warning, error"),
+    ("--identity", "file with the node's certificate and key, which its agent keeps"),
+    ("--bulk-host", "address on which peers are served (0.0.0.0)"),
+    ("--bulk-port", "port for peers; 0: any, the same at each start"),
+    ("--tls", "TLS between caches: auto, always, never"),
+    ("--disk-bytes-max", "bytes that artifacts may take; 0: what the disk holds"),
+    ("--memory-bytes-max", "bytes that may be locked in memory"),
+    ("--mount", "auto: mount unfinished artifacts where this works; off"),
+    ("--mount-dir", "folder for these mounts"),
+    ("--read-timeout-s", "how long a read of an unfinished file may wait"),
+    ("--node-bytes-s", "bytes per second sent to peers in all; 0: no limit"),
+    ("--pool-bytes-s", "of these, to the own pool"),
+    ("--region-bytes-s", "of these, to other pools of the region"),
+    ("--cross-region-bytes-s", "of these, to other regions"),
+    ("--origin-bytes-s", "bytes per second read from origins"),
+    ("--credentials-file", "TOML file with credentials of origins, mode 0600"),
+    ("--metrics-host", "address for /metrics and /healthz"),
+    ("--metrics-port", "port for /metrics and /healthz; 0: any"),
+)
+_LISTS: Final = (
+    ("--schedulers", "rpc address of a scheduler, host:port; repeat"),
+    ("--addresses", "where peers reach the bulk port, NETWORK=HOST[:PORT]; repeat"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: ended in order; 1: `error: WHAT. REMEDY` on stderr; 2: usage."""
     arguments = _parser().parse_args(argv)
-    flags = {"state_dir": arguments.state_dir, "socket": arguments.socket, "log_level": arguments.log_level}
+    flags = {name: value for name, value in vars(arguments).items() if name not in ("command", "config")}
     try:
-        options = load_config(FsdOptions, file=arguments.config, env=os.environ, prefix=ENV_PREFIX, flags=flags)
-        if len(os.fsencode(options.socket_path)) > _SOCKET_PATH_BYTES_MAX:
-            raise invalid(
-                "socket",
-                str(options.socket_path),
-                f"has more than {_SOCKET_PATH_BYTES_MAX} bytes",
-                remedy="Use a shorter path.",
-            )
+        options = check(load_config(FsdOptions, file=arguments.config, env=os.environ, prefix=ENV_PREFIX, flags=flags))
         configure_logging("fal-fsd", level=options.log_level)
         asyncio.run(serve(options))
     except FalError as error:
@@ -65,45 +68,61 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def serve(options: FsdOptions) -> None:
     """Until SIGTERM or SIGINT."""
-    import grpc.aio  # --help must not wait for it
+    import random  # --help must not wait for these
+
+    import grpc.aio
 
     from fal_contract import rpc
+    from fal_contract.clock import SystemClock
     from fal_contract.v1 import fsd_pb2, fsd_pb2_grpc
+    from fal_fsd.assembly import Cache
+    from fal_fsd.metrics import Metrics
     from fal_fsd.service import NodeCache
-    from fal_fsd.store import Store
 
     log = get_logger("fal-fsd")
-    store = Store(options.state_dir)
-    cache = NodeCache(store)
-    server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS))
-    fsd_pb2_grpc.add_NodeCacheServicer_to_server(cache, server)
-    await rpc.add_standard_services(server, [fsd_pb2.DESCRIPTOR.services_by_name["NodeCache"].full_name])
-    old_mask = os.umask(0o177)  # the socket is its owner's alone
-    try:
-        if not server.add_insecure_port(f"unix:{options.socket_path}"):
-            raise FalError(Code.UNAVAILABLE, f"cannot listen on {options.socket_path}", remedy="Choose another path.")
-    finally:
-        os.umask(old_mask)
-    await server.start()
-    log.info("serving", socket=str(options.socket_path), state_dir=str(options.state_dir))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await stop.wait()
-    await cache.close()
-    await server.stop(_STOP_GRACE_S)
-    store.close()
+    cache = Cache(options, clock=SystemClock(), rng=random.Random())
+    await cache.start()
+    metrics = Metrics(cache)
+    server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS))
+    try:
+        port = await metrics.start(options.metrics_host, options.metrics_port)
+        fsd_pb2_grpc.add_NodeCacheServicer_to_server(NodeCache(cache.node), server)
+        await rpc.add_standard_services(server, [fsd_pb2.DESCRIPTOR.services_by_name["NodeCache"].full_name])
+        _bind(server, options.socket_path)
+        await server.start()
+        log.info(
+            "serving", socket=str(options.socket_path), state_dir=str(options.state_dir), metrics_port=port,
+            bulk_port=cache.bulk_port,
+        )  # fmt: skip
+        await stop.wait()
+    finally:
+        await server.stop(_STOP_GRACE_S)
+        await metrics.close()
+        await cache.close()
     log.info("stopped")
+
+
+def _bind(server: object, socket_path: Path) -> None:
+    old_mask = os.umask(0o177)  # the socket is its owner's alone
+    try:
+        if not server.add_insecure_port(f"unix:{socket_path}"):  # type: ignore[attr-defined]
+            raise FalError(Code.UNAVAILABLE, f"cannot listen on {socket_path}", remedy="Choose another path.")
+    finally:
+        os.umask(old_mask)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fal-fsd", description="The weight cache of a node.")
     run = parser.add_subparsers(dest="command", required=True).add_parser("run", help="serve until stopped")
     run.add_argument("--config", type=Path, help="TOML file with the settings below")
-    run.add_argument("--state-dir", help="folder for models, parts and pins")
-    run.add_argument("--socket", help="unix socket to serve on (STATE_DIR/fsd.sock)")
-    run.add_argument("--log-level", help="debug, info, warning, error")
+    for flag, text in _FLAGS:
+        run.add_argument(flag, help=text)
+    for flag, text in _LISTS:
+        run.add_argument(flag, action="append", help=text)
     return parser
 
 
