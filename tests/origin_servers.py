@@ -139,16 +139,17 @@ class _Handler(BaseHTTPRequestHandler):
             sent += b"x" * faults.more_bytes
         else:
             headers["Content-Length"] = str(len(sent) + faults.length_lie)
+        # Decided before the head leaves: a client that has it may set faults for its next request.
+        stop = faults.cut_after.pop(0) if faults.cut_after else len(sent)
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
         if body:
-            self._body(sent, faults)
+            self._body(sent, stop, faults)
         return None
 
-    def _body(self, sent: bytes, faults: Faults) -> None:
-        stop = faults.cut_after.pop(0) if faults.cut_after else len(sent)
+    def _body(self, sent: bytes, stop: int, faults: Faults) -> None:
         view = memoryview(sent)[:stop]
         with contextlib.suppress(OSError):
             for at in range(0, len(view), _BLOCK_BYTES):

@@ -214,11 +214,11 @@ def overlong(label: str) -> FalError:
     )
 
 
-def cut_short(label: str, missing: int) -> CutShort:
+def cut_short(label: str) -> CutShort:
     """Fewer bytes than the range has."""
     return CutShort(
         Code.CORRUPT,
-        f"the origin ends {label} {missing} bytes early",
+        f"the origin breaks off {label} before its end",
         remedy="Check the server, and the file there.",
         field="uri",
     )

@@ -55,9 +55,6 @@ class HubOrigin(HttpOrigin):
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return Target(where + quote(self.uri.key_of(file.path)), self.label(file), headers)
 
-    def label(self, file: ArtifactFile) -> str:
-        return f"{self.uri}/{file.path}" if not self.uri.path else super().label(file)
-
 
 def list_hub(
     uri: OriginUri, credentials: Credentials, timeout_s: float, now_s: float

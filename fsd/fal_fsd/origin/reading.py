@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from fal_contract.artifact import ArtifactFile
@@ -30,7 +31,17 @@ from fal_fsd.origin.answers import CutShort, OriginBusy, cut_short, overlong
 from fal_fsd.origin.uri import OriginUri
 
 Sink = Callable[[memoryview], None]
-Body = tuple[int, AsyncIterator[bytes]]  # bytes to skip first, then chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """An answer's bytes: how many to skip first, then chunks. `received`: how many came so far, taken or not."""
+
+    skip: int
+    chunks: AsyncIterator[bytes]
+    received: Callable[[], int] | None = None
+
+
 _READ_BASE_S: Final = 120.0
 _Result = TypeVar("_Result")
 
@@ -96,7 +107,8 @@ class Origin(ABC):
 
     def label(self, file: ArtifactFile) -> str:
         """How errors call a file."""
-        return f"{self.uri}{file.path}" if self.uri.path.endswith("/") else str(self.uri)
+        base = str(self.uri)
+        return f"{base.removesuffix('/')}/{file.path}" if self.uri.is_folder else base
 
     @abstractmethod
     def _open(self, file: ArtifactFile, offset: int, length: int, *, whole: bool) -> AbstractAsyncContextManager[Body]:
@@ -127,20 +139,25 @@ class Origin(ABC):
                 await asyncio.sleep(_wait_s(exc, failures, self._rng))
 
     async def _attempt(self, file: ArtifactFile, offset: int, length: int, delivery: _Delivery, *, whole: bool) -> None:
-        async with self._open(file, offset, length, whole=whole) as (skip, chunks):
-            async for chunk in chunks:
-                self._bytes_read += len(chunk)
-                if skip >= len(chunk):
-                    skip -= len(chunk)
-                    continue
-                view = memoryview(chunk)[skip:]
-                skip = 0
-                if len(view) > length:
-                    raise overlong(self.label(file))
-                length -= len(view)
-                await delivery.put(view)
+        async with self._open(file, offset, length, whole=whole) as body:
+            counted, skip = 0, body.skip
+            try:
+                async for chunk in body.chunks:
+                    counted += len(chunk)
+                    self._bytes_read += len(chunk)
+                    view = memoryview(chunk)[skip:]
+                    skip -= min(skip, len(chunk))
+                    if len(view) > length:
+                        raise overlong(self.label(file))
+                    length -= len(view)
+                    if view:
+                        await delivery.put(view)
+            finally:
+                if body.received is not None:
+                    # What a connection that breaks off or is left still held.
+                    self._bytes_read += body.received() - counted
         if length:
-            raise cut_short(self.label(file), length)
+            raise cut_short(self.label(file))
 
 
 class _SinkFailed(Exception):

@@ -173,7 +173,7 @@ class StoreOrigin(HttpOrigin):
             async with super()._open(file, offset, length, whole=whole) as body:
                 yield body
         else:
-            yield 0, await self._streamed(file, offset, length)
+            yield Body(0, await self._streamed(file, offset, length))
 
     async def supports_ranges(self, file: ArtifactFile) -> bool:
         return await super().supports_ranges(file) if self._signable else True

@@ -109,11 +109,11 @@ def parse_uri(uri: str) -> OriginUri:
         raise _wrong(uri, "holds a control character or a backslash", scheme)
     if "#" in rest or ("?" in rest and scheme not in ("https", "http")):
         raise _wrong(uri, "has a query or a fragment", scheme)
-    authority, _, path = rest.partition("/")
+    authority, slash, path = rest.partition("/")
     if "@" in authority:
         raise _wrong(uri, "holds a user or a password", scheme, remedy="Secrets belong into the credentials file.")
     if scheme in ("https", "http"):
-        return _web(uri, scheme, authority, path)
+        return _web(uri, scheme, authority, path if slash else "?")
     if scheme == "file":
         return _file(uri, authority, path)
     return _OF[scheme](uri, authority, path)
@@ -139,11 +139,11 @@ def _web(uri: str, scheme: str, authority: str, path: str) -> OriginUri:
     if not uri.isascii() or any(char in uri for char in ' "<>^`{|}'):
         raise _wrong(uri, "holds a blank or a character that must be written as %XX", scheme)
     place, _, query = path.partition("?")
-    if not path or path.startswith("?"):
+    if path.startswith("?"):
         raise _wrong(uri, "names no file", scheme, remedy="Name a file, or a folder with a final '/'.")
     if any(part in (".", "..") for part in place.split("/")):
         raise _wrong(uri, "holds '.' or '..'", scheme)
-    if query and place.endswith("/"):
+    if query and (not place or place.endswith("/")):
         raise _wrong(uri, "is a folder with a query", scheme)
     if any(_SECRET_KEYS.fullmatch(key) for key, _ in parse_qsl(query, keep_blank_values=True)):
         raise _wrong(uri, "holds a secret in its query", scheme, remedy="Secrets belong into the credentials file.")

@@ -29,6 +29,7 @@ from fal_contract.limits import (
     ORIGIN_CONNECTIONS_MAX,
     ORIGIN_LIST_BYTES_MAX,
     ORIGIN_LOCATION_TTL_S,
+    ORIGIN_SILENCE_MAX_S,
 )
 from fal_contract.model_manifest import check_path
 from fal_fsd.origin.answers import (
@@ -69,10 +70,11 @@ class HttpOrigin(Origin):
         connections_max: int = ORIGIN_CONNECTIONS_MAX,
         clock: Clock | None = None,
         rng: random.Random | None = None,
+        silence_max_s: float = ORIGIN_SILENCE_MAX_S,
     ) -> None:
         super().__init__(uri, connections_max=connections_max, clock=clock, rng=rng)
         self.credentials = credentials
-        self.client = WebClient(credentials, connections_max=connections_max)
+        self.client = WebClient(credentials, connections_max=connections_max, silence_max_s=silence_max_s)
         self._located: dict[str, tuple[Target, float]] = {}  # path → where it was found, good until
         self._ranges: dict[str, bool] = {}
 
@@ -102,7 +104,8 @@ class HttpOrigin(Origin):
             self._note_ranges(file, response)
             if not self._ranges[file.path] and not whole:
                 raise no_ranges(wanted.label)
-            yield skip, response.content.iter_any()
+            content = response.content
+            yield Body(skip, content.iter_any(), lambda: content.total_bytes)
 
     def _resumes(self, file: ArtifactFile) -> bool:
         return self._ranges.get(file.path, True)

@@ -22,7 +22,7 @@ from fal_contract.limits import (
     ORIGIN_REDIRECTS_MAX,
     ORIGIN_SILENCE_MAX_S,
 )
-from fal_fsd.origin.answers import CutShort, cut_short, unavailable
+from fal_fsd.origin.answers import cut_short, unavailable
 from fal_fsd.origin.credentials import Credentials
 
 if TYPE_CHECKING:
@@ -47,10 +47,13 @@ class Target:
 class WebClient:
     """Connections to one origin and where it redirects to. Of one event loop."""
 
-    def __init__(self, credentials: Credentials, *, connections_max: int) -> None:
+    def __init__(
+        self, credentials: Credentials, *, connections_max: int, silence_max_s: float = ORIGIN_SILENCE_MAX_S
+    ) -> None:
         self._proxies = credentials.of("proxy")
         self._ca_file = str(credentials.of("tls").get("ca_file", ""))
         self._connections_max = connections_max
+        self._silence_max_s = silence_max_s
         self._session: aiohttp.ClientSession | None = None
         self._opening = asyncio.Lock()
 
@@ -107,7 +110,7 @@ class WebClient:
                 self._session = aiohttp.ClientSession(
                     connector=aiohttp.TCPConnector(limit=self._connections_max, ssl=context),
                     timeout=aiohttp.ClientTimeout(
-                        total=None, sock_connect=ORIGIN_CONNECT_TIMEOUT_S, sock_read=ORIGIN_SILENCE_MAX_S
+                        total=None, sock_connect=ORIGIN_CONNECT_TIMEOUT_S, sock_read=self._silence_max_s
                     ),
                     headers={"User-Agent": "falctl"},
                     cookie_jar=aiohttp.DummyCookieJar(),
@@ -191,7 +194,7 @@ async def _as_fal_errors(label: str) -> AsyncIterator[None]:
     except TimeoutError:
         raise unavailable(label, "was silent for too long") from None
     except aiohttp.ClientPayloadError:
-        raise _cut(label) from None
+        raise cut_short(label) from None
     except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError) as exc:
         raise _untrusted(label, exc) from None
     except aiohttp.ClientHttpProxyError as exc:
@@ -203,10 +206,6 @@ async def _as_fal_errors(label: str) -> AsyncIterator[None]:
         raise invalid("uri", label, "has an address that cannot be used", remedy="Check the endpoint.") from None
     except aiohttp.ClientError:
         raise unavailable(label, "does not speak HTTP") from None
-
-
-def _cut(label: str) -> CutShort:
-    return cut_short(label, 0)
 
 
 def _untrusted(label: str, exc: Exception) -> FalError:
