@@ -24,6 +24,8 @@ from falctl import (
     run,
     runners,
     weights,
+    weights_stage,  # noqa: F401  (adds its verbs to `weights`)
+    weights_where,  # noqa: F401
 )
 from falctl.context import GLOBALS
 from falctl.output import print_error

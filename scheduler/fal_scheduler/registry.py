@@ -44,7 +44,9 @@ def folder_of(uri: str, roots: Sequence[Path] = ()) -> Path:
     """The folder that a `file://` URI names. Raises INVALID for other schemes and for folders outside `roots`."""
     parts = urlsplit(uri)
     if parts.scheme != "file":
-        raise invalid("uri", uri, "is not a file:// URI", remedy="Use file:///path/to/model.")
+        raise invalid(
+            "uri", uri, "is not a file:// URI", remedy="Use s3://, gs://, az://, https://, hf:// or file:///path."
+        )
     if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
         raise invalid("uri", uri, "names a host, query or fragment", remedy="Use file:///path/to/model.")
     folder = Path(unquote(parts.path))
