@@ -240,6 +240,11 @@ class DiskStore:
                 return path
         return None
 
+    def files_of(self, id: str) -> list[Path]:
+        """The files of a READY artifact, in its order (artifact id or manifest digest); empty when it is not READY."""
+        path, artifact = self.path_of(id), self.artifact(id)
+        return [path / file.path for file in artifact.files] if path is not None and artifact is not None else []
+
     def verify(
         self, id: str, stop: threading.Event, on_progress: Callable[[int], None] = lambda _bytes: None
     ) -> list[int]:
