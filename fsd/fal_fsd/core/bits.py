@@ -8,6 +8,7 @@ set is a ripple carry over the planes, and "the least held of these" a walk down
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
@@ -40,11 +41,6 @@ def lowest(bits: int) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-def highest(bits: int) -> int:
-    """The last piece of a set that is not empty."""
-    return bits.bit_length() - 1
-
-
 def first_from(bits: int, start: int) -> int:
     """The first piece at or after `start`, going around; of a set that is not empty."""
     rest = bits >> start
@@ -73,9 +69,19 @@ def mix(*numbers: int) -> int:
     return made
 
 
+@lru_cache(maxsize=16384)
 def hash_of(text: str) -> int:
     """64 bits; the same in every process."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def halves(size: int, salt: int, levels: int) -> list[int]:
+    """Sets of all, a half, a quarter … of `size` pieces, each within the one before; other ones for another salt."""
+    made = [(1 << size) - 1]
+    for level in range(1, levels):
+        words = (mix(salt, level, word).to_bytes(8, "little") for word in range(-(-size // 64)))
+        made.append(made[-1] & int.from_bytes(b"".join(words), "little"))
+    return made
 
 
 class Counter:
@@ -122,9 +128,16 @@ class Counter:
                 bits = fewer
         return bits
 
+    def at_least(self, power: int) -> int:
+        """Pieces that are counted at least 2**power times."""
+        made = 0
+        for plane in self._planes[power:]:
+            made |= plane
+        return made
+
     def count(self, piece: int) -> int:
         """How often it is held."""
         return sum((plane >> piece & 1) << number for number, plane in enumerate(self._planes))
 
 
-__all__ = ["Counter", "bits_of", "each", "first_from", "hash_of", "highest", "lowest", "mix", "run_at", "span"]
+__all__ = ["Counter", "bits_of", "each", "first_from", "halves", "hash_of", "lowest", "mix", "run_at", "span"]

@@ -1,9 +1,9 @@
 """Which pieces this node reads from the origin, and when it may. Pure.
 
 Seeds (the scheduler names them) cut the origin into stripes; each begins with those that it owns by rendezvous and
-then helps the seed with most left, from the back. A lease is told before its bytes are read; leases shrink towards the
-end, so that no last one is long. A seed takes no more while it holds several pieces that nobody else has yet: a slow
-uplink then reads little. What any connected peer has is never read.
+then helps the seed with most left, each from a place of its own. A lease is told before its bytes are read; leases
+shrink towards the end, so that no last one is long. A seed takes no more while it holds several pieces that nobody
+else has yet: a slow uplink then reads little. What any connected peer has is never read.
 
 A node without any seed (an island, the scheduler gone at the wrong moment) promotes itself when nothing came for some
 time, by rank of hashes among its neighbours; it passes on leases that it hears, so that its island reads once.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fal_fsd.core.bits import bits_of, each, hash_of, highest, lowest, mix, run_at, span
+from fal_fsd.core.bits import bits_of, each, first_from, hash_of, lowest, mix, run_at, span
 from fal_fsd.core.leases import Held, LeaseBook
 from fal_fsd.core.messages import Action, Lease, ReadOrigin, StopOrigin, Tell
 from fal_fsd.core.policy import Pieces, Policy
@@ -164,7 +164,7 @@ class Reading:
         return max(min(_STREAMS_MEANT // max(len(self._seeds), 1), self._policy.streams_max), 1)
 
     def _next(self, free: int) -> tuple[int, int]:
-        """Of this node's own stripes the first; else of the seed with most left the last."""
+        """Of this node's own stripes the first; else one of the seed with most left."""
         if self._owned is None:
             self._owned = self._shares.owned(self._seeds or (self._me,))
         count_max = max(1, min(self._shares.stripe_pieces, free.bit_count() // (2 * max(len(self._seeds), 1))))
@@ -172,7 +172,9 @@ class Reading:
         if own:
             return self._run(free, lowest(own), count_max)
         most = max(self._owned.values(), key=lambda bits: (bits & free).bit_count()) & free or free
-        stripe, count = self._shares.stripe_of(highest(most))
+        # Thieves that come at the same time must not meet: each looks from a place of its own.
+        back = first_from(most, mix(hash_of(self._me), lowest(free)) % self._pieces.count)
+        stripe, count = self._shares.stripe_of(back)
         return self._run(free, lowest(free & span(stripe, count)), count_max)
 
     def _run(self, free: int, piece: int, count_max: int) -> tuple[int, int]:
@@ -209,7 +211,7 @@ class Reading:
         """Pieces that others read; leases of which nothing was heard for too long are not counted, by rank."""
         made = 0
         for held in self.leases.quiet():
-            if now_s - held.heard_s > self._patience_s(held):
+            if now_s - held.heard_s > self._policy.lease_patience_s and now_s - held.heard_s > self._patience_s(held):
                 held.over = True
             else:
                 made |= held.bits

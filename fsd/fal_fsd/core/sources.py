@@ -33,6 +33,7 @@ class Source:
     bytes_asked: int = 0
     last_s: float = float("-inf")
     blocked_until_s: float = float("-inf")
+    rate: float = 0.0  # bytes per second; 0: nothing is known
     _bytes: float = 0.0
     _seconds: float = 0.0
 
@@ -40,20 +41,11 @@ class Source:
     def node_id(self) -> str:
         return self.place.node_id
 
-    @property
-    def rate(self) -> float | None:
-        """Bytes per second, or None."""
-        return self._bytes / max(self._seconds, _SECONDS_MIN) if self._bytes else None
-
-    def measured(self, length: int, seconds: float) -> None:
-        """A piece took so long."""
+    def measured(self, length: float, seconds: float) -> None:
+        """So many bytes took so long; a stall is none in some time."""
         self._bytes = self._bytes * _FADE + length
         self._seconds = self._seconds * _FADE + seconds
-
-    def stalled(self, seconds: float) -> None:
-        """Nothing came for so long."""
-        self._bytes = max(self._bytes * _FADE, 1.0)
-        self._seconds = self._seconds * _FADE + seconds
+        self.rate = max(self._bytes, 1.0) / max(self._seconds, _SECONDS_MIN)
 
     def busy_s(self, now_s: float) -> float:
         """How long the first piece of the queue is on its way."""
@@ -75,6 +67,10 @@ class Sources:
         self.everywhere = Counter()  # holders of each piece
         self.inside = Counter()  # those of this node's region
         self.asked = 0
+        self.bytes_asked = 0
+        self.changed = True  # connections or places, since whoever looks set it to False
+        self.rate_total = 0.0  # as of the last `rate_typical`
+        self._typical: float | None = None
 
     def __contains__(self, node_id: str) -> bool:
         return node_id in self._all
@@ -95,7 +91,7 @@ class Sources:
 
     def set_places(self, places: dict[str, tuple[Place, bool]]) -> None:
         """The scheduler's word."""
-        self._places, self._told = places, True
+        self._places, self._told, self.changed = places, True, True
         for source in list(self._all.values()):
             place, seed = places.get(source.node_id, (source.place, source.seed))
             source.seed = seed
@@ -110,6 +106,7 @@ class Sources:
         place, seed = self._places.get(node_id, (Place(node_id), False))
         source = Source(place, self._distance(place, known=known), bits & self._every, seed, hash_of(node_id))
         self._all[node_id] = source
+        self.changed, self._typical = True, None
         self._count(source, +1)
         return source
 
@@ -118,6 +115,8 @@ class Sources:
         if (source := self._all.pop(node_id, None)) is not None:
             self._count(source, -1)
             self.asked &= ~bits_of(source.queue)
+            self.bytes_asked -= source.bytes_asked
+            self.changed, self._typical = True, None
 
     def has(self, source: Source, bits: int) -> int:
         """It holds these, too; those that are new of it."""
@@ -140,6 +139,7 @@ class Sources:
         """`piece` is asked of it from now on."""
         source.queue[piece] = now_s
         source.bytes_asked += self._lengths[piece]
+        self.bytes_asked += self._lengths[piece]
         source.urgent |= urgent << piece
         self.asked |= 1 << piece
 
@@ -148,6 +148,7 @@ class Sources:
         if source.queue.pop(piece, None) is None:
             return False
         source.bytes_asked -= self._lengths[piece]
+        self.bytes_asked -= self._lengths[piece]
         source.urgent &= ~(1 << piece)
         self.asked &= ~(1 << piece)
         return True
@@ -162,23 +163,23 @@ class Sources:
         """It sent `piece`, so long after it was asked."""
         asked_s = source.queue.get(piece, now_s - seconds)
         source.measured(self._lengths[piece], now_s - max(asked_s, source.last_s))
+        self._typical = None
         source.last_s = now_s
         self.unask(source, piece)
 
-    def rate_of(self, source: Source) -> float:
-        """Measured, or what others of the swarm reach."""
-        return source.rate or self.rate_typical
+    def stalled(self, source: Source, seconds: float) -> None:
+        """Nothing came of it for so long."""
+        source.measured(0.0, seconds)
+        self._typical = None
 
     @property
     def rate_typical(self) -> float:
-        """The mean of all that were measured."""
-        rates = [rate for source in self if (rate := source.rate) is not None]
-        return sum(rates) / len(rates) if rates else RATE_GUESS
-
-    @property
-    def bytes_asked(self) -> int:
-        """Of all."""
-        return sum(source.bytes_asked for source in self)
+        """The mean of all that were measured, or a guess."""
+        if self._typical is None:
+            rates = [source.rate for source in self if source.rate]
+            self.rate_total = sum(rates)
+            self._typical = self.rate_total / len(rates) if rates else RATE_GUESS
+        return self._typical
 
     def holders(self, piece: int) -> list[Source]:
         """Who has it."""

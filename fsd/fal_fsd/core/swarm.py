@@ -53,6 +53,8 @@ class Swarm:
         self._told_s: dict[str, float | None] = {}  # members: since when; None: not before the next decision
         self._nodes: tuple[frozenset[str], ...] | None = None
         self._progress = False  # a peer told of pieces that are missing here
+        self._dirty = True  # something happened that a decision could depend on
+        self._grace_s = float("-inf")
         self._next_s: float | None = None
         self._now_s = 0.0
 
@@ -60,6 +62,7 @@ class Swarm:
 
     def set_members(self, members: Sequence[Member], *, seed: bool, region_members: int) -> None:
         """The scheduler's word: the neighbours, and whether this node is a seed. Stale words do no harm."""
+        self._dirty = True
         del region_members  # the seeds of the region are all linked: nothing depends on how many others there are
         others = {x.node_id: (x.place, x.seed) for x in members if x.node_id != self.me.node_id}
         self._sources.set_places(others)
@@ -70,6 +73,7 @@ class Swarm:
 
     def peer_up(self, node_id: str, have: Bitmap, now_s: float) -> None:
         """Connected, and it holds these. A peer that sent bad bytes is dropped again."""
+        self._dirty = True
         if node_id == self.me.node_id:
             return
         if self._banned.get(node_id, now_s) > now_s:
@@ -94,14 +98,17 @@ class Swarm:
             new = self._sources.has(source, bits_of(p for p in pieces if 0 <= p < self._pieces.count))
             if new & self._pieces.missing:
                 self._progress = True
+            self._dirty = self._dirty or bool(new & (self._pieces.missing | self._pieces.from_origin))
 
     def lease_told(self, node_id: str, lease: Lease, ended: bool, now_s: float) -> None:
         """A peer told of its own lease, or passed another's on."""
+        self._dirty = True
         if node_id in self._sources:
             self._reading.lease_told(lease, ended, now_s)
 
     def arrived(self, piece: int, source: str, seconds: float, now_s: float) -> None:
         """Checked and stored; `source`: a node id or ORIGIN, `seconds` since it was asked for."""
+        self._dirty = True
         if not self._pieces.missing >> piece & 1:
             return
         self._pieces.missing &= ~(1 << piece)
@@ -118,6 +125,7 @@ class Swarm:
 
     def bad(self, piece: int, source: str, now_s: float) -> None:
         """Wrong bytes. A peer is dropped for `banned_s`; the origin gets a second chance, see `refused_pieces`."""
+        self._dirty = True
         if source == ORIGIN:
             self._reading.came_wrong(piece, now_s)
             return
@@ -128,6 +136,7 @@ class Swarm:
 
     def refused(self, node_id: str, pieces: Sequence[int], retry_s: float, now_s: float) -> None:
         """It is busy for `retry_s`; or, with 0, has these not."""
+        self._dirty = True
         source = self._sources.get(node_id)
         if source is None:
             return
@@ -140,19 +149,23 @@ class Swarm:
 
     def origin_done(self, lease: Lease, now_s: float) -> None:
         """The read under this lease ended."""
+        self._dirty = True
         del now_s
         self._reading.done(lease)
 
     def origin_failed(self, lease: Lease, retry_s: float, now_s: float) -> None:
         """It ended early; the origin is left alone for `retry_s`."""
+        self._dirty = True
         self._reading.failed(lease, retry_s, now_s)
 
     def origin_available(self, available: bool) -> None:
         """Whether the origin can be read from here at all."""
+        self._dirty = True
         self._reading.set_available(available)
 
     def wanted(self, pieces: Sequence[int], waiting: bool) -> None:
         """A reader waits for these; or does not any more."""
+        self._dirty = True
         wanted = self._pieces.wanted
         for piece in pieces:
             if waiting:
@@ -165,6 +178,7 @@ class Swarm:
 
     def lost(self, piece: int) -> None:
         """It is missing again."""
+        self._dirty = True
         self._pieces.missing |= 1 << piece
         self._pieces.from_origin &= ~(1 << piece)
 
@@ -174,6 +188,9 @@ class Swarm:
         """What to do now."""
         made, self._pending = self._pending, []
         pieces, self._now_s = self._pieces, now_s
+        if not self._dirty and self._next_s is not None and now_s < self._next_s:
+            return made
+        self._dirty = False
         if self._progress:
             self._progress = False
             self._reading.moved(now_s)
@@ -227,11 +244,15 @@ class Swarm:
         return f"{nobody} and {self._reading.why_not(self._now_s)}"
 
     def _gone(self, node_id: str) -> None:
+        self._dirty = True
         self._sources.down(node_id)
 
     def _set_nodes(self, now_s: float) -> None:
         """Who counts as a seed and as a node of this region: connected, or told a moment ago."""
         sources, grace_s = self._sources, self._policy.connect_grace_s
+        if not sources.changed and now_s < self._grace_s:
+            return
+        sources.changed, self._grace_s = False, now_s + grace_s
         for node_id, told_s in self._told_s.items():
             if told_s is None:
                 self._told_s[node_id] = now_s
