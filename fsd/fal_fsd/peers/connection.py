@@ -43,6 +43,7 @@ from fal_fsd.peers.inbox import Inbox, Outcome
 from fal_fsd.peers.mailbox import Mailbox
 from fal_fsd.peers.outbox import Job, Outbox, Overflow
 from fal_fsd.peers.pacer import Pacer
+from fal_fsd.peers.reader import Reader
 from fal_fsd.peers.shared import URGENT, SharedPart
 from fal_fsd.peers.wire import BLOCK_BYTES_MAX, Decoder, WireError, encode
 from fal_fsd.ports import Part
@@ -50,7 +51,6 @@ from fal_fsd.ports import Part
 CONNECT_TIMEOUT_S: Final = 5.0
 ADDRESSES_MAX: Final = 4  # tried of one peer
 EVENTS_MAX: Final = 256
-RECEIVE_BYTES: Final = 256 << 10  # one buffer a connection; stays in the processor's cache between hash and write
 PACED_BLOCK_BYTES: Final = 256 << 10  # where a limit holds: smooth
 BUSY_RETRY_MS: Final = 500
 _LOG = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ class Connection:
         self._reason = ""
         self._claimed: dict[str, Claimed] = {}
         self._room = threading.Semaphore(EVENTS_MAX)
+        self._reader: Reader | None = None
         self._sender: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name="peer-receive", daemon=True)
 
@@ -200,6 +201,8 @@ class Connection:
             sockets.shut_down(sock)
         if self._sender is not None:
             self._sender.join()
+        if self._reader is not None:
+            self._reader.close()
         self.inbox.end()
         if stream is not None:
             stream.close()
@@ -259,10 +262,9 @@ class Connection:
         if self._dial is not None:
             hub = self._hub
             stream.send(encode(Hello(hub.gate.cluster_id, hub.node_id, hub.cache_id, self._dial.tickets)))
-        buffer = memoryview(bytearray(RECEIVE_BYTES))
-        while count := stream.recv_into(buffer):
-            self.last_heard_s = self._hub.clock.monotonic_s()
-            for item in self.decoder.feed(buffer[:count]):
+        self._reader = Reader(stream, self._heard)
+        while data := self._reader.read():
+            for item in self.decoder.feed(data):
                 if isinstance(item, memoryview):
                     self.bytes_received += len(item)
                     self.inbox.data(item)
@@ -270,6 +272,9 @@ class Connection:
                     self._on_frame(item)
                 else:
                     self._on_greeting(item, stream, peer)
+
+    def _heard(self) -> None:
+        self.last_heard_s = self._hub.clock.monotonic_s()
 
     def _on_greeting(self, frame: Frame, stream: sockets.Stream, peer: PeerIdentity | None) -> None:
         hub, now_s = self._hub, self._hub.clock.wall_s()
