@@ -10,6 +10,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,30 +30,31 @@ _PATHS = os.pathsep.join(str(HERE.parent / root) for root in ("proto", "fsd", "t
 class Lines:
     """A child that answers a line with a line."""
 
-    def __init__(self, argv: list[str], log: Path, env: dict[str, str] | None = None) -> None:
-        with log.open("ab") as stderr:
-            self.process = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env={**os.environ, **(env or {})}
-            )
+    def __init__(self, log: Path) -> None:
+        """Its ends of the pipes are `self.given`, to be closed once it has them."""
+        given_in, self._in = os.pipe()
+        self._out, given_out = os.pipe()
+        self.given = (given_in, given_out, os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC))
         self._log = log
         self._rest = b""
+        self._closed = False
+        self.pid = 0
+        self._pidfd = -1
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
+    def born(self, pid: int) -> None:
+        """It has started."""
+        for fd in self.given:
+            os.close(fd)
+        self.pid, self._pidfd = pid, os.pidfd_open(pid)
 
     def send(self, message: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        self.process.stdin.flush()
+        os.write(self._in, json.dumps(message).encode() + b"\n")
 
     def answer(self, timeout_s: float = TIMEOUT_S) -> Any:
         """The next line. AssertionError when it does not come in time or the child ends."""
-        assert self.process.stdout is not None
-        fd = self.process.stdout.fileno()
         while b"\n" not in self._rest:
-            assert select.select([fd], [], [], timeout_s)[0], f"no answer: {self.last_words()}"
-            data = os.read(fd, 1 << 16)
+            assert select.select([self._out], [], [], timeout_s)[0], f"no answer: {self.last_words()}"
+            data = os.read(self._out, 1 << 16)
             assert data, f"it ended: {self.last_words()}"
             self._rest += data
         line, _, self._rest = self._rest.partition(b"\n")
@@ -60,28 +62,67 @@ class Lines:
 
     def silent(self) -> bool:
         """Whether nothing was said since the last answer."""
-        assert self.process.stdout is not None
-        return not self._rest and not select.select([self.process.stdout], [], [], 0)[0]
+        return not self._rest and not select.select([self._out], [], [], 0)[0]
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
-        self.process.send_signal(signal.SIGKILL)  # one that ended is left alone
-        self.end()
+        """SIGKILL, and wait until it is gone; one that ended is left alone."""
+        if not self._closed:
+            if not self._over(0):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self.end()
 
-    def end(self) -> int:
+    def end(self) -> None:
         """Its input ends; wait for its end."""
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        return self.process.wait(TIMEOUT_S)
+        os.close(self._in)
+        os.close(self._out)
+        self._closed = True
+        assert self._over(TIMEOUT_S), f"{self.pid} does not end: {self.last_words()}"
+        os.close(self._pidfd)
+
+    def _over(self, timeout_s: float) -> bool:
+        return bool(select.select([self._pidfd], [], [], timeout_s)[0])
 
     def last_words(self) -> str:
         return self._log.read_text()[-3000:]
 
 
+class Forks:
+    """The process that serving processes are forked of."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "mount_server.py"), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": _PATHS},
+            )
+        self._control.settimeout(TIMEOUT_S)
+
+    def fork(self, config: dict[str, Any], log: Path) -> Lines:
+        made = Lines(log)
+        socket.send_fds(self._control, [json.dumps(config).encode()], made.given)
+        made.born(int(self._control.recv(100)))
+        return made
+
+    def close(self) -> None:
+        self._control.close()
+        self._process.wait(TIMEOUT_S)
+
+
 class Reader(Lines):
     """See `mount_reader`."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__(log)
+        given_in, given_out, given_err = self.given
+        argv = [sys.executable, "-I", "-S", str(HERE / "mount_reader.py")]
+        self.process = subprocess.Popen(argv, stdin=given_in, stdout=given_out, stderr=given_err)
+        self.born(self.process.pid)
+
+    def end(self) -> None:
+        super().end()
+        self.process.wait()
 
     def ask(self, **command: Any) -> dict[str, Any]:
         self.send(command)
@@ -98,7 +139,8 @@ class Reader(Lines):
 class Rig:
     """One folder of mounts. `artifacts`: specs as `mount_server.artifact_of` takes them."""
 
-    def __init__(self, root: Path, artifacts: list[dict[str, Any]], **options: Any) -> None:
+    def __init__(self, forks: Forks, root: Path, artifacts: list[dict[str, Any]], **options: Any) -> None:
+        self._forks = forks
         self.root = root
         self.folder = root / "mounts"
         self.specs = artifacts
@@ -118,8 +160,7 @@ class Rig:
             "options": self.options,
             **config,
         }
-        argv = [sys.executable, str(HERE / "mount_server.py"), json.dumps(everything)]
-        self.servers.append(Lines(argv, self.root / "server.log", {"PYTHONPATH": _PATHS}))
+        self.servers.append(self._forks.fork(everything, self.root / "server.log"))
         hello = self.server.answer()
         self.status, self.taken = hello["status"], hello["taken"]
 
@@ -145,7 +186,7 @@ class Rig:
         return {piece for piece, want in pieces.items() if want}
 
     def reader(self) -> Reader:
-        made = Reader([sys.executable, "-I", "-S", str(HERE / "mount_reader.py")], self.root / "readers.log")
+        made = Reader(self.root / "readers.log")
         self.readers.append(made)
         return made
 
@@ -176,8 +217,9 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig(root: Path, artifacts: list[dict[str, Any]], **options: Any) -> Iterator[Rig]:
-    made = Rig(root, artifacts, **options)
+def rig(forks: Forks, root: Path, artifacts: list[dict[str, Any]], **options: Any) -> Iterator[Rig]:
+    """Cleaned up at its end, whatever hangs."""
+    made = Rig(forks, root, artifacts, **options)
     try:
         yield made
     finally:

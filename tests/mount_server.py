@@ -1,6 +1,6 @@
-"""A process that serves unfinished artifacts, for tests and benchmarks: `python mount_server.py CONFIG-JSON`.
+"""Processes that serve unfinished artifacts, for tests: `python mount_server.py CONTROL-SOCKET-FD`; see `mount_rig`.
 
-It takes commands on stdin and answers on stdout, one JSON object a line; see `mount_rig`. Its parts lie in files, so
+Each takes commands on stdin and answers on stdout, one JSON object a line. Its parts lie in files, so
 that a killed one's successor has what it had. It ends at once, loudly, when it touches a path below a mount.
 """
 
@@ -11,6 +11,8 @@ import json
 import os
 import random
 import re
+import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -221,12 +223,37 @@ class Serving:
         print(json.dumps(answer), flush=True)
 
 
-def main() -> None:
-    config = json.loads(sys.argv[1])
+def main(config: dict[str, Any]) -> None:
     configure_logging("mount-server", level="debug", format="json")
     forbid_looks_below(Path(config["folder"]))
     asyncio.run(Serving(config).run())
 
 
+def fork_servers(control: socket.socket) -> None:
+    """Imported once, forked for each server: a message is a config, with it come its stdin, stdout and stderr."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    while True:
+        raw, fds, _, _ = socket.recv_fds(control, 1 << 20, 3)
+        if not raw:
+            return
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            control.close()
+            for number, fd in enumerate(fds):
+                os.dup2(fd, number)
+                os.close(fd)
+            code = 1
+            try:
+                main(json.loads(raw))
+                code = 0
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        for fd in fds:
+            os.close(fd)
+        control.send(str(pid).encode())
+
+
 if __name__ == "__main__":
-    main()
+    fork_servers(socket.socket(fileno=int(sys.argv[1])))

@@ -255,7 +255,8 @@ def test_kept_pieces_may_lie_anywhere() -> None:
 def test_only_these_calls_name_a_path() -> None:
     """Modules that run while a mount is served name no path, but for mounting, /proc, /sys and the holder's folder."""
     path_calls = {"open", "stat", "lstat", "exists", "is_dir", "is_file", "iterdir", "glob", "rglob", "listdir",
-                  "scandir", "resolve", "read_text", "read_bytes", "write_text", "readlink", "access", "samefile", "ismount",
+                  "scandir", "resolve", "read_text", "read_bytes", "write_text", "readlink", "access", "samefile",
+                  "ismount",
                   "mkdir", "rmdir", "unlink", "touch", "walk", "statvfs"}  # fmt: skip
     allowed = {
         "connection.py": set[str](), "server.py": set[str](), "wire.py": set[str](), "tree.py": set[str](),
