@@ -56,6 +56,7 @@ class Outbox:
     drops_told: set[str] = field(default_factory=set)
     attested: dict[str, None] = field(default_factory=dict)
     attested_told: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)  # manifests that this scheduler lacks
     stuck: dict[str, None] = field(default_factory=dict)  # attested, but the manifest is not here
     swarms: dict[str, None] = field(default_factory=dict)
     wishes: bool = True

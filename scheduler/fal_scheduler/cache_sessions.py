@@ -108,8 +108,7 @@ class CacheSessions:
             self._spread(peer_name, changed)
             for holding in list(self.table.node(peer_name).holdings.values()):  # type: ignore[union-attr]
                 session.judge(holding)
-            for artifact_id in self._registrar.wanted:
-                self._ask_manifest(peer_name, artifact_id)
+            self._ask_manifests(peer_name)
             self.swarms.session_began(peer_name)
             self.wishes.nodes_changed()
             session.signal.set()
@@ -203,6 +202,8 @@ class CacheSessions:
         session.gone(set(report.gone))
         for holding in holdings:
             session.judge(holding)
+        if holdings:
+            self._ask_manifests(session.node_id)
         self._spread(session.node_id, changed)
         for event in list(report.events)[:CACHE_EVENTS_PER_REPORT_MAX]:
             self._note_event(session.node_id, event)
@@ -377,15 +378,23 @@ class CacheSessions:
             if asked == MANIFEST_ASKED_MAX:
                 break
 
+    def _ask_manifests(self, node_id: str) -> None:
+        for artifact_id in self._registrar.wanted:
+            self._ask_manifest(node_id, artifact_id)
+
     def _ask_manifest(self, node_id: str, artifact_id: str) -> bool:
-        """Ask one that has the artifact, or told that it keeps the manifest."""
-        node = self.table.node(node_id)
+        """Ask one that told that it has it: with the digest where it is attested. Once a session."""
+        node, session = self.table.node(node_id), self._sessions.get(node_id)
+        if node is None or session is None or artifact_id in session.asked:
+            return False
         standing = standing_of(self._view.catalog, artifact_id)
         digest = standing.model.manifest_digest if standing.model is not None else ""
-        if node is None or not ({artifact_id, digest} & (node.holdings.keys() | node.manifests)):
+        holding = node.holdings.get(artifact_id)
+        has = holding is not None and (not standing.attested or bool(holding.manifest_digest))
+        if not has and not {artifact_id, digest} & node.manifests:
             return False
-        want = weights_pb2.WantManifest(id=artifact_id)
-        return self._push(node_id, weights_pb2.CacheDown(want_manifest=want))
+        session.asked.add(artifact_id)
+        return session.push(weights_pb2.CacheDown(want_manifest=weights_pb2.WantManifest(id=artifact_id)))
 
     def close(self, error: FalError) -> None:
         """End all sessions: the leader is one no longer."""

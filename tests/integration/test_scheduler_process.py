@@ -46,7 +46,7 @@ from scheduler_process import (
 )
 from scheduler_rig import app_request
 
-SERVICES = ("fal.v1.Cluster", "fal.v1.AgentService", "fal.v1.Serving")
+SERVICES = ("fal.v1.Cluster", "fal.v1.AgentService", "fal.v1.Serving", "fal.v1.CacheService")
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_health_reflection_metrics(data: Path) -> None:
 
     with scheduler(data) as process:
         statuses, listed = asyncio.run(ask(process))
-        assert statuses == [health_pb2.HealthCheckResponse.SERVING] * 4
+        assert statuses == [health_pb2.HealthCheckResponse.SERVING] * (len(SERVICES) + 1)
         assert {*SERVICES, "grpc.health.v1.Health"} <= listed
         assert '"ok": true' in asyncio.run(fetch(process.ports["metrics"], "/healthz"))
         deadline = time.monotonic() + 20

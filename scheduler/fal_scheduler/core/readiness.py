@@ -47,8 +47,9 @@ class Readiness:
         rate, whose = self._origin_rate(node)
         answers = rate != 0
         peers = self._peers(node)
-        if not answers and not peers and self._table.holders(self._artifact).keys() - {node_id}:
-            return Eta(-1, self._island(node_id))
+        missing = holding is None or not holding.complete
+        if missing and not answers and not peers and (others := self._with_bytes(node_id)):
+            return Eta(-1, self._island(others))
         return predict(
             Question(
                 bytes_total=self._model.bytes,
@@ -164,8 +165,11 @@ class Readiness:
             return False
         return bool(shared_endpoints(self._pool(caller.node_id), self._pool(server.node_id), server.endpoints))
 
-    def _island(self, node_id: str) -> str:
-        holders = sorted(self._table.holders(self._artifact).keys() - {node_id})
+    def _with_bytes(self, node_id: str) -> list[str]:
+        holders = self._table.holders(self._artifact)
+        return sorted(i for i, x in holders.items() if i != node_id and (x.ready or x.bytes_disk))
+
+    def _island(self, holders: list[str]) -> str:
         records = (self._state.nodes.get(i) for i in holders[:3])
         names = ", ".join(record.name for record in records if record is not None)
         return ISLAND.format(count=len(holders), names=f"{names} …" if len(holders) > 3 else names)
