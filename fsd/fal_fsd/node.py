@@ -91,8 +91,7 @@ class CacheNode:
         """The artifact that is asked for. INVALID, CORRUPT, FAILED_PRECONDITION (withdrawn), UNAVAILABLE, NOT_FOUND."""
         artifact = attest.asked(message, self.around.ca_key())
         names = [x for x in (message.artifact_id, message.manifest_digest, artifact.id if artifact else "") if x]
-        for name in names:
-            self._check_revoked(name, await asyncio.to_thread(self.store.revoked, name))
+        await self._check_revoked(*names)
         if artifact is None:
             artifact = await self._known(names)
         elif not artifact.attested:
@@ -100,6 +99,7 @@ class CacheNode:
             artifact = known if known is not None and known.attested else artifact
         if artifact is None:
             artifact = await self._fetch_manifest(names)
+            await self._check_revoked(artifact.id, artifact.manifest_digest)
         parse_uri(artifact.uri)
         return artifact
 
@@ -282,7 +282,7 @@ class CacheNode:
     async def _drop(self, message: weights_pb2.DropArtifact) -> None:
         artifact_id = await self._id_of(message.id)
         if message.revoked and artifact_id != message.id:  # both names are refused from now on
-            await asyncio.to_thread(self.store.drop, message.id, force=True, reason=message.reason)
+            await asyncio.to_thread(self.store.catalog.revoke, message.id, message.reason or "no reason was given")
         await self.transfers.drop(artifact_id, reason=message.reason, revoked=message.revoked)
 
     async def verify(self, id_: str) -> None:
@@ -325,14 +325,15 @@ class CacheNode:
     def _active(self) -> dict[str, Transfer]:
         return {transfer.id: transfer for transfer in self.transfers.active()}
 
-    def _check_revoked(self, name: str, why: str | None) -> None:
-        if why is not None:
-            raise FalError(
-                Code.FAILED_PRECONDITION,
-                f"artifact {name[:12]} was withdrawn: {why}",
-                remedy="Use another model; this one is not staged again.",
-                field="artifact_id",
-            )
+    async def _check_revoked(self, *names: str) -> None:
+        for name in names:
+            if (why := await asyncio.to_thread(self.store.revoked, name)) is not None:
+                raise FalError(
+                    Code.FAILED_PRECONDITION,
+                    f"artifact {name[:12]} was withdrawn: {why}",
+                    remedy="Use another model; this one is not staged again.",
+                    field="artifact_id",
+                )
 
     async def _id_of(self, id_: str) -> str:
         """The artifact id of a manifest digest; `id_` itself when nothing of it is here."""

@@ -1,0 +1,361 @@
+"""Several weight caches, a scheduler stand-in, a real web server as the origin: what must hold whatever breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_cache_scheduler import FakeCacheScheduler
+from fal_contract.artifact import Artifact, listing_id
+from fal_contract.errors import Code, FalError
+from fal_contract.v1 import agent_pb2, fsd_pb2, weights_pb2
+from fal_fsd import fetching
+from fal_fsd.origin import Credentials, list_origin
+from fsd_fakes import artifact_of
+from fsd_rig import Rig, message_of, running, tree
+from origin_servers import Faults, HttpOrigin
+
+PIECE = 64 << 10
+
+
+def contents_of(*sizes: int, seed: int = 1) -> dict[str, bytes]:
+    rng = random.Random(seed)
+    return {f"file-{n}.safetensors": rng.randbytes(size) for n, size in enumerate(sizes)}
+
+
+async def listed(origin: HttpOrigin, *, sha256: bool = False) -> Artifact:
+    """As the scheduler lists a folder of this server; no content is known."""
+    origin.put_list(sha256=sha256)
+    found = await list_origin(origin.url, credentials=Credentials.load(None, {}))
+    return Artifact(listing_id(found.uri, found.files), "model", found.uri, PIECE, found.files)
+
+
+def content_of(bare: Artifact, contents: Mapping[str, bytes]) -> Artifact:
+    """The same with every digest, not signed."""
+    whole = artifact_of(dict(contents), piece_bytes=bare.piece_bytes, uri=bare.uri)
+    files = tuple(replace(f, version=b.version) for f, b in zip(whole.files, bare.files, strict=True))
+    return replace(whole, id=bare.id, files=files)
+
+
+async def attested(scheduler: FakeCacheScheduler, origin: HttpOrigin, contents: Mapping[str, bytes]) -> Artifact:
+    """Listed and signed."""
+    return scheduler.signed(content_of(await listed(origin), contents))
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+class Cluster:
+    """The stand-in and caches n1, n2 …"""
+
+    def __init__(self, scheduler: FakeCacheScheduler, folder: Path, stack: AsyncExitStack) -> None:
+        self.scheduler = scheduler
+        self.folder = folder
+        self.stack = stack
+        self.rigs: dict[str, Rig] = {}
+
+    async def add(self, name: str, **options: Any) -> Rig:
+        """One more cache, connected."""
+        context = self.node(name, **options)
+        rig = self.rigs[name] = await self.stack.enter_async_context(context)
+        await self.scheduler.until(lambda: name in self.scheduler.nodes)
+        return rig
+
+    def node(self, name: str, **options: Any) -> Any:
+        """The context of a cache."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        given = {
+            "schedulers": [self.scheduler.address], "identity": self.scheduler.identity(name),
+            "addresses": ["lan=127.0.0.1"], **options,
+        }  # fmt: skip
+        return running(folder, **given)
+
+    async def stage(self, name: str, message: agent_pb2.Artifact, owner: str = "r") -> Path:
+        return await self.rigs[name].client.stage(message, owner)
+
+
+@asynccontextmanager
+async def cluster(folder: Path, names: str = "n1 n2 n3", **scheduler: Any) -> AsyncIterator[Cluster]:
+    made = FakeCacheScheduler(folder, **scheduler)
+    await made.start()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(made.stop)
+        cluster = Cluster(made, folder, stack)
+        for name in names.split():
+            await cluster.add(name)
+        yield cluster
+
+
+def run(work: Any) -> None:
+    """One loop, with a bound."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(100):
+            await work
+
+    asyncio.run(bounded())
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_three_nodes_read_a_new_model_once_and_attest_it(tmp_path: Path, tls: bool) -> None:
+    contents = contents_of(40 * PIECE + 5, 0, 3 * PIECE)
+
+    async def main(origin: HttpOrigin) -> None:
+        async with cluster(tmp_path, tls=tls) as c:
+            bare = c.scheduler.registered(await listed(origin))
+            before = origin.bytes_sent
+            paths = await asyncio.gather(*(c.stage(name, message_of(bare)) for name in c.rigs))
+            assert all(tree(path) == contents for path in paths)
+            # Leases cross while the first connections are made: a piece or two, whatever the size.
+            assert origin.bytes_sent - before <= bare.bytes_total + 2 * PIECE
+            for told in c.scheduler.attestations:
+                assert set(told.signers) <= set(c.rigs)
+            assert len(c.scheduler.claims[bare.id]) == bare.layout.count
+            await c.scheduler.until(lambda: all(n.seen[bare.id].ready for n in c.scheduler.nodes.values()))
+
+    with HttpOrigin(contents) as origin:
+        run(main(origin))
+
+
+def test_the_origin_may_go_once_one_node_has_it(tmp_path: Path) -> None:
+    contents = contents_of(20 * PIECE)
+    with HttpOrigin(contents) as origin:
+
+        async def main() -> None:
+            async with cluster(tmp_path) as c:
+                known = await attested(c.scheduler, origin, contents)
+                await c.stage("n1", message_of(known))
+                origin.faults.answers += [(404, {}, "gone")] * 1000
+                sent = origin.bytes_sent
+                for name in ("n2", "n3"):
+                    assert tree(await c.stage(name, message_of(known))) == contents
+                assert origin.bytes_sent == sent
+
+        run(main())
+
+
+def test_nobody_has_it_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_ALONE_AFTER_S", 0.2)
+    contents = contents_of(4 * PIECE)
+    with HttpOrigin(contents) as origin:
+
+        async def main() -> None:
+            async with cluster(tmp_path, "n1") as c:
+                known = await attested(c.scheduler, origin, contents)
+                origin.faults.answers += [(404, {}, "gone")] * 1000
+                with pytest.raises(FalError) as caught:
+                    await c.stage("n1", message_of(known))
+                assert caught.value.code is Code.NOT_FOUND
+                origin.faults.answers.clear()
+                changed = contents_of(4 * PIECE, seed=2)
+                origin.put("file-0.safetensors", changed["file-0.safetensors"])
+                with pytest.raises(FalError) as caught:
+                    await c.stage("n1", message_of(known))
+                assert caught.value.code is Code.CONFLICT
+                assert "ORIGIN_CHANGED" in c.scheduler.kinds()
+
+        run(main())
+
+
+def test_a_byte_flipped_at_the_origin_is_refused(tmp_path: Path) -> None:
+    """It published SHA-256; what it sends is something else, under the date that it was listed with."""
+    contents = contents_of(6 * PIECE)
+    with HttpOrigin(contents, Faults(etag="none")) as origin:
+
+        async def main() -> None:
+            async with cluster(tmp_path, "n1 n2") as c:
+                bare = c.scheduler.registered(await listed(origin, sha256=True))
+                origin.files["file-0.safetensors"] = flipped(contents["file-0.safetensors"], 3 * PIECE + 7)
+                with pytest.raises(FalError, match="the origin says") as caught:
+                    await c.stage("n1", message_of(bare))
+                assert (caught.value.code, caught.value.field) == (Code.CORRUPT, "file-0.safetensors")
+                await c.scheduler.until(lambda: c.scheduler.attestations)
+                assert "SHA-256" in c.scheduler.attestations[0].failure
+                assert c.rigs["n1"].exposed() == []
+                origin.files["file-0.safetensors"] = contents["file-0.safetensors"]
+                assert tree(await c.stage("n2", message_of(bare))) == contents
+
+        run(main())
+
+
+def test_what_a_node_vouched_for_wrongly_is_thrown_away_and_its_signer_named(tmp_path: Path) -> None:
+    contents = contents_of(6 * PIECE)
+    with HttpOrigin(contents, Faults(etag="none")) as origin:
+
+        async def main() -> None:
+            async with cluster(tmp_path, "n1 n2") as c:
+                s = c.scheduler
+                s.attests = False
+                bare = s.registered(await listed(origin))
+                origin.files["file-0.safetensors"] = flipped(contents["file-0.safetensors"], 3 * PIECE + 7)
+                first = asyncio.create_task(c.stage("n1", message_of(bare)))
+                await s.until(lambda: s.attestations)
+                second = asyncio.create_task(c.stage("n2", message_of(bare)))
+                await s.until(lambda: len(s.attestations) >= 2)
+                assert {x.signers[n] for x in s.attestations for n in x.piece_signers} == {"n1"}
+                origin.files["file-0.safetensors"] = contents["file-0.safetensors"]
+                s.attest(content_of(bare, contents))
+                for path in await asyncio.gather(first, second):
+                    assert tree(path) == contents
+                await s.until(lambda: "BAD_PEER" in s.kinds())
+                assert {event.subject for event in s.events if event.kind == "BAD_PEER"} == {"n1"}
+
+        run(main())
+
+
+def test_two_islands_read_the_origin_once_each(tmp_path: Path) -> None:
+    contents = contents_of(24 * PIECE)
+    with HttpOrigin(contents) as origin:
+
+        async def main() -> None:
+            async with cluster(tmp_path, "n1 n2 n3 n4") as c:
+                c.scheduler.islands = [frozenset({"n1", "n2"})]
+                known = await attested(c.scheduler, origin, contents)
+                before = origin.bytes_sent
+                await asyncio.gather(*(c.stage(name, message_of(known)) for name in c.rigs))
+                assert 2.0 <= (origin.bytes_sent - before) / known.bytes_total <= 2.1
+
+        run(main())
+
+
+def test_a_dead_peer_and_a_scheduler_that_is_away_stop_nobody(tmp_path: Path) -> None:
+    contents = contents_of(60 * PIECE)
+    with HttpOrigin(contents) as origin:
+
+        async def main() -> None:
+            async with cluster(tmp_path, "n1 n2") as c:
+                known = await attested(c.scheduler, origin, contents)
+                origin.faults.stall_after = 8 * PIECE
+                async with c.node("n3") as third:
+                    c.rigs["n3"] = third
+                    await c.scheduler.until(lambda: "n3" in c.scheduler.nodes)
+                    stages = {n: asyncio.create_task(c.stage(n, message_of(known))) for n in c.rigs}
+                    await c.scheduler.until(
+                        lambda: all(known.id in n.seen and n.seen[known.id].wanted for n in c.scheduler.nodes.values())
+                    )
+                    dying = stages.pop("n3")
+                    dying.cancel()
+                    await asyncio.gather(dying, return_exceptions=True)
+                await c.scheduler.stop()
+                origin.faults.stall_after = -1
+                origin.faults.go.set()
+                for path in await asyncio.gather(*stages.values()):
+                    assert tree(path) == contents
+                sessions = c.scheduler.sessions
+                await c.scheduler.start()
+                await c.scheduler.until(lambda: c.scheduler.sessions >= sessions + 2)
+                assert all(node.seen[known.id].ready for node in c.scheduler.nodes.values())
+
+        run(main())
+
+
+def test_wishes_drops_and_revocation(tmp_path: Path) -> None:
+    contents = contents_of(5 * PIECE)
+    with HttpOrigin(contents) as origin:
+
+        async def main() -> None:
+            async with cluster(tmp_path, "n1") as c:
+                s, rig = c.scheduler, c.rigs["n1"]
+                known = await attested(s, origin, contents)
+                asked = agent_pb2.Artifact(model="default/m", artifact_id=known.id)  # by name: the manifest is fetched
+                s.wish("n1", [weights_pb2.Wished(artifact=asked, tier="disk")])
+                await s.until(lambda: known.id in s.nodes["n1"].seen and s.nodes["n1"].seen[known.id].ready)
+                assert list(s.nodes["n1"].seen[known.id].pinned_by) == ["wish"]
+                s.nodes["n1"].tell(drop=weights_pb2.DropArtifact(id=known.id, reason="evict"))
+                s.wish("n1", [])
+                await s.until(lambda: not s.nodes["n1"].seen[known.id].pinned_by)
+                assert rig.exposed() == [known.manifest_digest]  # it was pinned when it should have gone
+                s.nodes["n1"].tell(drop=weights_pb2.DropArtifact(id=known.id, reason="evict"))
+                await s.until(lambda: known.id not in s.nodes["n1"].seen)
+                assert rig.exposed() == []
+                await c.stage("n1", message_of(known))
+                s.nodes["n1"].tell(
+                    drop=weights_pb2.DropArtifact(id=known.manifest_digest, reason="licence ended", revoked=True)
+                )
+                await s.until(lambda: s.kinds().count("EVICTED") == 2)
+                assert rig.exposed() == []
+                for message in (message_of(known), asked):
+                    with pytest.raises(FalError, match="licence ended") as caught:
+                        await c.stage("n1", message)
+                    assert caught.value.code is Code.FAILED_PRECONDITION
+
+        run(main())
+
+
+def test_verify_finds_a_flipped_byte_and_a_peer_repairs_it(tmp_path: Path) -> None:
+    contents = contents_of(5 * PIECE)
+    with HttpOrigin(contents) as origin:
+
+        async def main() -> None:
+            async with cluster(tmp_path, "n1 n2") as c:
+                s = c.scheduler
+                known = await attested(s, origin, contents)
+                paths = [await c.stage(name, message_of(known)) for name in c.rigs]
+                origin.faults.answers += [(404, {}, "gone")] * 1000
+                file = paths[0] / "file-0.safetensors"
+                file.chmod(0o644)
+                with file.open("r+b") as out:
+                    out.seek(2 * PIECE + 1)
+                    out.write(b"\x00\x01\x02\x03")
+                s.nodes["n1"].tell(verify=weights_pb2.VerifyArtifact(id=known.id))
+                await s.until(lambda: "REPAIRED" in s.kinds())
+                assert "CORRUPT_FILE" in s.kinds()
+                assert tree(await c.stage("n1", message_of(known))) == contents
+
+        run(main())
+
+
+def test_two_revisions_at_once_and_shared_files(tmp_path: Path) -> None:
+    old, new = contents_of(9 * PIECE, 7 * PIECE), contents_of(9 * PIECE, 7 * PIECE)
+    new["file-1.safetensors"] = random.Random(5).randbytes(7 * PIECE)
+    with HttpOrigin(old) as first, HttpOrigin(new) as second:
+
+        async def main() -> None:
+            async with cluster(tmp_path, "n1 n2") as c:
+                one = await attested(c.scheduler, first, old)
+                two = await attested(c.scheduler, second, new)
+                jobs = [c.stage(name, message_of(artifact)) for name in c.rigs for artifact in (one, two)]
+                paths = await asyncio.gather(*jobs)
+                assert [tree(path) for path in paths] == [old, new, old, new]
+
+        run(main())
+
+
+def test_a_full_disk_is_waited_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = contents_of(12 * PIECE)
+    full = True
+    from fal_fsd.disk.writer import Writer
+
+    real = Writer.write
+
+    def write(self: Any, data: memoryview) -> None:
+        if full:
+            raise FalError(Code.NO_CAPACITY, "the cache disk is full", remedy="Free some.")
+        real(self, data)
+
+    monkeypatch.setattr(Writer, "write", write)
+    with HttpOrigin(contents) as origin:
+
+        async def main() -> None:
+            nonlocal full
+            async with cluster(tmp_path, "n1") as c:
+                known = await attested(c.scheduler, origin, contents)
+                request = fsd_pb2.StageRequest(artifact=message_of(known), owner="r")
+                async for told in c.rigs["n1"].stub.Stage(request):
+                    if "the cache disk is full" in told.waits_for:
+                        full = False
+                    if told.ready:
+                        assert tree(Path(told.path)) == contents
+                assert not full
+                assert "DISK_FULL" in c.scheduler.kinds()
+
+        run(main())
