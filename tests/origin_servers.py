@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"Accept-Ranges": "bytes" if faults.ranges else "none"}
         if faults.etag in ("strong", "weak"):
             headers["ETag"] = tag if faults.etag == "strong" else f"W/{tag}"
-        if faults.etag == "none":
+        if faults.etag != "nothing":
             headers["Last-Modified"] = date
         if faults.encoding:
             headers["Content-Encoding"] = faults.encoding

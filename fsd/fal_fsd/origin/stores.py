@@ -150,9 +150,13 @@ def _file(meta: Any, folder: str) -> ArtifactFile:
 class StoreOrigin(HttpOrigin):
     """Objects of one bucket."""
 
-    def __init__(self, uri: OriginUri, credentials: Credentials, **settings: Any) -> None:
+    def __init__(
+        self, uri: OriginUri, credentials: Credentials, *, signed: bool | None = None, **settings: Any
+    ) -> None:
+        """`signed`: read signed addresses, or through obstore; None decides by the credentials."""
         super().__init__(uri, credentials, **settings)
         self._options = store_options(uri, credentials)
+        self._signed = self._signable if signed is None else signed
         self._store: Any = None
 
     async def _address(self, file: ArtifactFile) -> Target:
@@ -169,14 +173,14 @@ class StoreOrigin(HttpOrigin):
 
     @asynccontextmanager
     async def _open(self, file: ArtifactFile, offset: int, length: int, *, whole: bool) -> AsyncIterator[Body]:
-        if self._signable:
+        if self._signed:
             async with super()._open(file, offset, length, whole=whole) as body:
                 yield body
         else:
             yield Body(0, await self._streamed(file, offset, length))
 
     async def supports_ranges(self, file: ArtifactFile) -> bool:
-        return await super().supports_ranges(file) if self._signable else True
+        return await super().supports_ranges(file) if self._signed else True
 
     @property
     def _signable(self) -> bool:
