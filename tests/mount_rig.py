@@ -142,6 +142,7 @@ class Rig:
     def __init__(self, forks: Forks, root: Path, artifacts: list[dict[str, Any]], **options: Any) -> None:
         self._forks = forks
         self.root = root
+        root.mkdir(exist_ok=True)
         self.folder = root / "mounts"
         self.specs = artifacts
         self.artifacts = [artifact_of(spec) for spec in artifacts]

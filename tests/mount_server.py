@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,13 +244,14 @@ def fork_servers(control: socket.socket) -> None:
             for number, fd in enumerate(fds):
                 os.dup2(fd, number)
                 os.close(fd)
-            code = 1
             try:
                 main(json.loads(raw))
-                code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
-                os._exit(code)
+                sys.stderr.flush()
+                os._exit(0)
         for fd in fds:
             os.close(fd)
         control.send(str(pid).encode())
