@@ -2,8 +2,8 @@
 
 It lives in fsd's cgroup, so that what it reads in is charged there and no container's limit pushes it out. Standard
 library only, a few MiB. One JSON object a line: `{"op": "probe", "bytes": N}`, `{"op": "lock", "id": …, "paths": …,
-"drop": …}`, `{"op": "unlock", "id": …}`; each is answered by `{"bytes": N, "error": TEXT}`. Ends when its standard input
-does: with fsd.
+"drop": …}`, `{"op": "unlock", "id": …}`; each is answered by `{"bytes": N, "error": TEXT}`. Ends when its standard
+input does: with fsd.
 """
 
 from __future__ import annotations
