@@ -9,7 +9,7 @@ from itertools import islice
 from fal_contract.errors import FalError, invalid, not_found
 from fal_contract.limits import MODELS_LISTED_DEFAULT, MODELS_LISTED_MAX
 from fal_contract.v1 import cluster_pb2, state_pb2
-from fal_scheduler.codec_weights import model_to_pb, wish_to_pb
+from fal_scheduler.codec_weights import fill_model, wish_to_pb
 from fal_scheduler.core.events import CollectModels, RevokeModel, StageModel, UnstageModel
 from fal_scheduler.core.model_commands import check_ttl, in_use, users
 from fal_scheduler.core.records import Model, Wish
@@ -42,8 +42,10 @@ def list_models(leader: Leadership, request: cluster_pb2.ListModelsRequest) -> c
         team=request.team, kind=request.kind, prefix=request.prefix, after=request.after, limit=limit
     )
     named = _users_of(leader.view)
-    views = [model_view(leader, model, users_of=named.get(model.id, ())) for model in page]
-    return cluster_pb2.ListModelsReply(models=views, next=following, total=total)
+    reply = cluster_pb2.ListModelsReply(next=following, total=total)
+    for model in page:
+        _fill(reply.models.add(), leader, model, named.get(model.id, ()))
+    return reply
 
 
 def _users_of(state: State) -> Mapping[str, list[str]]:
@@ -68,21 +70,26 @@ def model_named(leader: Leadership, id_: str) -> Model:
     return model
 
 
-def model_view(leader: Leadership, model: Model, *, users_of: Sequence[str] | None = None) -> cluster_pb2.ModelView:
+def model_view(leader: Leadership, model: Model) -> cluster_pb2.ModelView:
     """A model, the apps whose current revision names it, its wishes and how many nodes have it."""
-    state = leader.view
+    view = cluster_pb2.ModelView()
+    _fill(view, leader, model, users(leader.view, model.id))
+    return view
+
+
+def _fill(view: cluster_pb2.ModelView, leader: Leadership, model: Model, apps: Sequence[str]) -> None:
+    fill_model(view.model, model)
     ready, staging = leader.models.counts(model.artifact_id)
-    return cluster_pb2.ModelView(
-        model=model_to_pb(model),
-        apps=users(state, model.id) if users_of is None else users_of,
-        nodes_ready=ready,
-        nodes_staging=staging,
-        wishes=_wishes(state, model.id),
-    )
+    if ready or staging:
+        view.nodes_ready, view.nodes_staging = ready, staging
+    if apps:
+        view.apps.extend(apps)
+    if model.id in leader.view.wishes:
+        view.wishes.extend(_wishes(leader.view, model.id))
 
 
 def _wishes(state: State, model_id: str) -> list[state_pb2.Wish]:
-    return [wish_to_pb(wish) for wish in state.catalog.wishes_of(model_id)] if model_id in state.wishes else []
+    return [wish_to_pb(wish) for wish in state.catalog.wishes_of(model_id)]
 
 
 def _with_files(leader: Leadership, model: Model) -> cluster_pb2.ModelView:
