@@ -9,6 +9,7 @@ EVENTS_MAX of one connection wait there, then its receiving thread waits. Nobody
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -407,14 +408,18 @@ class Connection:
                 return
         with job.shared.use() as part:
             place = part.locate(job.piece) if part is not None else None
-            if place is None:
-                self.outbox.give_up(job)
-                self.outbox.send(NotHere(job.shared.artifact_id, (job.piece,)))
-                return
-            fd, offset, _ = place
+            # A descriptor of our own: the part may be closed while a slow peer takes the block.
+            fd = os.dup(place[0]) if place is not None else -1
+        if place is None:
+            self.outbox.give_up(job)
+            self.outbox.send(NotHere(job.shared.artifact_id, (job.piece,)))
+            return
+        try:
             head = DataHead(job.shared.artifact_id, job.piece, job.sent, length, job.sent + length == job.length)
             self._progress()
-            stream.send_file(encode(head), fd, offset + job.sent, length, self._progress)
+            stream.send_file(encode(head), fd, place[1] + job.sent, length, self._progress)
+        finally:
+            os.close(fd)
         self.sending_since_s, self.last_sent_s = None, self._hub.clock.monotonic_s()
         self.bytes_sent += length
         self.outbox.advance(job, length)

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import random
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ SILENCE_MAX_S: Final = 25.0
 LAST_WORD_S: Final = 1.0  # to read why it ends
 TICK_S: Final = 0.5
 METERS_MAX: Final = 1024
+ENDED_KEPT: Final = 8
 _LOG = logging.getLogger(__name__)
 
 
@@ -126,6 +128,7 @@ class PeerNet:
         self._live: dict[str, Connection] = {}
         self._swarming = Swarming(self._hub, events, self._routes, self._live)
         self._all: set[Connection] = set()
+        self._ended: deque[Connection] = deque(maxlen=ENDED_KEPT)  # their threads may not be quite gone
         self._meters: dict[str, RateMeter] = {}
         self._listeners: list[socket.socket] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -181,6 +184,8 @@ class PeerNet:
         for connection in list(self._all):
             connection.abort("the node stops")
         await self._until_empty()
+        for connection in self._ended:
+            connection.join_threads(LAST_WORD_S)  # they have told their end: this is the rest of it
         await self._manifests.close()
 
     async def _until_empty(self) -> None:
@@ -244,8 +249,7 @@ class PeerNet:
     # Beyond the port.
 
     async def quiet(self, artifact_id: str) -> None:
-        """After `leave`: wait until no thread touches the part's files; then it may be closed. Ends within
-        SILENCE_MAX_S, when a peer that does not read is given up."""
+        """After `leave`: wait until no thread is in the part; then it may be closed. No peer can delay it."""
         await self._swarming.quiet(artifact_id)
 
     async def fetch_manifest(self, node_id: str, id: str) -> bytes:
@@ -311,13 +315,16 @@ class PeerNet:
             else:
                 self._swarming.framed(connection, frame)
         except (WireError, Overflow) as error:
-            connection.abort(str(error))
+            del self._live[connection.node_id]
+            self._swarming.down(connection, str(error))
+            connection.finish(str(error))
 
     def outcome(self, connection: Connection, outcome: Outcome) -> None:
         self._swarming.outcome(connection, outcome)
 
     def closed(self, connection: Connection, reason: str) -> None:
         self._all.discard(connection)
+        self._ended.append(connection)
         self._sent_before += connection.bytes_sent
         self._received_before += connection.bytes_received
         self._empty.set()
