@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from obstore.exceptions import GenericError
 
 from fal_contract.errors import Code, FalError
 from fal_fsd.origin import Credentials, Listing, list_origin, open_origin, parse_uri
-from fal_fsd.origin.stores import StoreOrigin
+from fal_fsd.origin.stores import StoreOrigin, as_fal_errors
 from origin_servers import CountingRelay, HttpOrigin, S3Server, s3_bucket, why_no_s3, write_secret
 
 DATA = os.urandom(3_000_000)
@@ -146,6 +147,15 @@ def test_a_store_that_is_gone_is_unavailable() -> None:
         with pytest.raises(FalError) as caught:
             asyncio.run(list_origin("s3://models/x", credentials=Credentials.load(None, env), timeout_s=0.5))
     assert caught.value.code in (Code.UNAVAILABLE, Code.TIMEOUT)
+
+
+def test_without_credentials_the_remedy_names_them() -> None:
+    """What obstore says where a machine has no identity; asking for one here would leave this machine."""
+    told = GenericError("Error performing PUT http://169.254.169.254/latest/api/token in 2ms - HTTP error")
+    with pytest.raises(FalError) as caught, as_fal_errors("s3://models/x", 0.0):
+        raise told
+    assert caught.value.code is Code.UNAUTHENTICATED
+    assert "anonymous" in caught.value.remedy
 
 
 class CloudServer(HttpOrigin):

@@ -42,6 +42,8 @@ _SIGNABLE: Final = {
     "gs": ("anonymous", "service_account_file", "service_account_key", "token"),
     "az": ("anonymous", "account_key", "sas_token", "token"),
 }
+# Where obstore looks last, when it was given nothing.
+_METADATA: Final = ("http://169.254.169.254/", "http://metadata.google.internal", "http://169.254.170.")
 _AZURE_VERSION: Final = "2021-12-02"
 
 
@@ -121,7 +123,7 @@ async def list_store(uri: OriginUri, store: Any, now_s: float) -> tuple[OriginUr
     import obstore
 
     if not uri.is_folder:
-        with _as_fal_errors(str(uri), now_s):
+        with as_fal_errors(str(uri), now_s):
             try:
                 meta = await obstore.head_async(store, uri.path)
             except FileNotFoundError:
@@ -130,7 +132,7 @@ async def list_store(uri: OriginUri, store: Any, now_s: float) -> tuple[OriginUr
             return uri, [_file(meta, uri.path.rpartition("/")[0])]
     folder = uri.as_folder() if uri.path else uri
     files: list[ArtifactFile] = []
-    with _as_fal_errors(str(uri), now_s):
+    with as_fal_errors(str(uri), now_s):
         async for metas in obstore.list(store, folder.path or None, chunk_size=1000):
             files += [_file(x, folder.path.rstrip("/")) for x in metas if x["path"].startswith(folder.path)]
             if len(files) > 2 * MODEL_FILES_MAX:
@@ -167,7 +169,7 @@ class StoreOrigin(HttpOrigin):
         store = await self._opened()
         import obstore
 
-        with _as_fal_errors(label, self._clock.wall_s()):
+        with as_fal_errors(label, self._clock.wall_s()):
             url = await obstore.sign_async(store, "GET", key, _SIGNED_FOR)
         return Target(url, label)
 
@@ -225,7 +227,7 @@ class StoreOrigin(HttpOrigin):
         store = await self._opened()
         import obstore
 
-        with _as_fal_errors(label, now_s):
+        with as_fal_errors(label, now_s):
             result = await obstore.get_async(
                 store,
                 self.uri.key_of(file.path),
@@ -239,7 +241,7 @@ class StoreOrigin(HttpOrigin):
 
 
 async def _chunks(stream: Any, label: str, now_s: float) -> AsyncIterator[bytes]:
-    with _as_fal_errors(label, now_s):
+    with as_fal_errors(label, now_s):
         async for chunk in stream:
             yield chunk
 
@@ -251,7 +253,7 @@ def _base_error() -> type[Exception]:
 
 
 @contextmanager
-def _as_fal_errors(label: str, now_s: float) -> Iterator[None]:
+def as_fal_errors(label: str, now_s: float) -> Iterator[None]:
     """obstore's errors as ours. Their texts quote requests and answers, so only the status and its code are taken."""
     from obstore.exceptions import PermissionDeniedError, PreconditionError, UnauthenticatedError
 
@@ -271,6 +273,13 @@ def _as_fal_errors(label: str, now_s: float) -> Iterator[None]:
 
 def _explained(exc: Exception, status: int, label: str, now_s: float) -> FalError:
     text = str(exc)
+    if any(place in text for place in _METADATA):
+        return FalError(
+            Code.UNAUTHENTICATED,
+            f"there are no credentials for {label}, and this machine has no identity of its own in that cloud",
+            remedy="Give them in the credentials file or the environment; anonymous = true reads public data.",
+            field="uri",
+        )
     found = _STATUS.search(text)
     status = int(found[1]) if found else status
     if not status:
@@ -289,4 +298,4 @@ def _explained(exc: Exception, status: int, label: str, now_s: float) -> FalErro
     return unavailable(label, "does not answer as a store does")
 
 
-__all__ = ["STORES", "StoreOrigin", "list_store", "open_store", "store_options"]
+__all__ = ["STORES", "StoreOrigin", "as_fal_errors", "list_store", "open_store", "store_options"]
