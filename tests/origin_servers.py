@@ -1,7 +1,7 @@
 """Origins for tests, benches and the demo: real servers on loopback, and the faults that real ones have.
 
     with S3Server(folder) as s3:                     rclone serve s3; each folder in `folder` is a bucket
-        s3.credentials_file(tmp_path)  s3.uri("bucket/prefix")  s3.bytes_sent
+        s3.credentials_file(tmp_path)  s3.endpoint  s3.bytes_sent   and then s3://BUCKET/PREFIX
     with HttpOrigin({"a.safetensors": data}) as web: a plain server; web.faults decide what it does wrong
         web.url  web.bytes_sent  web.requests
     with HubServer() as hub: commit = hub.add("org/repo", files)     speaks like a model hub, with a CDN of its own
@@ -167,10 +167,10 @@ class _Server(ThreadingHTTPServer):
     block_on_close = True
     request_queue_size = 64
 
-    def __init__(self, handler: type[_Handler], context: ssl.SSLContext | None) -> None:
+    def __init__(self, handler: type[_Handler], context: ssl.SSLContext | None, host: str = "127.0.0.1") -> None:
         self._context = context
         self._open: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", 0), handler)
+        super().__init__((host, 0), handler)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         # The handshake runs in the connection's own thread, not in the one that accepts.
@@ -196,9 +196,14 @@ class HttpOrigin:
     """A plain web server for `files` (path → bytes). Its faults can be changed while it runs."""
 
     def __init__(
-        self, files: Mapping[str, bytes], faults: Faults | None = None, *, tls: tuple[Path, Path] | None = None
+        self,
+        files: Mapping[str, bytes],
+        faults: Faults | None = None,
+        *,
+        tls: tuple[Path, Path] | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
-        """`tls`: files of certificate and key (see `make_authority`)."""
+        """`tls`: files of certificate and key (see `make_authority`). `host`: an address to listen on."""
         self.files: dict[str, bytes] = {}
         self.dates: dict[str, str] = {}
         self.faults = faults or Faults()
@@ -211,7 +216,8 @@ class HttpOrigin:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*tls)
         self._tls = tls is not None
-        self._server = _Server(type("Handler", (_Handler,), {"origin": self}), context)
+        self._host = host
+        self._server = _Server(type("Handler", (_Handler,), {"origin": self}), context, host)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         for path, data in files.items():
             self.put(path, data)
@@ -223,7 +229,11 @@ class HttpOrigin:
     @property
     def url(self) -> str:
         """Of the folder, with a final '/'."""
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/"
+        return f"{'https' if self._tls else 'http'}://{self._host}:{self.port}/"
+
+    def credentials_toml(self) -> str:
+        """Lets a server that is not on this machine's loopback be read without TLS."""
+        return f'[https."{self._host}:{self.port}"]\nallow_http = true\n'
 
     @property
     def bytes_sent(self) -> int:
@@ -354,9 +364,10 @@ class HubServer(HttpOrigin):
 class CountingRelay:
     """A TCP relay to a port of this machine that counts what comes back; it can cut all connections."""
 
-    def __init__(self, target_port: int, *, listen_port: int = 0) -> None:
+    def __init__(self, target_port: int, *, listen_port: int = 0, host: str = "127.0.0.1") -> None:
+        """`host`: an address to listen on; the target is on the loopback."""
         self._target_port = target_port
-        self._listener = socket.create_server(("127.0.0.1", listen_port), backlog=128)
+        self._listener = socket.create_server((host, listen_port), backlog=128)
         self._lock = threading.Lock()
         self._bytes_sent = 0
         self._open: set[socket.socket] = set()
@@ -512,8 +523,10 @@ class S3Server:
     access_key_id = "fal-tests"
     secret_access_key = "not-a-secret-of-anybody"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, host: str = "127.0.0.1") -> None:
+        """`host`: an address to listen on (rclone itself stays on the loopback, behind the relay)."""
         self._folder = folder
+        self._host = host
         self._process: subprocess.Popen[str] | None = None
         self._relay: CountingRelay | None = None
         self._log: list[str] = []
@@ -521,7 +534,7 @@ class S3Server:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.relay.port}"
+        return f"http://{self._host}:{self.relay.port}"
 
     @property
     def relay(self) -> CountingRelay:
@@ -565,7 +578,7 @@ class S3Server:
         if not ready.wait(_START_TIMEOUT_S) or not found:
             self._end()
             raise RuntimeError(f"rclone does not serve; its log ends:\n{''.join(self._log[-20:])}")
-        self._relay = CountingRelay(found[0])
+        self._relay = CountingRelay(found[0], host=self._host)
         self._relay.__enter__()
         return self
 

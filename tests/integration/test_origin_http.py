@@ -230,17 +230,20 @@ def test_retry_after_is_honoured_or_handed_on() -> None:
 
 
 def test_a_silent_server_is_left_and_asked_again() -> None:
-    async def use(origin: Origin, file: ArtifactFile) -> None:
-        # Each answer brings a MiB before it stalls, so the read comes on.
+    async def comes_on(origin: Origin, file: ArtifactFile) -> None:
+        # Each answer brings a MiB before it stalls.
         web.faults.stall_after = 1 << 20
         assert await fetched(origin, file) == DATA
+
+    async def never(origin: Origin, file: ArtifactFile) -> None:
         web.faults.stall_after = 0
         error = await failed(origin, file)
         assert error.code is Code.UNAVAILABLE
         assert "silent" in error.what
 
-    with HttpOrigin({"m.safetensors": DATA}) as web:
-        reading(web, use, silence_max_s=0.2)
+    for scenario, silence_max_s in ((comes_on, 1.0), (never, 0.1)):
+        with HttpOrigin({"m.safetensors": DATA}) as web:
+            reading(web, scenario, silence_max_s=silence_max_s)
 
 
 def test_a_server_that_is_gone_is_unavailable() -> None:
@@ -389,9 +392,18 @@ def test_listing_ends_in_time() -> None:
         assert caught.value.code is Code.TIMEOUT
 
 
-def test_unencrypted_hosts_are_refused_unless_they_are_allowed() -> None:
+def test_unencrypted_hosts_are_refused_unless_they_are_allowed(tmp_path: Path) -> None:
     with pytest.raises(FalError, match="not encrypted"):
         asyncio.run(list_origin("http://example.invalid/x", credentials=NOTHING))
+    # "0.0.0.0" is this machine, too, but no loopback address.
+    with HttpOrigin({"m.safetensors": DATA}, host="0.0.0.0") as web:
+        allowed = Credentials.load(write_secret(tmp_path / "c.toml", web.credentials_toml()), {})
+        assert asyncio.run(list_origin(f"{web.url}m.safetensors", credentials=allowed)).files[0].size_bytes == len(DATA)
+        with pytest.raises(FalError, match="not encrypted"):
+            asyncio.run(list_origin(f"{web.url}m.safetensors", credentials=NOTHING))
+
+
+def test_a_revision_means_nothing_to_a_web_server() -> None:
     with pytest.raises(FalError, match="Only hf://"):
         asyncio.run(list_origin("https://example.invalid/x", revision="main", credentials=NOTHING))
 
