@@ -36,7 +36,8 @@ MUST_REACH = "ratio >= 0.95"
 RATIO_MIN = 0.95
 SIZE_BYTES = 256 << 20
 PIECE_BYTES = 16 << 20
-WARM_PASSES = 6
+WARM_PASSES = 2
+READS_PER_PAIR = 3  # a reading takes a tenth of a second: take more of them than other benchmarks take runs
 TIMEOUT_S = 60.0
 PYTHON = host_image.this_layout().python
 PROGRAM = """
@@ -110,8 +111,17 @@ def staged(store: DiskStore) -> Artifact:
     return artifact
 
 
+def share_cpu(pid: int, other: int) -> None:
+    """Process `pid` gets its share of a busy machine from the cgroup of `other`: only one of them works at a time."""
+    for line in Path(f"/proc/{other}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        folder = Path("/sys/fs/cgroup") / (controllers and "cpu") / path.lstrip("/")
+        if "cpu" in controllers.split(",") or (not controllers and (folder / "cpu.weight").exists()):
+            (folder / "cgroup.procs").write_text(str(pid))
+
+
 @asynccontextmanager
-async def on_host(folder: Path, path: Path) -> AsyncIterator[Reader]:
+async def on_host(folder: Path, path: Path, container_pid: int) -> AsyncIterator[Reader]:
     """The program as a plain process."""
     socket = folder / "host.sock"
     process = await asyncio.create_subprocess_exec(
@@ -120,6 +130,7 @@ async def on_host(folder: Path, path: Path) -> AsyncIterator[Reader]:
     try:
         assert process.stdout is not None
         await process.stdout.readline()
+        share_cpu(process.pid, container_pid)
         reader = await connect(socket, str(path))
         yield reader
         reader.out.close()
@@ -129,8 +140,8 @@ async def on_host(folder: Path, path: Path) -> AsyncIterator[Reader]:
 
 
 @asynccontextmanager
-async def in_container(folder: Path, tree: Path) -> AsyncIterator[tuple[Reader, bool]]:
-    """The program in a container, the model attached to it while it runs; whether it has a user namespace."""
+async def in_container(folder: Path, tree: Path) -> AsyncIterator[tuple[Reader, bool, int]]:
+    """The program in a container, the model attached to it while it runs; whether it has a user namespace; its pid."""
     driver = OciDriver(folder / "state")
     sockets = folder / "sockets"
     command = (PYTHON, "-c", f"import os, sys; sys.argv[1:] = [os.environ['FAL_SOCKET_DIR'] + '/s']\n{PROGRAM}")
@@ -148,7 +159,10 @@ async def in_container(folder: Path, tree: Path) -> AsyncIterator[tuple[Reader, 
                 break
         inside = await driver.attach_model(spec.id, "m", tree)
         reader = await connect(sockets / "s", f"{inside}/weights")
-        yield reader, capabilities.user_namespaces
+        status = await driver.status(spec.id)
+        assert status is not None
+        assert status.pid is not None
+        yield reader, capabilities.user_namespaces, status.pid
         reader.out.close()
     finally:
         await driver.clean(frozenset())
@@ -165,7 +179,7 @@ def drop(path: Path) -> None:
 async def measure(ours: Reader, baseline: Reader, mode: str, cold: bool, pairs: int, blob: Path) -> Paired:
     """In turns; the first pair is not counted."""
     figures: dict[Reader, list[float]] = {ours: [], baseline: []}
-    for number in range(pairs + 1):
+    for number in range(READS_PER_PAIR * pairs + 1):
         for reader in (ours, baseline) if number % 2 else (baseline, ours):
             if cold:
                 await asyncio.to_thread(drop, blob)
@@ -186,7 +200,10 @@ async def run(options: Options) -> Result:
             artifact = await asyncio.to_thread(staged, store)
             blob, tree = store.layout.blob(artifact.files[0].sha256.hex()), store.path_of(artifact.id)
             assert tree is not None
-            async with in_container(folder, tree) as (ours, user_namespace), on_host(folder, blob) as baseline:
+            async with (
+                in_container(folder, tree) as (ours, user_namespace, pid),
+                on_host(folder, blob, pid) as baseline,
+            ):
                 found = {
                     (mode, cold): await measure(ours, baseline, mode, cold, options.pairs, blob)
                     for cold in (False, True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -402,6 +403,90 @@ def test_an_evicted_part_locates_nothing_any_more(tmp_path: Path) -> None:
     with pytest.raises(FalError):
         part.writer(0, source="x")
     part.close()
+    store.close()
+
+
+def test_what_was_dropped_can_be_brought_anew_while_the_old_part_is_open(store: DiskStore) -> None:
+    artifact = artifact_of(FILES)
+    old = store.open_part(artifact, model="t/m")
+    bring(old, FILES)
+    store.finish(artifact.id)
+    assert store.drop(artifact.id, force=False)
+    new = store.open_part(artifact, model="t/m")
+    assert not new.have
+    bring(new, FILES)
+    assert tree_of(store.finish(artifact.id)) == FILES
+    old.close()
+    assert new.locate(0) is not None
+    assert store.artifacts()[0].bytes_disk == artifact.bytes_total
+
+
+def test_everything_at_once(tmp_path: Path, base_seed: int) -> None:
+    """Writing, reading, syncing, attesting, verifying, finishing and dropping in threads: no deadlock, right bytes."""
+    store = DiskStore(tmp_path / "s", bytes_max=None, clock=ManualClock(), reserve_bytes=0, sync_interval_s=0.001)
+    known, signed = artifact_of(FILES, sha=False), artifact_of(FILES)
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def loop(work: Callable[[random.Random], None], number: int) -> None:
+        rng = random.Random(f"{base_seed}/{number}")
+        while not done.wait(0.001):
+            try:
+                work(rng)
+            except FalError as exc:
+                expected = {Code.CANCELLED, Code.NOT_FOUND, Code.FAILED_PRECONDITION}
+                failures.extend([] if exc.code in expected else [exc])
+            except Cancelled:
+                pass
+            except BaseException as exc:
+                failures.append(exc)
+
+    def write(rng: random.Random) -> None:
+        part = store.part(signed.id)
+        missing = list(part.have.missing()) if part is not None and not part.gone else []
+        if part is not None and missing:
+            piece = rng.choice(missing)
+            writer = part.writer(piece, source="x")
+            if writer is not None:
+                try:
+                    writer.write(memoryview(bytes_of(signed, FILES, piece)))
+                    writer.finish()
+                finally:
+                    writer.abort()
+
+    def read(rng: random.Random) -> None:
+        part = store.part(signed.id)
+        piece = rng.randrange(signed.layout.count)
+        if part is not None and part.has(piece):
+            digest = part.digest_of(piece)
+            assert digest in (None, (signed.hashes or ())[piece])
+
+    def check(_: random.Random) -> None:
+        assert store.verify(signed.id, done) == []
+        store.sync()
+        store.artifacts()
+        store.room()
+
+    threads = [
+        threading.Thread(target=loop, args=(work, n)) for n, work in enumerate([write, write, write, read, check])
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for turn in range(6):
+            part = store.open_part(known if turn % 2 else signed, model="t/m")
+            with part.changed:
+                assert part.changed.wait_for(lambda part=part: part.complete, 60)  # type: ignore[misc]
+            store.attest(signed)
+            assert tree_of(store.finish(signed.id)) == FILES
+            assert store.drop(signed.id, force=False)
+            part.close()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert failures == []
     store.close()
 
 

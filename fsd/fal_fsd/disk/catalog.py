@@ -158,6 +158,11 @@ class Catalog:
             ).fetchall()
         return [Row(*row) for row in rows]
 
+    def parts(self) -> list[tuple[str, int]]:
+        """Ids and whole sizes of parts."""
+        with self._lock:
+            return self._db.execute("SELECT id, bytes FROM artifact WHERE state = ?", (PART,)).fetchall()
+
     def names(self) -> dict[str, list[str]]:
         with self._lock:
             rows = self._db.execute("SELECT artifact, model FROM name ORDER BY artifact, model").fetchall()

@@ -399,6 +399,11 @@ class DiskPart:
         self._on_closed(self)
 
     @property
+    def gone(self) -> bool:
+        """Whether the artifact was dropped since this was opened."""
+        return bool(self._gone)
+
+    @property
     def closed(self) -> bool:
         return self._closed
 

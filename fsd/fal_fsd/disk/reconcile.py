@@ -58,8 +58,11 @@ def _tree(store: DiskStore, artifact: Artifact) -> Path | None:
 
 
 def _settle(store: DiskStore, id: str) -> None:
-    layout, row, artifact = store.layout, store.catalog.get(id), store.layout.load_manifest(id)
+    layout, row = store.layout, store.catalog.get(id)
     assert row is not None
+    if row.state == READY and layout.tree(row.digest).is_dir() and not layout.part(id).exists():
+        return  # the usual case, without reading its manifest
+    artifact = layout.load_manifest(id)
     tree = _tree(store, artifact) if artifact is not None else None
     folder = layout.part(id)
     bits = read_bits(folder, id, artifact.layout.count) if artifact is not None and folder.is_dir() else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from fal_contract.artifact import Artifact
 from fal_fsd.core import eviction
 from fal_fsd.disk import checks
-from fal_fsd.disk.catalog import PART, READY, REVOKED, Row
+from fal_fsd.disk.catalog import READY, REVOKED, Row
 from fal_fsd.disk.tree import no_room
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def measure(store: DiskStore) -> Room:
     """As it is now."""
     info = os.statvfs(store.layout.root)
     used = store.catalog.bytes_used()
-    coming = sum(x.bytes_total - store.bytes_here(x.id) for x in store.catalog.rows() if x.state == PART)
+    coming = sum(size - store.bytes_here(id) for id, size in store.catalog.parts())
     # What parts will still take is promised: it is not free, though the disk says so.
     disk_free = max(info.f_bavail * info.f_frsize - store.marks.reserve_bytes - coming, 0)
     most = used + disk_free if store.marks.bytes_max is None else store.marks.bytes_max

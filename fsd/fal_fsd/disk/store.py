@@ -123,7 +123,7 @@ class DiskStore:
         try:
             with self.removing() as trash, self.mutex:
                 part = self._parts.get(artifact.id)
-                if part is None:
+                if part is None or part.gone:  # whoever has the old one still open closes it in his own time
                     part = self._open(artifact, gone, trash)
                 self._named(artifact.id, model, owner)
         finally:
@@ -172,7 +172,8 @@ class DiskStore:
         with self.mutex:
             if self._parts.get(part.artifact.id) is part:
                 del self._parts[part.artifact.id]
-                self._part_bytes[part.artifact.id] = part.bytes_done
+                if not part.gone:
+                    self._part_bytes[part.artifact.id] = part.bytes_done
         self._syncer.remove(part)
 
     def part(self, id: str) -> DiskPart | None:
