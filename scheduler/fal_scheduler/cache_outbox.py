@@ -26,6 +26,7 @@ from fal_scheduler.leading_edge import LeadingEdge
 from fal_scheduler.stream_edges import send_bounded, too_slow
 
 COPIES_WINDOW_S: Final = 1.0
+SWARMS_AT_ONCE_MAX: Final = 16  # messages about swarms that are built in one turn of the loop, for all nodes together
 
 Send = Callable[[weights_pb2.CacheDown], Awaitable[None]]
 _log = get_logger("scheduler.caches")
@@ -40,6 +41,7 @@ class Sources:
     swarms: Swarms
     wishes: WishKeeper
     manifests: Manifests
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SWARMS_AT_ONCE_MAX))
 
 
 @dataclass(eq=False)
@@ -162,15 +164,21 @@ class Outbox:
                 wishes = self.sources.wishes.message(self.node_id)
                 await self._send(send, weights_pb2.CacheDown(wishes=wishes))
             while self.swarms:
-                artifact_id = next(iter(self.swarms))
-                del self.swarms[artifact_id]
-                swarm = self.sources.swarms.message(self.node_id, artifact_id)
+                swarm = await self._next_swarm()
                 if swarm is not None:
                     await self._send(send, weights_pb2.CacheDown(swarm=swarm))
-                    await asyncio.sleep(0)  # a swarm of thousands is told of in many turns of the loop
             if self.copies and self._copies_changed():
                 copies = weights_pb2.LastCopies(artifact_ids=self.copies_told)
                 await self._send(send, weights_pb2.CacheDown(last_copies=copies))
+
+    async def _next_swarm(self) -> weights_pb2.Swarm | None:
+        """A change may concern thousands of nodes: they are told in many turns of the loop, not all in one."""
+        async with self.sources.turns:
+            artifact_id = next(iter(self.swarms))
+            del self.swarms[artifact_id]
+            swarm = self.sources.swarms.message(self.node_id, artifact_id)
+            await asyncio.sleep(0)
+        return swarm
 
     async def _send(self, send: Send, message: weights_pb2.CacheDown) -> None:
         await send_bounded(send, message, f"the cache of node {self.node_id}")

@@ -28,8 +28,10 @@ from fal_scheduler.core.records import Pool
 from fal_scheduler.core.residency import CacheNode, Changed, Holding, ResidencyTable
 from fal_scheduler.core.state import State
 from fal_scheduler.core.tickets import RENEW_AFTER_S, TicketOffice
+from fal_scheduler.core.told import Endpoint
 
-CHANGES_AT_ONCE_MAX: Final = 64
+CHANGES_AT_ONCE_MAX: Final = 32
+CARDS_MAX: Final = 50_000
 MEMBERS_A_SECOND: Final = 2500  # a swarm of so many is told at most once in a second more
 DRIFT: Final = 1.25  # a region that grew or shrank by this factor is told its size again
 _UNREACHED_MIN: Final = 2  # of its own region: then a node's endpoints are held for wrong
@@ -58,6 +60,17 @@ class _Swarm:
     handle: asyncio.TimerHandle | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Card:
+    """A node as nodes of one pool are told it. `number`: a new one for each content."""
+
+    number: int
+    message: weights_pb2.SwarmMember
+    endpoints: tuple[Endpoint, ...]
+    here: Pool | None
+    there: Pool | None
+
+
 class Swarms:
     """All swarms of one leader. `tell(node_id, artifact_id)`: this node's `message` is due."""
 
@@ -77,6 +90,8 @@ class Swarms:
         self._tell = tell
         self._swarms: dict[str, _Swarm] = {}
         self._told: dict[str, dict[str, _Told]] = {}  # node -> artifact
+        self._cards: dict[tuple[str, str], _Card] = {}  # (pool of who is told, node)
+        self._card_number = 0
         self._revision = 0
 
     # --- what changes -----------------------------------------------------------------------------------------------
@@ -236,13 +251,19 @@ class Swarms:
         others = self._beside(swarm, node, holding, artifact_id, told)
         if not others and not told.tickets:
             return None
-        wall_s = self._clock.wall_s()
-        members = [self._member(node, other, seed, told, artifact_id, wall_s) for other, seed in others]
-        size = swarm.view.region_members(self._region(node_id))
+        here, size = self._pool(node_id), swarm.view.region_members(self._region(node_id))
         seed = node_id in swarm.view.seeds
-        signature = hash((seed, tuple(_said(one) for one in members)))
+        shown = [self._card(here, other) for other, _ in others]
+        signature = hash(
+            (seed, tuple((card.number, as_seed) for card, (_, as_seed) in zip(shown, others, strict=True)))
+        )
         if signature == told.signature and size / DRIFT <= told.size <= size * DRIFT:
             return None
+        wall_s = self._clock.wall_s()
+        members = [
+            self._member(card, node_id, other.node_id, as_seed, told, artifact_id, wall_s)
+            for card, (other, as_seed) in zip(shown, others, strict=True)
+        ]
         told.signature, told.size = signature, size
         told.tickets = {one.node_id: (one.ticket, one.ticket_expires_s) for one in members}
         told.expires_s = min((one.ticket_expires_s for one in members), default=0.0)
@@ -278,22 +299,30 @@ class Swarms:
         return fetching
 
     def _member(
-        self,
-        node: CacheNode,
-        other: CacheNode,
-        seed: bool,
-        told: _Told,
-        artifact_id: str,
-        wall_s: float,
+        self, card: _Card, caller: str, server: str, seed: bool, told: _Told, artifact_id: str, wall_s: float
     ) -> weights_pb2.SwarmMember:
-        here, there = self._pool(node.node_id), self._pool(other.node_id)
-        ticket, expires_s = told.tickets.get(other.node_id, (b"", 0.0))
+        ticket, expires_s = told.tickets.get(server, (b"", 0.0))
         if expires_s - wall_s < RENEW_AFTER_S or expires_s - wall_s > TICKET_TTL_S:
             expires_s = float(int(wall_s + TICKET_TTL_S))
             ticket = self._office.ticket(
-                server=other.node_id, caller=node.node_id, artifact_id=artifact_id, expires_s=expires_s, wall_s=wall_s
+                server=server, caller=caller, artifact_id=artifact_id, expires_s=expires_s, wall_s=wall_s
             )
-        return weights_pb2.SwarmMember(
+        member = weights_pb2.SwarmMember(seed=seed, ticket=ticket, ticket_expires_s=expires_s)
+        member.MergeFrom(card.message)
+        member.complete = self._table.holders(artifact_id)[server].complete
+        return member
+
+    def _card(self, here: Pool | None, other: CacheNode) -> _Card:
+        """What nodes of one pool are told of a node, in every swarm; made once, as long as nothing of it changes."""
+        there = self._pool(other.node_id)
+        key = (here.name if here is not None else "", other.node_id)
+        card = self._cards.get(key)
+        if card is not None and card.endpoints is other.endpoints and card.here is here and card.there is there:
+            return card
+        if len(self._cards) >= CARDS_MAX:
+            self._cards.clear()
+        self._card_number += 1
+        message = weights_pb2.SwarmMember(
             node_id=other.node_id,
             endpoints=[
                 agent_pb2.Endpoint(network=x.network, host=x.host, port=x.port)
@@ -303,12 +332,10 @@ class Swarms:
             region=there.region if there is not None else "",
             zone=there.domain if there is not None else "",
             egress_gib_price_micros=there.egress_gib_price_micros if there is not None else 0,
-            seed=seed,
-            ticket=ticket,
-            ticket_expires_s=expires_s,
             tls=needs_tls(here, there),
-            complete=self._table.holders(artifact_id)[other.node_id].complete,
         )
+        card = self._cards[key] = _Card(self._card_number, message, other.endpoints, here, there)
+        return card
 
     def _pool(self, node_id: str) -> Pool | None:
         state = self._view()
@@ -344,12 +371,6 @@ class Swarms:
     def statistics(self) -> dict[str, int]:
         """Swarms, and members of all of them."""
         return {"swarms": len(self._swarms), "swarm_members": sum(len(x.view) for x in self._swarms.values())}
-
-
-def _said(member: weights_pb2.SwarmMember) -> tuple[object, ...]:
-    """What makes a member worth telling again."""
-    where = tuple((x.network, x.host, x.port) for x in member.endpoints)
-    return (member.node_id, member.seed, member.tls, member.pool, where)
 
 
 __all__ = ["Swarms"]

@@ -114,7 +114,7 @@ class WishKeeper:
 
     def _refresh_nodes(self) -> None:
         """Arrange the nodes anew; where they differ, every wish is worked out again."""
-        if not self._nodes_dirty:
+        if not self._nodes_dirty or not (self._of_model or self._view().catalog.wishes):
             return
         self._nodes_dirty = False
         before, self._nodes = self._nodes, self._arranged()

@@ -151,6 +151,7 @@ class ResidencyTable:
         known = self._nodes.get(node_id)
         told = tuple(endpoints)
         changed.reach = known is None or known.endpoints != told
+        told = known.endpoints if known is not None and not changed.reach else told
         changed.unreached.update(dict.fromkeys(sorted(known.unreachable) if known else ()))
         node = known or CacheNode(node_id)
         self._nodes[node_id] = node
