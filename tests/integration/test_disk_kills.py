@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from disk_child import BATCH_BYTES, MODELS, files_of, uri_of
-from disk_rig import artifact_of, bring, open_store, tree_of
+from disk_rig import artifact_of, bring, open_store, stage, tree_of
+from fal_contract.errors import Code, FalError
 
 TESTS = Path(__file__).parents[1]
 PACKAGES = [str(TESTS.parent / name) for name in ("proto", "fsd")]
@@ -135,32 +136,45 @@ def test_killed_at_random_moments(memory_folder: Path, scale: Callable[[int], in
     store.close()
 
 
-@pytest.mark.root
-def test_a_real_full_disk(tmp_path: Path) -> None:
-    """A small tmpfs: a clear error, nothing counted, and it goes on when there is room."""
-    from fal_contract.errors import Code, FalError
-
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 6 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(disk)], check=True, timeout=30)
-    try:
-        store = open_store(disk / "s", bytes_max=None)
-        files = {"x": random.Random(1).randbytes(3 << 20)}
-        artifact = artifact_of(files)
-        part = store.open_part(artifact, model="t/m", owner="r")
-        (disk / "others").write_bytes(bytes(4 << 20))
-        with pytest.raises(FalError) as raised:
-            bring(part, files)
-        assert raised.value.code == Code.NO_CAPACITY
-        assert 0 < len(part.have) < artifact.layout.count
-        with pytest.raises(FalError) as raised:
-            store.open_part(artifact_of({"y": bytes(4 << 20)}, uri="s3://y"), model="t/y")
-        assert raised.value.code == Code.NO_CAPACITY
-        (disk / "others").unlink()
-        with suppress(FalError):  # a sync that failed says so once
-            bring(part, files)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True, timeout=30)
+
+
+@pytest.mark.root
+def test_a_real_full_disk(small_disk: Path) -> None:
+    """A clear error, nothing counted that is not there, and it goes on when there is room."""
+    store = open_store(small_disk / "s")
+    files = {"x": random.Random(1).randbytes(3 << 20)}
+    artifact = artifact_of(files)
+    part = store.open_part(artifact, model="t/m", owner="r")
+    (small_disk / "others").write_bytes(bytes(4 << 20))
+    with pytest.raises(FalError) as raised:
         bring(part, files)
-        assert tree_of(store.finish(artifact.id)) == files
-        store.close()
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True, timeout=30)
+    assert raised.value.code == Code.NO_CAPACITY
+    assert 0 < len(part.have) < artifact.layout.count
+    with pytest.raises(FalError) as raised:
+        store.open_part(artifact_of({"y": bytes(4 << 20)}, uri="s3://y"), model="t/y")
+    assert raised.value.code == Code.NO_CAPACITY
+    (small_disk / "others").unlink()
+    with suppress(FalError):  # a sync that failed says so once
+        bring(part, files)
+    bring(part, files)
+    assert tree_of(store.finish(artifact.id)) == files
+    store.close()
+
+
+@pytest.mark.root
+def test_a_full_disk_is_emptied_for_what_comes(small_disk: Path) -> None:
+    """Without a quota the disk is the bound: what is worth least goes from it at once."""
+    store = open_store(small_disk / "s")
+    made = [stage(store, {"x": random.Random(n).randbytes(2 << 20)}, uri=f"s3://b/{n}") for n in range(4)]
+    assert [x.ready for x in store.artifacts()].count(True) <= 2
+    assert store.path_of(made[-1].id) is not None
+    assert store.room().bytes_used <= 4 << 20
+    store.close()

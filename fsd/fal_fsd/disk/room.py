@@ -14,6 +14,7 @@ from fal_contract.artifact import Artifact
 from fal_fsd.core import eviction
 from fal_fsd.disk import checks
 from fal_fsd.disk.catalog import READY, REVOKED, Row
+from fal_fsd.disk.layout import purge
 from fal_fsd.disk.tree import no_room
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def make_room(store: DiskStore, artifact: Artifact, trash: list[Path]) -> list[s
         )
     gone = evict(store, needed, trash)
     left = measure(store)
-    freed = _bytes_of(trash)
-    if needed > min(left.bytes_free + freed, left.bytes_max - left.bytes_used):
+    if needed > left.bytes_free:
         raise no_room(
             f"the cache in {store.layout.root} has no room: {needed} bytes to stage, {left.bytes_free} free of"
             f" {left.bytes_max}, and the rest is pinned or in use",
@@ -96,13 +96,15 @@ def evict(store: DiskStore, needed: int, trash: list[Path]) -> list[str]:
             low_percent=store.marks.low_percent,
         )
         # The disk itself may be fuller than our quota says.
-        goal = max(goal, needed - room.bytes_free - _bytes_of(trash))
+        goal = max(goal, needed - room.bytes_free)
         chosen = eviction.choose(candidates(store), goal) if goal > 0 else []
         if not chosen:
             return gone
         for id in chosen:
             removal.remove(store, id, trash)
         gone += chosen
+        purge(trash)  # now, though it is slow: only then does the disk tell what is free
+        trash.clear()
 
 
 def candidates(store: DiskStore) -> list[eviction.Candidate]:
@@ -141,13 +143,3 @@ def release(store: DiskStore, row: Row, trash: list[Path]) -> None:
 def _ready(store: DiskStore, id: str) -> bool:
     row = store.catalog.get(id)
     return row is not None and row.state == READY
-
-
-def _bytes_of(trash: list[Path]) -> int:
-    """What the disk gets back when the trash is removed: files that have no other name."""
-    total = 0
-    for path in trash:
-        for file in [path] if path.is_file() else (x for x in path.rglob("*") if x.is_file()):
-            info = file.lstat()
-            total += info.st_size if info.st_nlink == 1 else 0
-    return total
