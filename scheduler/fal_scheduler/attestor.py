@@ -20,7 +20,8 @@ from fal_contract.telemetry import get_logger
 from fal_contract.v1 import weights_pb2
 from fal_scheduler.attestation import ClaimBook, Mismatch, examine
 from fal_scheduler.ca import CertificateAuthority
-from fal_scheduler.core.events import AttestModel, Logged, RefuseModel
+from fal_scheduler.core.events import Logged
+from fal_scheduler.core.model_events import AttestModel, RefuseModel
 from fal_scheduler.core.records import Model, ModelState
 from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.manifest_desk import ManifestDesk

@@ -27,7 +27,8 @@ from fal_contract.v1 import state_pb2, weights_pb2
 from fal_scheduler.attestor import Attestor
 from fal_scheduler.blobs import ManifestBlobs
 from fal_scheduler.ca import CertificateAuthority
-from fal_scheduler.core.events import AddModel, IdentifyModel, Logged
+from fal_scheduler.core.events import Logged
+from fal_scheduler.core.model_events import AddModel, IdentifyModel
 from fal_scheduler.core.records import Model, ModelState
 from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.manifest_desk import ManifestDesk

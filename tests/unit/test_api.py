@@ -229,7 +229,7 @@ def test_models_are_listed_hashed_and_attested(tmp_path: Path) -> None:
 
 
 def test_a_new_leader_goes_on_hashing(tmp_path: Path) -> None:
-    from fal_scheduler.core.events import AddModel
+    from fal_scheduler.core.model_events import AddModel
     from fal_scheduler.core.records import Model
     from fal_scheduler.store.memory import MemoryBackend, MemoryStore
 

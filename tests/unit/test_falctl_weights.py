@@ -18,7 +18,7 @@ import falctl.context
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import cluster_pb2, fsd_pb2
 from fal_scheduler.api.service import ClusterService
-from fal_scheduler.core.events import AddModel
+from fal_scheduler.core.model_events import AddModel
 from fal_scheduler.core.records import Model
 from fal_scheduler.leadership import CurrentLeadership, Leadership
 from falctl import weights, weights_stage, weights_where

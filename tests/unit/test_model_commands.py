@@ -14,24 +14,26 @@ from fal_contract.errors import Code, FalError
 from fal_contract.limits import WISHES_PER_MODEL_MAX
 from fal_scheduler.core.catalog import Catalog
 from fal_scheduler.core.events import (
-    AddModel,
     ApplyApp,
-    AttestModel,
-    CollectModels,
     DeleteApp,
     Event,
-    IdentifyModel,
     Logged,
     ModelChanged,
     Moment,
     Outcome,
+    WishesChanged,
+)
+from fal_scheduler.core.model_commands import check_ttl, in_use
+from fal_scheduler.core.model_events import (
+    AddModel,
+    AttestModel,
+    CollectModels,
+    IdentifyModel,
     RefuseModel,
     RevokeModel,
     StageModel,
     UnstageModel,
-    WishesChanged,
 )
-from fal_scheduler.core.model_commands import check_ttl, in_use
 from fal_scheduler.core.records import Goal, Model, ModelState, Runner, Wish
 from fal_scheduler.core.views import app_reason, runner_phase
 

@@ -19,7 +19,8 @@ from fal_contract.v1 import cluster_pb2, state_pb2, weights_pb2
 from fal_scheduler.api import apps, weights
 from fal_scheduler.assignments import AssignmentBuilder
 from fal_scheduler.blobs import ManifestBlobs
-from fal_scheduler.core.events import AddModel, AttestModel, Logged
+from fal_scheduler.core.events import Logged
+from fal_scheduler.core.model_events import AddModel, AttestModel
 from fal_scheduler.core.records import Model, ModelState
 from fal_scheduler.leadership import Leadership
 from fal_scheduler.models import ModelRegistrar

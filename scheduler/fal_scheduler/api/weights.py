@@ -10,8 +10,13 @@ from fal_contract.errors import FalError, invalid, not_found
 from fal_contract.limits import MODELS_LISTED_DEFAULT, MODELS_LISTED_MAX
 from fal_contract.v1 import cluster_pb2, state_pb2
 from fal_scheduler.codec_weights import fill_model, wish_to_pb
-from fal_scheduler.core.events import CollectModels, RevokeModel, StageModel, UnstageModel
 from fal_scheduler.core.model_commands import check_ttl, in_use, users
+from fal_scheduler.core.model_events import (
+    CollectModels,
+    RevokeModel,
+    StageModel,
+    UnstageModel,
+)
 from fal_scheduler.core.records import Model, Wish
 from fal_scheduler.core.state import State
 from fal_scheduler.leadership import Leadership

@@ -12,13 +12,13 @@ from math import isfinite
 
 from fal_contract.errors import Code, FalError, invalid, not_found
 from fal_contract.limits import NODES_MAX, WISH_TTL_MAX_S, WISHES_PER_MODEL_MAX
-from fal_scheduler.core.events import (
+from fal_scheduler.core.events import Reply
+from fal_scheduler.core.model_events import (
     AddModel,
     AttestModel,
     CollectModels,
     IdentifyModel,
     RefuseModel,
-    Reply,
     RevokeModel,
     StageModel,
     UnstageModel,

@@ -16,11 +16,8 @@ from fal_scheduler.core import commands, invariants, liveness, model_commands, n
 from fal_scheduler.core.confirm import confirm
 from fal_scheduler.core.events import (
     AcceptCluster,
-    AddModel,
     ApplyApp,
     ApplyPool,
-    AttestModel,
-    CollectModels,
     Command,
     Confirm,
     CordonNode,
@@ -28,7 +25,6 @@ from fal_scheduler.core.events import (
     DeleteApp,
     Event,
     GatewayReach,
-    IdentifyModel,
     IdSource,
     Moment,
     NodeDisconnected,
@@ -37,19 +33,25 @@ from fal_scheduler.core.events import (
     Outcome,
     Proceed,
     RedeemToken,
-    RefuseModel,
     Reply,
     RevokeCaller,
-    RevokeModel,
     RevokeNode,
     RevokeToken,
     ScaleApp,
-    StageModel,
     StopRunner,
     Tick,
-    UnstageModel,
 )
 from fal_scheduler.core.invariants import Violation
+from fal_scheduler.core.model_events import (
+    AddModel,
+    AttestModel,
+    CollectModels,
+    IdentifyModel,
+    RefuseModel,
+    RevokeModel,
+    StageModel,
+    UnstageModel,
+)
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.reconcile import reconcile
 from fal_scheduler.core.records import Change
