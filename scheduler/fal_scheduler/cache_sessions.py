@@ -37,6 +37,7 @@ from fal_scheduler.stream_edges import first_message, send_bounded, until_first
 
 TICK_S: Final = 5.0
 RENEW_EVERY_TICKS: Final = 12
+REKEYED_AT_ONCE_MIN: Final = 50  # and never less than a thirtieth of all: new keys are told within half an hour
 MANIFEST_ASKED_MAX: Final = 3  # nodes that are asked for a manifest which was lost
 EVENT_QUIET_S: Final = 60.0  # one event of a node for the same thing in this time
 EVENTS_KEPT_MAX: Final = 4096
@@ -86,6 +87,7 @@ class CacheSessions:
         )
         self._sources = Sources(lambda: engine.view, self.table, self.swarms, self.wishes, registrar)
         self._generation = TicketOffice.generation(clock.wall_s())
+        self._old_keys: dict[str, None] = {}  # nodes that were told keys on another day
         self._unsubscribe = engine.subscribe(self._on_effect)
 
     @property
@@ -327,10 +329,18 @@ class CacheSessions:
         self.swarms.renew()
         for session in self._sessions.values():
             session.try_again()
+        self._rekey()
+
+    def _rekey(self) -> None:
+        """A new day has new keys. Nodes have them since yesterday, so the next ones can be told little by little."""
         generation = TicketOffice.generation(self._clock.wall_s())
         if generation != self._generation:
             self._generation = generation
-            for node_id in list(self._sessions):
+            self._old_keys = dict.fromkeys(self._sessions)
+        for node_id in list(self._old_keys)[: max(REKEYED_AT_ONCE_MIN, len(self._sessions) // 30)]:
+            del self._old_keys[node_id]
+            node = self._view.nodes.get(node_id)
+            if node is not None and not node.revoked:
                 self._push(node_id, weights_pb2.CacheDown(welcome=self._welcome(node_id, 1)))
 
     # --- asked ------------------------------------------------------------------------------------------------------

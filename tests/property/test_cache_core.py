@@ -53,10 +53,15 @@ class TableMachine(RuleBasedStateMachine):
         for node_id in copies:
             self.copies[node_id] = self.table.last_copies(node_id)
 
-    @rule(node=st.sampled_from(NODES), told=st.lists(holdings(), max_size=5))
+    def _counted(self, node: str, told: Holding) -> Holding:
+        """What was read at the origin stays read while the artifact stays."""
+        before = self.truth.get(node, {}).get(told.artifact_id)
+        return replace(told, bytes_from_origin=max(told.bytes_from_origin, before.bytes_from_origin if before else 0))
+
+    @rule(node=st.sampled_from(NODES), told=st.lists(holdings(), max_size=5, unique_by=lambda x: x.artifact_id))
     def hello(self, node: str, told: list[Holding]) -> None:
         before = set(self.truth.get(node, {}))
-        self.truth[node] = {x.artifact_id: x for x in told}
+        self.truth[node] = {x.artifact_id: self._counted(node, x) for x in told}
         self.left.pop(node, None)
         self.unreachable[node] = frozenset()
         changed = self.table.hello(node, told)
@@ -74,7 +79,8 @@ class TableMachine(RuleBasedStateMachine):
             return
         for artifact_id in gone:
             self.truth[node].pop(artifact_id, None)
-        self.truth[node].update({x.artifact_id: x for x in told})
+        for x in told:
+            self.truth[node][x.artifact_id] = self._counted(node, x)
         if peers is not None:
             self.unreachable[node] = frozenset(peers)
         self._heard(self.table.report(node, holdings=told, gone=gone, unreachable=peers).copies)

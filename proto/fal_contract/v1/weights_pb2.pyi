@@ -104,7 +104,9 @@ class CacheDown(_message.Message):
     WANT_MANIFEST_FIELD_NUMBER: _builtins.int
     LAST_COPIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def welcome(self) -> Global___CacheWelcome: ...
+    def welcome(self) -> Global___CacheWelcome:
+        """First of all, and again when its content changed: a day before the first ticket is made with a new key."""
+
     @_builtins.property
     def swarm(self) -> Global___Swarm: ...
     @_builtins.property

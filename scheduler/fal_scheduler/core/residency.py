@@ -11,7 +11,7 @@ Invariant: `holders(a)[n] is node(n).holdings[a]`, and `counts(a)` is their sum.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from sys import intern
 from types import MappingProxyType
 from typing import Final
@@ -248,6 +248,9 @@ class ResidencyTable:
         ):
             node.refused += 1
             return
+        if before is not None and holding.bytes_from_origin < before.bytes_from_origin:
+            # A cache that restarted counts from zero; what was read was read.
+            holding = replace(holding, bytes_from_origin=before.bytes_from_origin)
         total = self._totals.get(artifact_id)
         if total is None:
             total = self._totals[artifact_id] = _Total()
