@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Final
 
+from fal_agent.cache_daemon import command
 from fal_agent.inventory.machine import InventoryMachine, open_inventory
 from fal_agent.join import Renewer, join
 from fal_agent.journal import FileJournal
@@ -162,7 +163,7 @@ class Agent:
         )
 
     def _fsd_daemon(self, socket_path: Path, cache: CacheClient) -> Daemon:
-        argv = _python("fal_fsd.main", "run", "--state-dir", self._layout.fsd_socket.parent, "--socket", socket_path)
+        argv = command(self._options, self._layout, socket_path)
         return Daemon("fal-fsd", argv, cache.answers, self._layout.log("fal-fsd"), FSD_CGROUP)
 
     def _proxy_link(self) -> ProxyLink:

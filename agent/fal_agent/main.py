@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--proxy-port", type=int, help="port of the proxy (0: any, the same at each start)")
     run.add_argument("--addresses", action="append", help="where gateways reach the proxy, NETWORK=HOST[:PORT]; repeat")
     run.add_argument("--fsd-socket", help="socket of the node's fal-fsd")
+    run.add_argument("--fsd-config", help="TOML file with settings of fal-fsd")
     run.add_argument("--metrics-host", help="address for /metrics and /healthz (127.0.0.1)")
     run.add_argument("--metrics-port", type=int, help="port for /metrics and /healthz (0: any)")
     run.add_argument("--log-level", help="debug, info, warning, error")

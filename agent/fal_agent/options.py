@@ -43,6 +43,7 @@ class AgentOptions(ConfigModel):
         description="where gateways reach the proxy, NETWORK=HOST[:PORT]; default: the address towards the scheduler",
     )
     fsd_socket: Path | None = Field(None, description="socket of the node's fal-fsd; default: one of its own")
+    fsd_config: Path | None = Field(None, description="TOML file with settings of fal-fsd, such as bulk_port")
     metrics_host: str = Field("127.0.0.1", description="address for /metrics and /healthz")
     metrics_port: int = Field(0, ge=0, le=65535, description="port for /metrics and /healthz; 0: any")
     log_level: LogLevel = Field("info", description="debug, info, warning or error")

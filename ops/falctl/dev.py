@@ -30,6 +30,9 @@ def up(
     ),
     store: Annotated[str, typer.Option(help="sqlite or etcd.")] = "sqlite",
     driver: Annotated[str, typer.Option(help="auto, oci or process.")] = "auto",
+    credentials: Annotated[
+        Path | None, typer.Option(help="TOML file with credentials of weight origins, mode 0600.")
+    ] = None,
     directory: DirOption = None,
     json: JsonFlag = False,
 ) -> None:
@@ -37,7 +40,7 @@ def up(
     from falctl.dev_cluster import DevOptions, start_cluster
     from falctl.output import print_json
 
-    options = DevOptions(nodes=nodes, sim_gpus=sim_gpus, store=store, driver=driver)
+    options = DevOptions(nodes, sim_gpus, store, driver, str(credentials.absolute()) if credentials else "")
     state = start_cluster(directory or default_dir(), options, say=(lambda _: None) if json else typer.echo)
     if json:
         print_json("dev", state)

@@ -46,6 +46,7 @@ class DevOptions:
     sim_gpus: str
     store: str
     driver: str
+    credentials: str = ""  # file; empty: origins that need none
 
 
 def start_cluster(folder: Path, options: DevOptions, *, say: Say) -> dict[str, Any]:
@@ -79,6 +80,10 @@ def _check(folder: Path, options: DevOptions) -> None:
         raise invalid("--store", options.store, "is no store", remedy="Use sqlite or etcd.")
     if options.driver not in ("auto", "oci", "process"):
         raise invalid("--driver", options.driver, "is no driver", remedy="Use auto, oci or process.")
+    if options.credentials and not Path(options.credentials).is_file():
+        raise FalError(
+            Code.NOT_FOUND, f"--credentials {options.credentials} is no file", remedy="Name a readable TOML file."
+        )
     if options.store == "etcd" and shutil.which("etcd") is None:
         raise FalError(Code.FAILED_PRECONDITION, "etcd is not installed", remedy="Install Debian's etcd-server.")
     if any(process.alive for process in _remembered(folder)):
@@ -129,6 +134,7 @@ def _start_scheduler(folder: Path, options: DevOptions, endpoint: str, started: 
     argv = [daemon("fal-scheduler"), "init", "--data-dir", str(data), "--host", "localhost", "--ip", "127.0.0.1"]
     _run_to_end(argv)
     config = [f'data_dir = "{data}"', f'store = "{options.store}"', 'hosts = ["localhost", "127.0.0.1"]']
+    config += [f'credentials_file = "{options.credentials}"'] if options.credentials else []
     config += ["[rpc]", "port = 0", "[join]", "port = 0", "[metrics]", "port = 0"]
     config += ["[etcd]", f'endpoints = ["{endpoint}"]'] if endpoint else []
     argv = [daemon("fal-scheduler"), "run", "--config", _write_config(data / "scheduler.toml", config)]
@@ -161,6 +167,9 @@ def _start_agents(folder: Path, options: DevOptions, started: list[Process], say
         config = [f'state_dir = "{state}"', f'node_name = "{name}"', f'driver = "{options.driver}"']
         config += [f'schedulers = ["127.0.0.1:{ports["rpc"]}"]', f'join_url = "https://127.0.0.1:{ports["join"]}"']
         config += [f'join_token_file = "{token_file}"', f'sim_gpus = "{options.sim_gpus}"', 'proxy_host = "127.0.0.1"']
+        cache = ['bulk_host = "127.0.0.1"', 'addresses = ["default=127.0.0.1"]']
+        cache += [f'credentials_file = "{options.credentials}"'] if options.credentials else []
+        config += [f'fsd_config = "{_write_config(state / "cache.toml", cache)}"']
         argv = [daemon("fal-agent"), "run", "--config", _write_config(state / "agent.toml", config)]
         started.append(processes.start(f"agent-{name}", argv, log=_log(folder, f"agent-{name}")))
         say(f"agent {name} in pool {pool['name']}")

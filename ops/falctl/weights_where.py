@@ -104,9 +104,7 @@ def rows_of(reply: Any) -> Iterator[tuple[str, ...]]:
 def where(
     name: str,
     every: Annotated[bool, typer.Option("--all", help="Also nodes that have nothing of it.")] = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Follow until all that bring it have it.")
-    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow until all that bring it have it.")] = False,
     within: Annotated[str, typer.Option("--within", help="How long to follow: 90s, 15m, 6h.")] = "6h",
     json: JsonFlag = False,
 ) -> None:
