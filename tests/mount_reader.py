@@ -2,6 +2,7 @@
 
     {"open": PATH}             → a number          {"read": [NUMBER, OFFSET, SIZE]} → SHA-256 and length of what came
     {"map": [PATH, SHARED]}    → SHA-256 of a mapping of the whole file, read in order
+    {"whole": PATH}            → SHA-256 and length of the file, read in order; SIGUSR1 interrupts reads, not the reader
     {"list": PATH}             → its names         {"stat": PATH} → [mode, size]
 
 A failure is {"errno": N}. Standard library only.
@@ -12,6 +13,7 @@ import hashlib
 import json
 import mmap
 import os
+import signal
 import sys
 from typing import Any
 
@@ -43,6 +45,17 @@ def do(command: dict[str, Any]) -> Any:
         fd, offset, size = words
         data = pread(fd, size, offset)
         return [hashlib.sha256(data).hexdigest(), len(data)]
+    if op == "whole":
+        fd, done, whole = os.open(words, os.O_RDONLY), 0, hashlib.sha256()
+        while True:
+            try:
+                data = pread(fd, _CHUNK_BYTES, done)
+            except InterruptedError:
+                continue
+            if not data:
+                return [whole.hexdigest(), done]
+            whole.update(data)
+            done += len(data)
     if op == "map":
         path, shared = words
         fd = os.open(path, os.O_RDONLY)
@@ -61,6 +74,8 @@ def do(command: dict[str, Any]) -> Any:
     raise ValueError(op)
 
 
+signal.signal(signal.SIGUSR1, lambda *_: None)
+print(json.dumps({"result": "ready"}), flush=True)
 for line in sys.stdin:
     try:
         answer = {"result": do(json.loads(line))}

@@ -119,6 +119,7 @@ class Reader(Lines):
         argv = [sys.executable, "-I", "-S", str(HERE / "mount_reader.py")]
         self.process = subprocess.Popen(argv, stdin=given_in, stdout=given_out, stderr=given_err)
         self.born(self.process.pid)
+        self.answer()  # from now on signals do not kill it
 
     def end(self) -> None:
         super().end()
@@ -153,7 +154,7 @@ class Rig:
         self.taken: list[str] = []
 
     def serve(self, **config: Any) -> None:
-        """Start the serving process. `off`, `give`, `finished` as in `mount_server`."""
+        """Start the serving process. `off`, `give`, `finished`, `cgroup` as in `mount_server`."""
         everything = {
             "folder": str(self.folder),
             "data": str(self.root / "data"),
@@ -180,11 +181,7 @@ class Rig:
 
     def wanted(self, artifact: int = 0) -> set[int]:
         """Pieces that readers want, by the last status."""
-        pieces: dict[int, bool] = {}
-        for artifact_id, words, want in self.status["wanted"]:
-            if artifact_id == self.artifacts[artifact].id:
-                pieces.update(dict.fromkeys(words, want))
-        return {piece for piece, want in pieces.items() if want}
+        return set(self.status["wanted"][self.artifacts[artifact].id])
 
     def reader(self) -> Reader:
         made = Reader(self.root / "readers.log")

@@ -134,13 +134,13 @@ class Serving:
         self.parts = [FilePart(spec, Path(config["data"]) / str(n)) for n, spec in enumerate(config["artifacts"])]
         self.by_id = {part.artifact.id: part for part in self.parts}
         self.finished: dict[str, FolderPart] = {}
-        self.said: list[tuple[str, list[int], bool]] = []
+        self.wanted: dict[str, dict[int, bool]] = {artifact_id: {} for artifact_id in self.by_id}
         self.mounts = InFlightMounts(
             Path(config["folder"]), on_wanted=self.on_wanted, off=config.get("off", []), **config.get("options", {})
         )
 
     def on_wanted(self, artifact_id: str, pieces: Any, wanted: bool) -> None:
-        self.said.append((artifact_id, list(pieces), wanted))
+        self.wanted[artifact_id].update(dict.fromkeys(pieces, wanted))
         if wanted and self.config.get("give"):  # as a node whose peers are fast
             for piece in pieces:
                 self.put(self.by_id[artifact_id], piece)
@@ -184,7 +184,7 @@ class Serving:
             case "until_held":
                 await until(lambda: mounts._lease is not None and mounts.holder_pid != words["not_pid"])
             case "until_unwanted":
-                await until(lambda: any(words["piece"] in x[1] and not x[2] for x in self.said))
+                await until(lambda: self.wanted[artifact_id].get(words["piece"]) is False)
             case "look":
                 Path(self.config["folder"], artifact_id, "a.bin").exists()
             case "stop":
@@ -202,7 +202,7 @@ class Serving:
             "waiting": self.waiting(),
             "lingering": self.mounts.lingering,
             "threads": threading.active_count(),
-            "wanted": self.said,
+            "wanted": {one: [x for x, wanted in of_it.items() if wanted] for one, of_it in self.wanted.items()},
         }
 
     async def run(self) -> None:
@@ -226,6 +226,8 @@ class Serving:
 
 def main(config: dict[str, Any]) -> None:
     configure_logging("mount-server", level="debug", format="json")
+    if "cgroup" in config:
+        Path(config["cgroup"], "cgroup.procs").write_text("0")
     forbid_looks_below(Path(config["folder"]))
     asyncio.run(Serving(config).run())
 

@@ -79,7 +79,7 @@ def test_tree_and_attributes(made: Rig) -> None:
 
 
 def test_many_names_in_one_folder(forks: Forks, tmp_path: Path) -> None:
-    names = [f"part-{n:04}-{'x' * 100}" for n in range(1000)]
+    names = [f"part-{n:04}-{'x' * 100}" for n in range(300)]
     spec = {"files": [[name, 1] for name in names], "piece_bytes": PIECE, "seed": 3}
     with rig(forks, tmp_path, [spec]) as rig_:
         rig_.serve()
@@ -151,6 +151,26 @@ def test_a_killed_reader_goes_at_once(made: Rig) -> None:
     made.do("until_waiting", count=1)
     made.do("put", pieces=[0])
     assert other.answer()["result"] == digest(made.content("a.bin")[:100])
+
+
+def test_signals_while_pieces_come(forks: Forks, tmp_path: Path, base_seed: int, scale: Callable[[int], int]) -> None:
+    """Interrupts and arrivals race for the same reads; every read is answered once, and rightly."""
+    rng = random.Random(base_seed)
+    spec = {"files": [["a", scale(1000) * PIECE + 5]], "piece_bytes": PIECE, "seed": base_seed}
+    with rig(forks, tmp_path, [spec], read_timeout_s=60.0) as rig_:
+        rig_.serve()
+        rig_.do("open")
+        readers = [rig_.reader() for _ in range(2)]
+        for reader in readers:
+            reader.send({"whole": rig_.path("a")})
+        for piece in range(rig_.artifacts[0].layout.count):
+            for _ in range(rng.randrange(4)):
+                os.kill(rng.choice(readers).pid, signal.SIGUSR1)
+            rig_.do("put", pieces=[piece])
+            os.kill(rng.choice(readers).pid, signal.SIGUSR1)
+        expected = digest(rig_.content("a"))
+        assert [reader.answer()["result"] for reader in readers] == [expected, expected]
+        assert not [event for event in rig_.log() if event["level"] in ("error", "warning")]
 
 
 def test_reads_end_by_themselves(forks: Forks, tmp_path: Path) -> None:
@@ -429,6 +449,32 @@ def test_the_holder_is_small_and_in_a_session_of_its_own(made: Rig) -> None:
     resident_kib = int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0])
     assert resident_kib < 24 << 10
     assert Keeper(made.folder, SystemClock()).held()[0].artifact_id == made.artifacts[0].id
+
+
+def test_killing_all_of_fsds_cgroup_misses_the_holder(made: Rig) -> None:
+    tree = Path("/sys/fs/cgroup")
+    top = tree / "unified" if (tree / "unified").is_dir() else tree
+    group = top / f"fmount-{os.getpid()}"
+    group.mkdir()
+    try:
+        made.do("stop", keep=False)
+        made.serve(cgroup=str(group))
+        made.do("open")
+        reader = made.reader()
+        start_read(made, reader)
+        made.do("until_waiting", count=1)
+        in_it = [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+        assert made.server.pid in in_it
+        assert made.status["holder"] not in in_it
+        made.server.kill()
+        made.serve()
+        made.do("put", pieces=[0])
+        assert reader.answer()["result"] == digest(made.content("a.bin")[:100])
+    finally:
+        made.clean()
+        for path in (group, group.with_name(f"{group.name}-holder")):
+            if path.exists():
+                path.rmdir()
 
 
 def test_a_look_below_a_mount_ends_the_serving_process(made: Rig) -> None:

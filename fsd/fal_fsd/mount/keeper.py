@@ -32,16 +32,15 @@ _log = get_logger("fal.mount")
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What is remembered of a kept descriptor. `mounted`: its mount is still in its place."""
+    """What is remembered of a kept descriptor. `mounted`: its mount is still in its place.
+
+    `key` is its name at the holder: unlike a connection's number it never comes again.
+    """
 
     artifact_id: str
     connection: int
+    key: str
     mounted: bool = True
-
-    @property
-    def key(self) -> str:
-        """Its name at the holder."""
-        return f"{self.artifact_id}.{self.connection}"
 
 
 class Keeper:
@@ -69,20 +68,15 @@ class Keeper:
             self.reap()
             try:
                 self.pid = int(self._call({"op": "hello"})[0]["pid"])
-                lease = self._connect()
+                return self._take_lease()
             except (FileNotFoundError, ConnectionRefusedError):
                 if self._child is None:
                     self._start()
-                self._pause()
-                continue
-            try:
-                _ask(lease, {"op": "lease"})
-            except FalError as exc:  # a fsd that was killed just now
-                lease.close()
+            except OSError as exc:  # it dies this moment
+                why = exc.strerror or type(exc).__name__
+            except FalError as exc:  # or a fsd that was killed just now has the lease
                 why = exc.what
-                self._pause()
-                continue
-            return lease
+            self._pause()
         raise FalError(Code.UNAVAILABLE, f"the holder of mounts: {why}", remedy=f"See {self._folder}/holder.log.")
 
     def put(self, about: About, fd: int) -> None:
@@ -98,7 +92,7 @@ class Keeper:
         found = []
         for key, raw in self._call({"op": "list"})[0]["held"].items():
             try:
-                found.append(About(str(raw["artifact_id"]), int(raw["connection"]), bool(raw["mounted"])))
+                found.append(About(str(raw["artifact_id"]), int(raw["connection"]), key, bool(raw["mounted"])))
             except (KeyError, TypeError, ValueError):
                 self._call({"op": "drop", "key": key})
         return found
@@ -153,6 +147,15 @@ class Keeper:
         )
         _leave_our_cgroup(self._child)
         _log.info("holder_started", pid=self._child)
+
+    def _take_lease(self) -> socket.socket:
+        lease = self._connect()
+        try:
+            _ask(lease, {"op": "lease"})
+        except BaseException:
+            lease.close()
+            raise
+        return lease
 
     def _pause(self) -> None:
         select.select([], [], [], _POLL_S)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import socket
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import Code, FalError
@@ -31,6 +32,8 @@ from fal_fsd.ports import OnWanted, Part
 READ_TIMEOUT_S: Final = 20.0
 MOUNTS_MAX: Final = 512  # half of what the holder keeps
 _QUIET_TIMEOUT_S: Final = 10.0  # a connection that is closed must have answered by then, else it is aborted
+_HOLDER_RETRY_S: Final = 5.0
+_T = TypeVar("_T")
 _log = get_logger("fal.mount")
 
 
@@ -72,7 +75,8 @@ class InFlightMounts:
         self._lock = asyncio.Lock()
         self._mounted: dict[str, _Mounted] = {}  # by artifact
         self._all: dict[Connection, _Mounted] = {}  # also those that are closed and still open somewhere
-        self._work: set[asyncio.Task[None]] = set()
+        self._work: set[asyncio.Task[Any]] = set()  # finished before we stop
+        self._holding: asyncio.Task[None] | None = None
         self.modes: dict[str, str] = {}
 
     # ---- life
@@ -95,18 +99,20 @@ class InFlightMounts:
         try:
             await self._hold()
             await self._take_over(part_of)
-        except BaseException:
+        except (FalError, OSError) as exc:  # containers wait until models are ready; nothing else suffers
+            _log.error("no_in_flight_mounts", why=str(exc))
             await self.stop(keep=True)
-            raise
+            self._available = str(exc)
         return list(self._mounted)
 
     async def stop(self, *, keep: bool = True) -> None:
         """Serve no more. With `keep` the holder keeps the mounts for the next fsd, if that can take them over."""
         keep = keep and self.modes.get("resend") == YES
+        self._available = "it was stopped"
         if self._lease is not None:
             self._loop.remove_reader(self._lease)
-        for task in list(self._work):
-            task.cancel()
+        if self._holding is not None:
+            self._holding.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
         if not keep:
             for mounted in list(self._all.values()):
@@ -122,7 +128,6 @@ class InFlightMounts:
         await asyncio.to_thread(self._keeper.reap)
         self._mounted.clear()
         self._all.clear()
-        self._available = "it was stopped"
 
     @property
     def available(self) -> str:
@@ -145,6 +150,11 @@ class InFlightMounts:
         return len(self._all) - len(self._mounted)
 
     @property
+    def in_use(self) -> frozenset[str]:
+        """Artifacts that are mounted, or closed and still open somewhere: their bytes are not free when they go."""
+        return frozenset(mounted.about.artifact_id for mounted in self._all.values())
+
+    @property
     def answered_bytes(self) -> int:
         """What readers got from the connections of now."""
         return sum(connection.answered_bytes for connection in self._all)
@@ -153,13 +163,16 @@ class InFlightMounts:
 
     async def open(self, part: Part) -> Path:
         """See `ports.InFlight`. With another part than before: what was refused is waited for again."""
-        artifact_id = part.artifact.id
         if self._available or self._server is None:
             raise FalError(
                 Code.FAILED_PRECONDITION,
                 f"unfinished models cannot be shown: {self._available}",
                 remedy="Wait until the model is ready.",
             )
+        return await asyncio.shield(self._spawn(self._open(part)))  # who gives up must not leave half a mount
+
+    async def _open(self, part: Part) -> Path:
+        artifact_id = part.artifact.id
         async with self._lock:
             found = self._mounted.get(artifact_id)
             if found is not None:
@@ -172,7 +185,12 @@ class InFlightMounts:
                     remedy="Wait until some are ready, or stop containers that hold finished ones open.",
                 )
             path = self._folder / artifact_id
-            fd, about = await asyncio.to_thread(self._mount, artifact_id, path)
+            try:
+                fd, about = await asyncio.to_thread(self._mount, artifact_id, path)
+            except OSError as exc:
+                raise FalError(
+                    Code.UNAVAILABLE, f"{path} cannot be mounted: {exc}", remedy="It is tried again when asked again."
+                ) from exc
             return self._serve(about, fd, part, path).path
 
     def arrived(self, artifact_id: str, piece: int) -> None:
@@ -199,6 +217,9 @@ class InFlightMounts:
 
     async def close(self, artifact_id: str) -> None:
         """See `ports.InFlight`. The part may be closed, moved or dropped afterwards."""
+        await asyncio.shield(self._spawn(self._close_one(artifact_id)))
+
+    async def _close_one(self, artifact_id: str) -> None:
         async with self._lock:
             found = self._mounted.get(artifact_id)
             if found is not None:
@@ -213,7 +234,7 @@ class InFlightMounts:
             kernel.remove_mount_point(path)
             path.mkdir()
             try:
-                about = About(artifact_id, kernel.mount(fd, path))
+                about = About(artifact_id, kernel.mount(fd, path), secrets.token_hex(8))
                 self._keeper.put(about, fd)
             except BaseException:
                 kernel.remove_mount_point(path)
@@ -258,11 +279,16 @@ class InFlightMounts:
 
     async def _hold(self) -> None:
         """Have a holder that has all our descriptors."""
-        self._lease = await asyncio.to_thread(self._keeper.ensure)
-        for mounted in list(self._all.values()):
-            await asyncio.to_thread(self._keeper.put, mounted.about, mounted.connection.fd)
-        self._lease.setblocking(False)
-        self._loop.add_reader(self._lease, self._holder_died)
+        lease = await asyncio.to_thread(self._keeper.ensure)
+        try:
+            for mounted in list(self._all.values()):
+                await asyncio.to_thread(self._keeper.put, mounted.about, mounted.connection.fd)
+        except BaseException:
+            lease.close()
+            raise
+        lease.setblocking(False)
+        self._lease = lease
+        self._loop.add_reader(lease, self._holder_died)
 
     def _holder_died(self) -> None:
         """Readers do not notice: the descriptors are here, too."""
@@ -271,15 +297,19 @@ class InFlightMounts:
         self._lease.close()
         self._lease = None
         _log.warning("holder_died", held=len(self._all))
-        self._spawn(self._hold_again())
+        self._holding = self._spawn(self._hold_again())
 
     async def _hold_again(self) -> None:
-        async with self._lock:
-            try:
-                await self._hold()
-            except (FalError, OSError) as exc:
-                _log.error("no_holder", why=str(exc))
-                self._available = f"the process that keeps mounts does not start: {exc}"
+        while True:
+            async with self._lock:
+                try:
+                    await self._hold()
+                    self._available = ""
+                    return
+                except (FalError, OSError) as exc:
+                    _log.error("no_holder", why=str(exc))
+                    self._available = f"the process that keeps mounts does not start: {exc}"
+            await asyncio.sleep(_HOLDER_RETRY_S)
 
     async def _take_over(self, part_of: Callable[[str], Part | None]) -> None:
         held = await asyncio.to_thread(self._keeper.held)
@@ -297,7 +327,7 @@ class InFlightMounts:
                     _log.warning("not_taken_over", artifact=about.artifact_id, why=exc.strerror)
             why = "requests cannot be sent again" if part is not None else "nobody needs it"
             _log.info("mount_dropped", artifact=about.artifact_id, why=why)
-            await asyncio.to_thread(kernel.abort, about.connection)
+            # The last descriptor: its connection ends. (Its number may be another's by now, so it is not aborted.)
             await asyncio.to_thread(self._keeper.drop, about)
         for path in there.values():
             await asyncio.to_thread(kernel.remove_mount_point, path)
@@ -333,10 +363,11 @@ class InFlightMounts:
         found = self._mounted.get(artifact_id)
         return found is not None and found.connection.has(piece)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = self._loop.create_task(work)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
+        return task
 
 
 class _Wanted:
