@@ -16,6 +16,7 @@ from typing import Final
 
 from fal_agent.layout import Layout
 from fal_agent.proxy.control import ProxyControl
+from fal_contract.clock import SystemClock
 from fal_contract.errors import FalError, not_found
 
 _END_TIMEOUT_S: Final = 10.0
@@ -31,6 +32,7 @@ async def purge(state_dir: Path) -> list[str]:
         done = await _containers(layout)
         done += await _proxy(layout)
         done += await _fsd(layout)
+        done += await asyncio.to_thread(_unfinished, layout)
     finally:
         os.close(lock)
     return done
@@ -72,6 +74,18 @@ async def _fsd(layout: Layout) -> list[str]:
         return []
     await _ended(pid)
     return [f"fal-fsd {pid}"]
+
+
+def _unfinished(layout: Layout) -> list[str]:
+    """The holder of fsd's mounts outlives fsd by design; with it go the mounts of what was not finished."""
+    from fal_fsd.mount.keeper import Keeper
+    from fal_runtime.oci import mounts
+
+    folder = layout.fsd_socket.parent / "mounts"
+    if not folder.is_dir():
+        return []
+    Keeper(folder, SystemClock()).end()
+    return [f"mount {point}" for point in mounts.unmount_below(folder)]
 
 
 async def _ended(pid: int) -> None:
