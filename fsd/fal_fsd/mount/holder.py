@@ -37,6 +37,7 @@ VERSION = 1
 SOCKET_NAME = "holder.sock"
 ORPHAN_S = 20.0
 KEEP_S = 3600.0
+START_GRACE_S = 20.0  # more, until whoever started it has come
 HELD_MAX = 1024
 MESSAGE_BYTES_MAX = 60 << 10
 ABOUT_CHARS_MAX = 512
@@ -75,7 +76,7 @@ class Holder:
     keep_s: float
     held: dict[str, Held] = field(default_factory=dict)
     lease: socket.socket | None = None
-    since_s: float = field(default_factory=time.monotonic)  # when the lease was last held
+    since_s: float = field(default_factory=lambda: time.monotonic() + START_GRACE_S)  # when the lease was last held
     orphaned: bool = False
     ended: bool = False
     buffer: bytearray = field(default_factory=lambda: bytearray(_REQUEST_BYTES))
