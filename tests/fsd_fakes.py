@@ -21,7 +21,7 @@ from blake3 import blake3
 from fal_contract.artifact import Artifact, ArtifactFile, listing_id
 from fal_contract.errors import Code, FalError
 from fal_contract.pieces import Bitmap
-from fal_fsd.core.messages import Claim, Lease
+from fal_fsd.core.messages import Claim, Lease, Place
 from fal_fsd.peers.address import PeerAddress
 from fal_fsd.ports import BadPiece, Part, PeerEvents, PieceWriter
 
@@ -325,6 +325,8 @@ class FakePeers:
         self.withdrawn: list[tuple[str, str, int]] = []
         self.dropped: dict[str, str] = {}
         self.silent = False
+        self.trusted_network = False
+        self.place = Place(node_id)
         self.manifests: dict[str, bytes] = {}
         self._net = net
         self._events = events
@@ -341,6 +343,15 @@ class FakePeers:
 
     def set_members(self, artifact_id: str, members: Sequence[PeerAddress]) -> None:
         self.members[artifact_id] = tuple(members)
+
+    def set_trusted_network(self, trusted: bool) -> None:
+        self.trusted_network = trusted
+
+    def set_place(self, place: Place) -> None:
+        self.place = place
+
+    async def quiet(self, artifact_id: str) -> None:
+        """No thread touches anything here."""
 
     async def fetch_manifest(self, node_id: str, id: str) -> bytes:
         manifest = self._net.nodes[node_id].manifests.get(id) if self._net.reaches(self.node_id, node_id) else None

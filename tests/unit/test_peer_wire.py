@@ -6,7 +6,7 @@ import contextlib
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fal_contract.ticket import TICKET_BYTES
@@ -90,6 +90,7 @@ def _decode(raw: bytes, cuts: list[int]) -> list[Frame | bytes]:
     return found
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(CONTROL, DATA), max_size=6), st.lists(st.integers(0, 10_000), max_size=12))
 def test_any_split_gives_the_same_frames(
     told: list[Frame | tuple[str, int, int, bytes, bool]], cuts: list[int]
@@ -106,6 +107,7 @@ def test_any_split_gives_the_same_frames(
     assert _decode(raw, cuts) == expected
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=4))
 def test_garbage_is_refused_or_waits_for_more(raw: bytes, cuts: list[int]) -> None:
     try:
@@ -115,6 +117,7 @@ def test_garbage_is_refused_or_waits_for_more(raw: bytes, cuts: list[int]) -> No
     assert len(raw) < HEAD.size or raw[:2] == MAGIC.to_bytes(2, "little")
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(Kind)),
     st.integers(0, 255),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fal_fsd.core.messages import Place
@@ -20,6 +20,7 @@ def _run(bucket: TokenBucket, takes: list[tuple[int, float]]) -> list[tuple[floa
     return left
 
 
+@settings(deadline=None)
 @given(
     st.integers(1_000, 10_000_000),
     st.lists(st.tuples(st.integers(1, 1 << 18), st.floats(0.0, 2.0)), min_size=1, max_size=40),
@@ -72,6 +73,7 @@ def test_classes_of_links() -> None:
     assert link_class(me, Place("b", pool="q", region="s")) is LinkClass.OTHER
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 10**9), st.floats(1e-6, 100.0)), min_size=1))
 def test_a_measured_rate_stays_between_the_extremes(samples: list[tuple[int, float]]) -> None:
     meter = RateMeter()

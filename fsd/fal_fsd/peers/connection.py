@@ -104,6 +104,7 @@ class Connection:
         self.granted: dict[str, float] = {}  # the peer's good tickets: artifact id → until when
         self.shared: dict[str, SharedPart] = {}
         self.joined: set[str] = set()  # what we have told it that we take part in
+        self.provisional: set[str] = set()  # joined before it was attested: what has no claim was not told
         self.shown: dict[str, bytes] = {}  # our tickets that it has seen
         self.certs_sent: set[bytes] = set()
         self.link = LinkClass.OTHER

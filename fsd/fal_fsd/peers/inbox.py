@@ -25,6 +25,7 @@ from fal_fsd.ports import BadPiece, Part, PieceWriter
 UNASKED_BYTES_MAX: Final = 256 << 20  # withdrawn pieces may still be on their way, but not so many
 OPEN_MAX: Final = 8  # pieces half received; a sender of ours has 3 at most
 REFUSED_RETRY_S: Final = 1.0
+TAKEN_RETRY_S: Final = 0.2
 Key = tuple[str, int]
 
 
@@ -195,8 +196,8 @@ class Inbox:
                 writer = part.writer(wanted.piece, source=self.source, expect=digest)
             except (OSError, FalError) as error:
                 return self._end(wanted, Refused(*key, REFUSED_RETRY_S, stop=True, error=error))
-            if writer is None:
-                return self._end(wanted, Refused(*key, REFUSED_RETRY_S, stop=True))
+            if writer is None:  # another peer writes it just now, or did
+                return self._end(wanted, Refused(*key, TAKEN_RETRY_S, stop=True))
             with self._lock:
                 wanted.writer = writer
                 dead = wanted.dead

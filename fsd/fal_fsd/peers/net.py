@@ -377,6 +377,7 @@ class PeerNet:
         elif now_s - connection.last_sent_s >= PING_S and sending_s is None:
             connection.last_sent_s = now_s
             connection.send(Ping())
+        self._swarming.attested(connection)
         self._swarming.expire(connection, wall_s)
 
     def _dial_due(self, now_s: float) -> None:

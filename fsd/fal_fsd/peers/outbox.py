@@ -28,13 +28,14 @@ class Overflow(Exception):
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A piece that was asked for. `sent`: bytes of it that have left."""
+    """A piece that was asked for. `sent`: bytes of it that have left; `begun`: a block may be on its way already."""
 
     shared: SharedPart
     piece: int
     rank: int
     length: int
     sent: int = 0
+    begun: bool = False
     cancelled: bool = False
 
     @property
@@ -82,7 +83,7 @@ class Outbox:
         with self._changed:
             old = self._jobs.get(key)
             if old is not None:
-                if rank < old.rank and not old.sent:
+                if rank < old.rank:
                     self._push(old, rank)
                 return True
             if len(self._jobs) >= JOBS_MAX or self._last:
@@ -114,7 +115,7 @@ class Outbox:
 
     def _abort(self, job: Job) -> None:
         job.cancelled = True
-        if job.sent and not self._last:
+        if job.begun and not self._last:
             self._frames.append(encode(DataHead(*job.key, offset=job.sent, length=0, aborted=True)))
             self._changed.notify()
 
@@ -143,6 +144,8 @@ class Outbox:
                     self._closed = True
                     return frames, None
                 job = self._first()
+                if job is not None:
+                    job.begun = True
                 if frames or job is not None:
                     return frames, job
                 self._changed.wait()

@@ -171,6 +171,17 @@ class Swarming:
         for artifact_id in ended:
             self._events.peer_down(connection.node_id, artifact_id, reason)
 
+    def attested(self, connection: Connection) -> None:
+        """Tell what needed claims until now and has none."""
+        for artifact_id in list(connection.provisional):
+            shared = self._hub.parts.get(artifact_id)
+            if shared is None or artifact_id not in connection.joined:
+                connection.provisional.discard(artifact_id)
+            elif shared.part.artifact.attested:
+                connection.provisional.discard(artifact_id)
+                self._claims.pop(artifact_id, None)
+                connection.outbox.have(artifact_id, shared.part.have)
+
     def expire(self, connection: Connection, now_wall_s: float) -> None:
         """End what only a ticket allowed that has expired."""
         for artifact_id in list(connection.shared):
@@ -293,6 +304,7 @@ class Swarming:
         if part.artifact.attested or not self._signers.checks:
             connection.send(Join(artifact_id, bytes(have), ticket, reply))
             return
+        connection.provisional.add(artifact_id)
         connection.send(Join(artifact_id, bytes(Bitmap(have.size)), ticket, reply))
         claims = [claim for piece, claim in self._claims.get(artifact_id, {}).items() if piece in have]
         self._say_claims(connection, artifact_id, claims)
