@@ -202,7 +202,10 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Forget refused and revoked models that no app names and no node has, wishes that ended, stray manifests."""
+    """Forget refused and revoked models that no app names and no node has, wishes that ended, stray manifests.
+
+    Revoked ones are remembered while any node is out of reach: it may have them, and must be told.
+    """
     from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import console, print_json, to_json
 

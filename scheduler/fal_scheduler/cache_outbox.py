@@ -191,7 +191,7 @@ class Outbox:
         if standing.model is None or not standing.attested:
             return None
         try:
-            manifest = self.sources.manifests.manifest_of(standing.model.manifest_digest)
+            manifest = self.sources.manifests.manifest_of(artifact_id)
         except FalError as error:
             self.stuck[artifact_id] = None
             _log.warning("attested_not_told", node=self.node_id, artifact=artifact_id, message=str(error))

@@ -218,7 +218,7 @@ class WishKeeper:
         if about > min(room, INLINE_MANIFEST_BYTES_MAX):
             return 0
         try:
-            manifest = self._manifests.manifest_of(artifact.manifest_digest or artifact.artifact_id)
+            manifest = self._manifests.manifest_of(artifact.artifact_id)
         except FalError:
             return 0  # not on this scheduler's disk; a cache that has it is asked for it when somebody reads it
         size = manifest.ByteSize()

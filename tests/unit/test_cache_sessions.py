@@ -45,7 +45,7 @@ class FakeRegistrar:
         return self.manifests[id_]
 
     def offer_manifest(self, message: state_pb2.ModelManifest) -> bool:
-        self.manifests[DIGEST] = message
+        self.manifests[message.artifact_id] = message
         return True
 
 
@@ -257,7 +257,7 @@ def test_attestation_reaches_those_who_have_it_small_ones_inline() -> None:
         other = rig.cache("n2").dial(holding(A, SIZE, manifest_digest=DIGEST))
         await cache.until(lambda: cache.wishes is not None)
         file = state_pb2.ModelFile(path="w", bytes=SIZE, sha256=b"1" * 32, blake3=b"2" * 32)
-        rig.registrar.manifests[DIGEST] = state_pb2.ModelManifest(artifact_id=A, files=[file], signature=b"s")
+        rig.registrar.manifests[A] = state_pb2.ModelManifest(artifact_id=A, files=[file], signature=b"s")
         rig.model(A, ModelState.ATTESTED, manifest_digest=DIGEST)
         await cache.until(lambda: A in cache.attested)
         assert len(cache.attested[A].files) == 1
@@ -268,7 +268,7 @@ def test_attestation_reaches_those_who_have_it_small_ones_inline() -> None:
         assert sum(1 for m in late.messages if m.WhichOneof("kind") == "attested") == 1
         assert other.attested == {}  # it knows
         big = state_pb2.ModelFile(path="w", bytes=SIZE, sha256=b"1" * 32, blake3=b"2" * (2 << 20))
-        rig.registrar.manifests[DIGEST] = state_pb2.ModelManifest(artifact_id=A, files=[big], signature=b"s")
+        rig.registrar.manifests[A] = state_pb2.ModelManifest(artifact_id=A, files=[big], signature=b"s")
         huge = rig.cache("n4").dial(wanting(A, SIZE))
         await huge.until(lambda: A in huge.attested)
         assert not huge.attested[A].files

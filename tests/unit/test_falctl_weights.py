@@ -18,7 +18,7 @@ import falctl.context
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import cluster_pb2, fsd_pb2
 from fal_scheduler.api.service import ClusterService
-from fal_scheduler.core.model_events import AddModel
+from fal_scheduler.core.model_events import AddModel, RefuseModel
 from fal_scheduler.core.records import Model
 from fal_scheduler.leadership import CurrentLeadership, Leadership
 from falctl import weights, weights_stage, weights_where
@@ -128,9 +128,14 @@ def test_a_folder_is_added_listed_shown_and_revoked(cluster: Loopback, tmp_path:
     assert "revoked: licence ended" in ok("revoke", "digits", "-m", "licence ended")
     assert refused("add", "digits", str(folder)).code is Code.FAILED_PRECONDITION
     assert refused("stage", "digits", "--replicas", "1").code is Code.FAILED_PRECONDITION
-    assert "t/digits would go" in ok("gc", "--dry-run")
-    assert json.loads(ok("gc", "--json"))["collected"]["models"] == ["t/digits"]
-    assert refused("show", "digits").code is Code.NOT_FOUND
+    assert "0 models" in ok("gc"), "the cache of n1 is out of reach: it may have it, and must be told"
+    bad = Model("t/bad", "model", "s3://b/bad", artifact_id="cd" * 32)
+    cluster.run(lambda leader: leader.engine.submit(AddModel(bad)))
+    cluster.run(lambda leader: leader.engine.submit(RefuseModel("t/bad", "wrong bytes")))
+    assert "t/bad would go" in ok("gc", "--dry-run")
+    assert json.loads(ok("gc", "--json"))["collected"]["models"] == ["t/bad"]
+    assert refused("show", "bad").code is Code.NOT_FOUND
+    assert "revoked" in ok("show", "digits")
 
 
 def test_wishes_are_made_shown_and_taken_back(cluster: Loopback) -> None:

@@ -17,7 +17,7 @@ from fal_scheduler.core.model_events import (
     StageModel,
     UnstageModel,
 )
-from fal_scheduler.core.records import Model, Wish
+from fal_scheduler.core.records import Model, ModelState, Wish
 from fal_scheduler.core.state import State
 from fal_scheduler.leadership import Leadership
 
@@ -164,12 +164,16 @@ async def collect_models(
     leader: Leadership, request: cluster_pb2.CollectModelsRequest, actor: str
 ) -> cluster_pb2.CollectModelsReply:
     """Forget models that were revoked or refused, that no app names and no node has; wishes that ended; and manifests
-    that nothing names."""
+    that nothing names.
+
+    Revoked ones are remembered while the cache of any node is out of reach: it may have them, and must be told.
+    """
     state = leader.view
     now_s = leader.clock.wall_s()
     used = in_use(state)
     wishes = [wish_to_pb(wish) for wish in state.catalog.all_wishes() if wish.ended(now_s)]
-    withdrawn = [model for model in state.models.values() if model.withdrawn and model.id not in used]
+    forgotten = (ModelState.REFUSED, ModelState.REVOKED) if _all_heard(leader) else (ModelState.REFUSED,)
+    withdrawn = [model for model in state.models.values() if model.state in forgotten and model.id not in used]
     chosen = [model.id for model in withdrawn if not any(leader.models.counts(model.artifact_id))]
     old_s = now_s - BLOB_GRACE_S
     if request.dry_run:
@@ -184,6 +188,11 @@ async def collect_models(
     for name in sorted(unnamed):
         await asyncio.to_thread(leader.manifests.drop, name)
     return cluster_pb2.CollectModelsReply(models=sorted(gone), wishes=wishes, blobs=len(unnamed))
+
+
+def _all_heard(leader: Leadership) -> bool:
+    """Whether every node has told what its cache holds."""
+    return all(node.revoked or leader.caches.connected(node.id) for node in leader.view.nodes.values())
 
 
 def _slices(ids: Sequence[str]) -> Iterator[tuple[str, ...]]:
