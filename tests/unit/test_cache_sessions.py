@@ -11,12 +11,13 @@ from fake_cache import FakeCache, holding, wanting
 from fake_engine import FakeEngine
 from fal_contract.errors import Code, FalError, not_found
 from fal_contract.ticket import TICKET_TTL_S, check_ticket
-from fal_contract.v1 import fsd_pb2, state_pb2, weights_pb2
+from fal_contract.v1 import agent_pb2, fsd_pb2, state_pb2, weights_pb2
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.cache_sessions import CacheSessions
-from fal_scheduler.core.events import Logged, ModelChanged, NodeChanged
-from fal_scheduler.core.records import Model, ModelState, Node, Pool
+from fal_scheduler.core.events import Logged, ModelChanged, NodeChanged, WishesChanged
+from fal_scheduler.core.records import Model, ModelState, Node, Pool, Wish
 from fal_scheduler.core.tickets import TicketOffice
+from fal_scheduler.core.told import Health, NodeLive
 from virtual_time import LoopClock, run_virtually
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
@@ -349,6 +350,90 @@ def test_the_last_copy_is_told_to_its_holder_and_taken_back() -> None:
     cache_test(body)
 
 
+# --- wishes ----------------------------------------------------------------------------------------------------------
+
+
+def _healthy(rig: Rig, node_id: str, health: Health = Health.READY) -> None:
+    rig.engine.view.live[node_id] = NodeLive(node_id, health=health)
+    rig.engine.emit(NodeChanged(node_id))
+
+
+def _wish(rig: Rig, target: str, **more: object) -> None:
+    rig.engine.put(Wish("t/a", target, **more))  # type: ignore[arg-type]
+    rig.engine.emit(WishesChanged("t/a"))
+
+
+def test_a_wish_ends_by_itself_and_a_small_manifest_comes_with_it() -> None:
+    async def body(rig: Rig) -> None:
+        rig.registrar.manifests[A] = state_pb2.ModelManifest(artifact_id=A, piece_bytes=7)
+        rig.model(A)
+        cache = rig.cache("n1").dial()
+        end_s = rig.clock.wall_s() + 100
+        _wish(rig, "pool/p", expires_at_s=end_s)
+        await cache.until(lambda: cache.wished() == {A: "disk"})
+        assert cache.wishes is not None
+        assert cache.wishes.wishes[0].artifact.manifest.piece_bytes == 7
+        revision = cache.wishes.revision
+        _wish(rig, "node/n1", expires_at_s=end_s + 100, tier="memory")
+        await cache.until(lambda: cache.wished() == {A: "memory"})
+        assert cache.wishes.wishes[0].expires_at_s == end_s + 100
+        assert cache.wishes.revision > revision
+        await asyncio.sleep(150)
+        assert cache.wished() == {A: "memory"}
+        await asyncio.sleep(60)
+        assert cache.wished() == {}
+
+    cache_test(body)
+
+
+def test_a_replica_of_a_lost_node_is_brought_elsewhere_and_a_withdrawn_model_nowhere() -> None:
+    async def body(rig: Rig) -> None:
+        rig.model(A)
+        caches = [rig.cache(f"n{i}").dial() for i in range(4)]
+        for cache in caches:
+            _healthy(rig, cache.node_id)
+        _wish(rig, "replicas", replicas=2)
+        chosen: list[FakeCache] = []
+        async with asyncio.timeout(30):
+            while len(chosen) != 2:
+                await asyncio.sleep(1)
+                chosen = [cache for cache in caches if cache.wished()]
+        for cache in chosen:
+            cache.report(wanting(A, SIZE, 10))
+        gone, stays = chosen
+        await gone.hang_up()
+        await asyncio.sleep(30)
+        assert sum(bool(cache.wished()) for cache in caches) == 2  # silent, not lost
+        _healthy(rig, gone.node_id, Health.LOST)
+        await asyncio.sleep(5)
+        now = [cache for cache in caches if cache.wished() and cache is not gone]
+        assert len(now) == 2
+        assert stays in now
+        rig.model(A, ModelState.REVOKED, reason="over")
+        for cache in now:
+            await cache.until(lambda cache=cache: cache.wished() == {})
+
+    cache_test(body)
+
+
+def test_a_new_leader_waits_for_its_caches_before_it_chooses_replicas_anew() -> None:
+    async def body(rig: Rig) -> None:
+        rig.model(A)
+        one, two = rig.cache("n1"), rig.cache("n2")
+        _healthy(rig, "n1")
+        _healthy(rig, "n2")
+        one.dial()
+        _wish(rig, "replicas", replicas=1)
+        await asyncio.sleep(10)
+        assert one.wished() == {}  # n2 may well have it
+        two.dial(holding(A, SIZE))
+        await two.until(lambda: two.wished() == {A: "disk"})
+        await asyncio.sleep(60)
+        assert one.wished() == {}
+
+    cache_test(body)
+
+
 # --- swarms ----------------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +519,23 @@ def test_a_finished_node_is_told_only_of_those_that_cannot_dial_it() -> None:
         fetch.unreachable("n0")
         await seed.until(lambda: set(seed.neighbours(A)) == {"n2"})
         assert seed.neighbours(A)["n2"].endpoints
+
+    cache_test(body)
+
+
+def test_an_address_that_changes_reaches_the_neighbours() -> None:
+    async def body(rig: Rig) -> None:
+        rig.model(A)
+        one, two, seed = (rig.cache(f"n{i}").dial(wanting(A, SIZE)) for i in range(3))
+        await one.until(lambda: len(one.neighbours(A)) == 2)
+        moved = agent_pb2.Endpoint(network="lan", host="elsewhere.test", port=7448)
+        two.dial(wanting(A, SIZE), endpoints=[moved])
+        await one.until(lambda: one.neighbours(A)["n1"].endpoints[0].host == "elsewhere.test")
+        seed.report(holding(A, SIZE))
+        await asyncio.sleep(2)
+        seed.dial(holding(A, SIZE), endpoints=[moved])  # who fetches is told where a finished one is now, too
+        await one.until(lambda: one.neighbours(A)["n2"].endpoints[0].host == "elsewhere.test")
+        assert one.neighbours(A)["n2"].complete
 
     cache_test(body)
 
