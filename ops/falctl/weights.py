@@ -119,7 +119,7 @@ def _nodes(view: Any) -> str:
 
 _ATTESTED_BY = {
     "digests": "the origin's digests, confirmed",
-    "version": "every range came under one version of the origin's file; it publishes no digests",
+    "version": "every range came under one version of the origin's file; it does not publish the digest of each",
     "read": "the scheduler read the folder",
     "push": "an operator's upload",
 }
