@@ -46,6 +46,7 @@ class Flow:
     lease: Lease | None = None
     pieces: deque[int] = field(default_factory=deque)
     sent: int = 0
+    last: int = -1  # of a read
     stopped: bool = False
 
 
@@ -157,6 +158,7 @@ class World:
         batch_s: float = 0.0,
         latency_s: float = 0.0005,
         far_latency_s: float = 0.05,
+        origin_latency_s: float = 0.005,
         detect_s: float = 0.5,
         policy: Policy | None = None,
     ) -> None:
@@ -167,7 +169,7 @@ class World:
         self.chunk = max(length // chunks, 1)
         self.rate = rate
         self.batch_s = batch_s
-        self.latency_s, self.far_latency_s = latency_s, far_latency_s
+        self.latency_s, self.far_latency_s, self.origin_latency_s = latency_s, far_latency_s, origin_latency_s
         self.detect_s = detect_s
         self.regions = regions
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -181,6 +183,7 @@ class World:
         self.crossed: dict[str, int] = defaultdict(int)  # bytes into a region from another or the origin
         self.wasted = 0  # bytes of pieces that were here already
         self._told = False
+        self._left = 0  # living nodes that are not complete
         self._to_tell: set[str] = set()
         for n in range(nodes):
             region = f"r{n % regions}" if regions > 1 else ""
@@ -190,6 +193,7 @@ class World:
 
     def add(self, node: Node) -> Node:
         self.nodes[node.id] = node
+        self._left += 1
         return node
 
     def start(self, at_s: Callable[[int], float] = lambda n: 0.0) -> None:
@@ -203,6 +207,7 @@ class World:
 
     def kill(self, node: Node) -> None:
         """Its process is gone; peers see it after `detect_s`, the scheduler after twice that."""
+        self._left -= node.done_s is None
         node.alive = False
         for flow in [*node.reads.values()]:
             flow.stopped = True
@@ -216,6 +221,7 @@ class World:
 
     def revive(self, node: Node) -> None:
         node.restart()
+        self._left += node.done_s is None
         self.join(node)
 
     def split(self, islands: Callable[[Node], int]) -> None:
@@ -248,11 +254,7 @@ class World:
             call(*args)
 
     def all_done(self) -> bool:
-        return self._left == 0 if self._told else False
-
-    @property
-    def _left(self) -> int:
-        return sum(node.alive and node.done_s is None for node in self.nodes.values())
+        return self._left == 0 and self._told
 
     def unfinished(self) -> list[tuple[str, int, str]]:
         return [
@@ -262,7 +264,9 @@ class World:
         ]
 
     def latency(self, one: Node | None, other: Node) -> float:
-        return self.far_latency_s if one is None or one.place.region != other.place.region else self.latency_s
+        if one is None:
+            return self.origin_latency_s
+        return self.latency_s if one.place.region == other.place.region else self.far_latency_s
 
     # ---- the scheduler
 
@@ -332,7 +336,7 @@ class World:
             if piece in to.have:
                 self.wasted += self.lengths[piece]
             self._arrived(to, piece, ORIGIN)
-            if not flow.pieces and flow.lease is not None and to.reads.pop(flow.lease, None) is not None:
+            if piece == flow.last and flow.lease is not None and to.reads.pop(flow.lease, None) is not None:
                 to.swarm.origin_done(flow.lease, self.now_s)
         elif source.bad:
             to.asked.pop(piece, None)
@@ -350,6 +354,7 @@ class World:
         to.swarm.arrived(piece, source, 0.0, self.now_s)
         if to.swarm.complete and to.done_s is None:
             to.done_s = self.now_s
+            self._left -= 1
         if not to.news:
             self.at(self.now_s + self.batch_s, self._tell_have, to)
         to.news.append(piece)
@@ -462,7 +467,7 @@ class World:
         if not self.origin_up:
             self.at(self.now_s + 0.1, self._read_failed, node, lease)
             return
-        flow = node.reads[lease] = Flow(node, lease=lease, pieces=deque(pieces))
+        flow = node.reads[lease] = Flow(node, lease=lease, pieces=deque(pieces), last=pieces[-1])
         self.at(self.now_s + 2 * self.latency(None, node), self.origin.add, flow)
 
     def _read_failed(self, node: Node, lease: Lease) -> None:

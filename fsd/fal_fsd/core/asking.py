@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fal_fsd.core.bits import bits_of, each, first_from, halves, hash_of, mix
+from fal_fsd.core.bits import bits_of, each, first_from, hash_of, mix
 from fal_fsd.core.messages import Action, Ask, Withdraw
 from fal_fsd.core.policy import Pieces, Policy
 from fal_fsd.core.sharing import Shares
@@ -61,62 +61,38 @@ class Imports:
         return made
 
 
-class Relay:
-    """Who asks first for a piece that few have, so that it spreads as a tree and not as a star.
+class Sole:
+    """What only a slow uplink has leaves it once: only the first by hash, among those that lack it, asks for it.
 
-    A new piece asked by all neighbours at once would reach all of them late, since they share its holder's uplink.
-    Of d that want it about two ask at once, four where two hold it, eight where four do …; each node knows by hashes
-    for which pieces it is among the first. Where nothing moves the next ones ask, a round of `round_s` later.
+    Where it stays the only holder, the second may ask after `slow_patience_s`, four after two of them, all after three.
     """
 
-    def __init__(self, me: str, pieces: Pieces, sources: Sources, policy: Policy) -> None:
+    def __init__(self, me: str, sources: Sources, policy: Policy) -> None:
         self._me = hash_of(me)
-        self._pieces = pieces
         self._sources = sources
         self._policy = policy
-        self._parts = halves(pieces.count, self._me, 6)
-        self._rounds = [0] * len(self._parts)
-        self._round_s: float | None = None
-        self._level = 0
-        self._slow_aged = [0, 0]
-        self._slow_s: float | None = None
+        self._aged = (0, 0, 0, 0)  # held by one peer at the last look, and at those before, too
+        self._look_s = float("-inf")
 
-    def ripe(self, now_s: float, typical: float) -> int:
-        """Pieces of this region that this node may ask for now."""
-        if not self._policy.relay:
-            return self._pieces.every
-        inside, missing = self._sources.inside, self._pieces.missing
-        round_s = max(self._policy.relay_rounds * self._sources.length_max / typical, self._policy.relay_min_s)
-        held = inside.held & missing
-        if self._round_s is None or not held:
-            self._rounds, self._round_s = [held] + [0] * (len(self._parts) - 1), now_s
-        elif now_s - self._round_s >= round_s:
-            self._rounds, self._round_s = [held, *(aged & held for aged in self._rounds[:-1])], now_s
-        if self._round_s == now_s:
-            want = 1 + sum(1 for source in self._sources if source.distance <= NEAR and missing & ~source.bits)
-            self._level = max(min(want.bit_length() - 2, len(self._parts) - 1), 0)
-        level = self._level
-        made = self._parts[level]
-        for step in range(1, level + 1):
-            made |= self._parts[level - step] & (inside.at_least(step) | self._rounds[step])
-        return made
+    def slow(self, source: Source, typical: float) -> bool:
+        """Whether its pieces are shared out."""
+        return 0 < source.rate * self._policy.slow_factor < typical
 
-    def sole(self, source: Source, bits: int, now_s: float, typical: float) -> int:
-        """Of `bits` those that a slow peer should be asked for by this node, or that others hold, too.
-
-        What only a slow uplink has leaves it once, to the first by hash among those that lack it.
-        """
-        if (source.rate or typical) * self._policy.slow_factor >= typical:
-            return bits
+    def ripe(self, source: Source, bits: int, now_s: float) -> tuple[int, int]:
+        """Of `bits` those for which this node may ask a slow `source`, and those that nobody else brings."""
         once = self._sources.everywhere.held & ~self._sources.everywhere.at_least(1)
-        if self._slow_s is None or now_s - self._slow_s >= self._policy.slow_patience_s:
-            self._slow_aged, self._slow_s = [once, self._slow_aged[0] & once], now_s
-        allowed = bits & (~once | self._slow_aged[1])
-        for piece in each(bits & once & ~self._slow_aged[1]):
-            own = mix(self._me, piece)
-            if not any(mix(x.hash, piece) < own for x in self._sources if not x.bits >> piece & 1):
-                allowed |= 1 << piece
-        return allowed
+        if now_s >= self._look_s:
+            aged = self._aged
+            self._aged = (once, aged[0] & once, aged[1] & once, aged[2] & once)
+            self._look_s = now_s + self._policy.slow_patience_s
+        held, own = bits & once, 0
+        for piece in each(held):
+            mine = mix(self._me, piece)
+            rank = sum(mix(x.hash, piece) < mine for x in self._sources if not x.bits >> piece & 1)
+            looks = sum(aged >> piece & 1 for aged in self._aged[1:])
+            if rank == 0 or looks >= 3 or rank < 2 * looks:
+                own |= 1 << piece
+        return bits & ~held | own, own
 
 
 class Asking:
@@ -127,10 +103,11 @@ class Asking:
         self._sources = sources
         self._imports = imports
         self._policy = policy
-        self._relay = Relay(sources.me.node_id, pieces, sources, policy)
+        self._sole = Sole(sources.me.node_id, sources, policy)
         self._me = hash_of(sources.me.node_id)
         self._turn = 0
         self._look_s = float("-inf")
+        self._full_s = float("-inf")
 
     def decide(self, reading: int, now_s: float) -> list[Action]:
         """What to ask and to withdraw; `reading`: pieces that come from the origin."""
@@ -144,16 +121,19 @@ class Asking:
             self._unstick(made, now_s, typical)
         if self._pieces.wanted:
             self._for_readers(made, reading, allowed, now_s, typical)
-        asks: dict[str, list[int]] = {}
+        asks: dict[tuple[str, bool], list[int]] = {}
         left = self._rarest(asks, reading, allowed, now_s, typical)
-        made.extend(Ask(node_id, tuple(pieces)) for node_id, pieces in asks.items())
+        # A region waits for each piece that is brought into it: those go first.
+        made.extend(Ask(node_id, tuple(pieces), urgent=far) for (node_id, far), pieces in asks.items())
         if not left and sources.asked:
             self._rebalance(made, allowed, now_s, typical)
         return made
 
     # ---- rarest first
 
-    def _rarest(self, asks: dict[str, list[int]], reading: int, allowed: int, now_s: float, typical: float) -> bool:
+    def _rarest(
+        self, asks: dict[tuple[str, bool], list[int]], reading: int, allowed: int, now_s: float, typical: float
+    ) -> bool:
         """Ask until all windows are full; False when nothing is left that could be asked."""
         sources, policy = self._sources, self._policy
         need = self._pieces.missing & ~sources.asked & ~reading
@@ -161,17 +141,20 @@ class Asking:
         limit = max(policy.total_pieces * size, policy.total_bytes_min, int(policy.total_s * sources.rate_total))
         candidates: list[tuple[float, int, Source]] = []
         offers: dict[str, int] = {}
-        if sources.bytes_asked >= limit:
+        if sources.bytes_asked >= limit and now_s < self._full_s:
             return True
+        self._full_s = now_s + policy.full_look_s
         any_left = False
-        ripe = self._relay.ripe(now_s, typical)
         for source in sources:
             bits = source.bits & need if source.distance <= NEAR else source.bits & need & allowed
             if bits:
                 any_left = True
                 if source.blocked_until_s <= now_s and source.bytes_asked < self._window(source):
-                    if source.distance <= NEAR:
-                        bits = self._relay.sole(source, bits & ripe, now_s, typical)
+                    if source.distance <= NEAR and self._sole.slow(source, typical):
+                        bits, own = self._sole.ripe(source, bits, now_s)
+                        if own and not source.queue:
+                            # The others wait for this node to pass it on: it comes beside all else.
+                            need &= ~self._ask(asks, source, own, now_s)
                     offers[source.node_id] = bits
                     candidates.append((self._eta_s(source, size, typical), source.hash, source))
         while candidates and sources.bytes_asked < limit:
@@ -179,24 +162,25 @@ class Asking:
             source = best[2]
             bits = offers[source.node_id] & need
             if bits:
-                piece = self._pick(source, bits)
-                sources.ask(source, piece, now_s)
-                asks.setdefault(source.node_id, []).append(piece)
-                need &= ~(1 << piece)
+                need &= ~self._ask(asks, source, bits, now_s)
             candidates.remove(best)
             if bits and source.bytes_asked < self._window(source):
                 candidates.append((self._eta_s(source, size, typical), source.hash, source))
         return any_left
 
-    def _pick(self, source: Source, bits: int) -> int:
+    def _ask(self, asks: dict[tuple[str, bool], list[int]], source: Source, bits: int, now_s: float) -> int:
+        """Ask for the rarest of `bits`; as a set."""
         counter = self._sources.inside if source.distance <= NEAR else self._sources.everywhere
         self._turn += 1
-        return first_from(counter.least(bits), mix(self._me, self._turn) % self._pieces.count)
+        piece = first_from(counter.least(bits), mix(self._me, self._turn) % self._pieces.count)
+        self._sources.ask(source, piece, now_s)
+        asks.setdefault((source.node_id, source.distance > NEAR), []).append(piece)
+        return 1 << piece
 
     def _window(self, source: Source) -> int:
         policy = self._policy
-        meant = int(policy.window_s * source.rate)
-        return max(min(max(meant, policy.window_bytes_min), policy.window_bytes_max), 2 * self._sources.length_max)
+        meant = min(max(int(policy.window_s * source.rate), policy.window_bytes_min), policy.window_bytes_max)
+        return max(meant, policy.window_pieces * self._sources.length_max)
 
     def _eta_s(self, source: Source, length: int, typical: float) -> float:
         """When a piece asked now should be here; far peers are made to look slower."""
@@ -307,4 +291,4 @@ class Asking:
                 made.append(Ask(best.node_id, (piece,)))
 
 
-__all__ = ["RANKS", "Asking", "Imports", "Relay"]
+__all__ = ["RANKS", "Asking", "Imports", "Sole"]

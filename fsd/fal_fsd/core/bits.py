@@ -75,15 +75,6 @@ def hash_of(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def halves(size: int, salt: int, levels: int) -> list[int]:
-    """Sets of all, a half, a quarter … of `size` pieces, each within the one before; other ones for another salt."""
-    made = [(1 << size) - 1]
-    for level in range(1, levels):
-        words = (mix(salt, level, word).to_bytes(8, "little") for word in range(-(-size // 64)))
-        made.append(made[-1] & int.from_bytes(b"".join(words), "little"))
-    return made
-
-
 class Counter:
     """How often each piece is held, over sets that come and go. A set is removed only as it was added."""
 
@@ -140,4 +131,4 @@ class Counter:
         return sum((plane >> piece & 1) << number for number, plane in enumerate(self._planes))
 
 
-__all__ = ["Counter", "bits_of", "each", "first_from", "halves", "hash_of", "lowest", "mix", "run_at", "span"]
+__all__ = ["Counter", "bits_of", "each", "first_from", "hash_of", "lowest", "mix", "run_at", "span"]

@@ -13,26 +13,26 @@ class Policy:
     # Asking peers.
     window_bytes_min: int = 4 << 20  # asked of one peer at once, at least (and at least two pieces) …
     window_bytes_max: int = 64 << 20  # … and at most (or two pieces)
+    window_pieces: int = 2  # at least
     window_s: float = 0.25  # what it sends in so many seconds
-    total_pieces: int = 12  # asked of all peers at once …
+    total_pieces: int = 6  # asked of all peers at once …
     total_bytes_min: int = 4 << 20  # … or so much …
-    total_s: float = 1.0  # … or what all send in so many seconds
+    total_s: float = 0.05  # … or what all send in so many seconds
     stuck_min_s: float = 2.0
     stuck_factor: float = 4.0  # times the expected
     penalty_max_s: float = 10.0  # a stuck peer is not asked for so long
     refused_min_s: float = 0.05
     banned_s: float = 600.0  # a peer that sent bad bytes
-    relay: bool = True  # False: a new piece is asked for by all at once
-    relay_rounds: float = 1.0  # a round of relaying: what a piece takes from one to another, so many times
-    relay_min_s: float = 0.02
     slow_factor: float = 2.0  # a peer so much slower than the typical one is slow: what only it has leaves it once
-    slow_patience_s: float = 3.0
+    slow_patience_s: float = 5.0
+    full_look_s: float = 0.1  # slow peers are looked at so often though enough is asked for
     # Crossing regions.
     importers: bool = True  # False: everyone may ask other regions
     import_patience_s: float = 20.0  # per rank, before the next one brings a piece into the region
     reader_far_s: float = 3.0  # a reader waits so long before its node asks another region out of turn
     # The origin.
     seeds_meant: int = 16
+    begin_s: float = 0.5  # a seed waits at most so long, times its rank, for the first pieces of others
     streams_max: int = 8  # ranges that one node reads at once
     stripe_bytes: int = 16 << 20
     unspread_pieces: int = 8  # a seed holds so many that nobody else has, then it takes no more

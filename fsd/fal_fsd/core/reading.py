@@ -22,7 +22,10 @@ from fal_fsd.core.sources import Sources
 
 BAD_MAX = 2  # times that one piece comes wrong from the origin
 _BAD_AGAIN_S = 10.0  # another seed may try first
-_STREAMS_MEANT = 16  # of all seeds together
+_STREAMS_MEANT = 8  # of all seeds together, at least
+_FULL_AT = 1.25  # times the least seconds of a piece
+_OVERFULL_AT = 1.75
+_ENDS_AT = 0.6  # of the time that a piece takes
 _FADE = 0.7
 
 
@@ -45,6 +48,10 @@ class Reading:
         self._seeds: tuple[str, ...] = ()
         self._owned: dict[str, int] | None = None
         self._seconds: float | None = None  # of one piece
+        self._best = float("inf")  # the least that it was
+        self._more = 1.0  # ranges at once
+        self._begun_s: float | None = None
+        self._scarce_s: dict[int, float] = {}
         self._last_s: dict[int, float] = {}  # by first piece of the lease: when the last of its pieces came
         self._quiet_s: float | None = None
         self._pending: list[Action] = []
@@ -82,8 +89,7 @@ class Reading:
             if not held.bits & bit:
                 continue
             if from_origin:
-                seconds = now_s - self._last_s.get(first, held.heard_s)
-                self._seconds = seconds if self._seconds is None else self._seconds * _FADE + seconds * (1 - _FADE)
+                self._timed(now_s - self._last_s.get(first, held.heard_s))
                 self._last_s[first] = now_s
             if not held.bits & self._pieces.missing:
                 self._end(held.lease)
@@ -151,31 +157,86 @@ class Reading:
 
     def _take_stripes(self, made: list[Action], free: int, now_s: float) -> None:
         unspread = (self._pieces.from_origin & ~self._pieces.missing & ~self._sources.everywhere.held).bit_count()
-        while free and len(self.leases.mine) < self._streams():
+        if self._seconds is None and not self._my_turn(now_s):
+            return
+        while free and self._active(now_s) < self._streams():
             if len(self._sources) and unspread >= self._policy.unspread_pieces:
                 return
-            first, count = self._next(free)
+            first, count = self._next(free, now_s)
+            if not count:
+                return
             free &= ~self._take(made, first, count, now_s)
 
+    def _my_turn(self, now_s: float) -> bool:
+        """Two seeds begin, more with each piece that came: all at once would wait long for the first whole one."""
+        seen = (self._sources.everywhere.held | ~self._pieces.missing & self._pieces.every).bit_count()
+        rank = sum(mix(hash_of(x)) < mix(hash_of(self._me)) for x in self._seeds)
+        begun_s = self._begun_s if self._begun_s is not None else now_s
+        self._begun_s = begun_s
+        return rank < 2 + 2 * seen or now_s - begun_s >= rank * self._policy.begin_s
+
     def _streams(self) -> int:
-        """One until something came: the first pieces should be whole soon, so that others can pass them on."""
+        """How many ranges this node reads at once: one until something came, more while that makes none slower."""
         if self._seconds is None:
             return 1
-        return max(min(_STREAMS_MEANT // max(len(self._seeds), 1), self._policy.streams_max), 1)
+        least = max(_STREAMS_MEANT // max(len(self._seeds), 1), 1)
+        return min(max(int(self._more), least), self._policy.streams_max)
 
-    def _next(self, free: int) -> tuple[int, int]:
-        """Of this node's own stripes the first; else one of the seed with most left."""
+    def _active(self, now_s: float) -> int:
+        """Reads that go on; one that is about to end is not counted, so that the next request is on its way by then."""
+        made = 0
+        for first, held in self.leases.mine.items():
+            left = (held.bits & self._pieces.missing).bit_count()
+            since_s = now_s - self._last_s.get(first, held.heard_s)
+            made += left > 1 or self._seconds is None or since_s < self._seconds * _ENDS_AT
+        return made
+
+    @property
+    def next_at_s(self) -> float:
+        """When the next request should be sent at the earliest though no piece came."""
+        if self._seconds is None:
+            return float("inf")
+        last_s = (self._last_s.get(first, held.heard_s) for first, held in self.leases.mine.items())
+        return min(last_s, default=float("inf")) + self._seconds * _ENDS_AT
+
+    def _timed(self, seconds: float) -> None:
+        """A piece of the origin took so long. Slower than at first: the origin is full, more would only delay."""
+        self._seconds = seconds if self._seconds is None else self._seconds * _FADE + seconds * (1 - _FADE)
+        self._best = min(self._best, self._seconds)
+        if self._seconds < self._best * _FULL_AT and len(self.leases.mine) >= self._streams():
+            self._more += 1 / 3
+        elif self._seconds > self._best * _OVERFULL_AT:
+            self._more = max(self._more - 1 / 3, 1.0)
+
+    def _next(self, free: int, now_s: float) -> tuple[int, int]:
+        """Of this node's own stripes the first; else one of the seed with most left. No pieces: others take the rest.
+
+        Helpers that come at the same time must not meet: each looks from a place of its own, and where little is left
+        each piece belongs to the first by hash, half a second later to the next one, too.
+        """
         if self._owned is None:
             self._owned = self._shares.owned(self._seeds or (self._me,))
         count_max = max(1, min(self._shares.stripe_pieces, free.bit_count() // (2 * max(len(self._seeds), 1))))
-        own = self._owned.get(self._me, 0) & free
-        if own:
+        if own := self._owned.get(self._me, 0) & free:
             return self._run(free, lowest(own), count_max)
+        if free.bit_count() <= 2 * len(self._seeds):
+            ripe = (piece for piece in each(free) if self._rank(piece) <= self._scarce_for(piece, now_s))
+            piece = next(ripe, None)
+            return (piece, 1) if piece is not None else (0, 0)
         most = max(self._owned.values(), key=lambda bits: (bits & free).bit_count()) & free or free
-        # Thieves that come at the same time must not meet: each looks from a place of its own.
         back = first_from(most, mix(hash_of(self._me), lowest(free)) % self._pieces.count)
         stripe, count = self._shares.stripe_of(back)
         return self._run(free, lowest(free & span(stripe, count)), count_max)
+
+    def _rank(self, piece: int) -> int:
+        """How many other seeds come before this node for a piece."""
+        own = mix(hash_of(self._me), piece)
+        return sum(mix(hash_of(x), piece) < own for x in self._seeds if x != self._me)
+
+    def _scarce_for(self, piece: int, now_s: float) -> int:
+        """Half seconds since a piece was first seen to be free and scarce."""
+        since_s = self._scarce_s.setdefault(piece, now_s)
+        return int((now_s - since_s) / self._policy.tick_s)
 
     def _run(self, free: int, piece: int, count_max: int) -> tuple[int, int]:
         stripe, count = self._shares.stripe_of(piece)
@@ -204,8 +265,9 @@ class Reading:
         return free
 
     def _first_for(self, piece: int) -> bool:
-        share = self._shares.share_of(piece)
-        return self._me == min(self._seeds, key=lambda x: mix(hash_of(x), share), default=self._me)
+        if self._owned is None:
+            self._owned = self._shares.owned(self._seeds or (self._me,))
+        return bool(self._owned.get(self._me, 0) >> piece & 1)
 
     def _leased(self, now_s: float) -> int:
         """Pieces that others read; leases of which nothing was heard for too long are not counted, by rank."""
@@ -222,8 +284,7 @@ class Reading:
         policy, lease = self._policy, held.lease
         if self._seconds is None:
             return policy.promote_seeded_s * 2 ** min(lease.epoch, 10)
-        own = mix(hash_of(self._me), lease.first)
-        rank = sum(mix(hash_of(x), lease.first) < own for x in self._seeds if x not in (self._me, lease.holder))
+        rank = self._rank(lease.first)
         return (policy.lease_patience_s + 4.0 * self._seconds) * 2 ** min(lease.epoch - 1, 10) + 2.0 * rank
 
     def why_not(self, now_s: float) -> str:

@@ -33,10 +33,6 @@ class Shares:
         """First piece of its stripe, and how many pieces that has at most."""
         return piece - piece % self.stripe_pieces, self.stripe_pieces
 
-    def share_of(self, piece: int) -> int:
-        """Number of its share."""
-        return piece // self.stripe_pieces % self.count
-
     def owned(self, nodes: Iterable[str]) -> dict[str, int]:
         """For every node the pieces whose first owner it is."""
         return {node_id: sets[0] for node_id, sets in self.ranked(nodes, 1).items()}

@@ -207,6 +207,9 @@ class Swarm:
         made += self._asking.decide(self._reading.leases.own(), now_s)
         made += self._reading.decide(now_s)
         tick_s = now_s + (self._policy.reader_tick_s if pieces.wanted else self._policy.tick_s)
+        read_s = self._reading.next_at_s
+        if read_s > now_s:
+            tick_s = min(tick_s, read_s)
         self._next_s = min([tick_s, *(x.blocked_until_s for x in self._sources if x.blocked_until_s > now_s)])
         return made
 
