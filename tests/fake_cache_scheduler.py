@@ -165,6 +165,7 @@ class FakeCacheScheduler(weights_pb2_grpc.CacheServiceServicer):
             if self.nodes.get(hello.node_id) is node:
                 del self.nodes[hello.node_id]
                 self._swarms()
+            self._changed.set()
 
     async def _read(self, node_id: str, node: Node, incoming: AsyncIterator[weights_pb2.CacheUp]) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):

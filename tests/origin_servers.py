@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(text)
 
     def _file(self, path: str, data: bytes, faults: Faults, body: bool) -> None:
-        tag, date = f'"{hashlib.md5(data).hexdigest()}"', self.origin.dates[path]
+        tag, date = self.origin.tag_of(path, data), self.origin.dates[path]
         headers = {"Accept-Ranges": "bytes" if faults.ranges else "none"}
         if faults.etag in ("strong", "weak"):
             headers["ETag"] = tag if faults.etag == "strong" else f"W/{tag}"
@@ -206,6 +206,7 @@ class HttpOrigin:
         """`tls`: files of certificate and key (see `make_authority`). `host`: an address to listen on."""
         self.files: dict[str, bytes] = {}
         self.dates: dict[str, str] = {}
+        self._tags: dict[str, tuple[bytes, str]] = {}
         self.faults = faults or Faults()
         self.requests: list[Request] = []
         self._lock = threading.Lock()
@@ -245,6 +246,13 @@ class HttpOrigin:
         self._moment += timedelta(seconds=1)
         self.files[path] = data
         self.dates[path] = format_datetime(self._moment, usegmt=True)
+
+    def tag_of(self, path: str, data: bytes) -> str:
+        """The ETag of these bytes; taken once."""
+        known = self._tags.get(path)
+        if known is None or known[0] is not data:
+            known = self._tags[path] = (data, f'"{hashlib.md5(data).hexdigest()}"')
+        return known[1]
 
     def put_list(self, folder: str = "", *, sha256: bool = True) -> None:
         """Write `falctl-files.json` for all files below `folder`."""

@@ -24,6 +24,7 @@ from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2, weights_pb2
 from fal_fsd.alone import NoMount, NoPeers
 from fal_fsd.core.rates import BandwidthLimits, LinkClass
+from fal_fsd.disk.memory import MemoryTier
 from fal_fsd.disk.part import DiskPart
 from fal_fsd.disk.store import DiskStore
 from fal_fsd.lanes import Lanes
@@ -76,14 +77,15 @@ class Cache:
             )
         )
         self.news = News(self._clock, configured=bool(options.schedulers))
-        self.around = Surroundings(options.state_dir, self.identity)
+        memory = MemoryTier(options.memory_bytes_max, clock=self._clock)
+        self.around = Surroundings(options.state_dir, self.identity, memory)
         self.transfers = Transfers(self.store, on_ready=lambda transfer: self.node.ready(transfer))
         self.node = CacheNode(self.store, self.news, self.transfers, self.around)
         await self._start_mounts()
         await self._start_peers()
         self._bind()
+        await self._sort_old_mounts()
         await self.node.start()
-        await self._close_old_mounts()
         self._spawn(self.node.tend(TEND_S), "tend")
         if options.identity is not None:
             self._spawn(self._watch_identity(), "identity")
@@ -100,6 +102,7 @@ class Cache:
             await self.net.close()
         if self.mounts is not None:
             await self.mounts.stop(keep=True)
+        await asyncio.to_thread(self.around.memory.close)
         await asyncio.to_thread(self.store.close)
 
     @property
@@ -138,14 +141,14 @@ class Cache:
                     parts[record.id] = self.store.open_part(artifact, model="")
         return parts
 
-    async def _close_old_mounts(self) -> None:
-        assert not self._taken_over or self.mounts is not None
+    async def _sort_old_mounts(self) -> None:
+        """Of the process before: those of what is finished meanwhile go; the others wait for their transfers."""
         for artifact_id in self._taken_over:
-            transfer = self.transfers.get(artifact_id)
-            if transfer is not None:
-                transfer.open_mount()
-            elif self.mounts is not None:
+            part = self.store.part(artifact_id)
+            if self.mounts is not None and (part is None or part.finished):
                 await self.mounts.close(artifact_id)
+            else:
+                self.transfers.taken_over.add(artifact_id)
 
     async def _start_peers(self) -> None:
         identity, options = self.identity.current, self.options

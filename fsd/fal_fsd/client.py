@@ -82,6 +82,11 @@ class CacheClient:
             reply = await self._stub.ListArtifacts(fsd_pb2.ListArtifactsRequest(), timeout=RPC_TIMEOUT_S)
         return list(reply.artifacts)
 
+    async def status(self) -> fsd_pb2.CacheStatus:
+        """What works here, room, peers."""
+        with rpc.fal_errors():
+            return await self._stub.GetStatus(fsd_pb2.GetCacheStatusRequest(), timeout=RPC_TIMEOUT_S)
+
     async def answers(self) -> bool:
         """True when an fsd listens. Asks the kernel, not gRPC, whose channel would first have to try again."""
         try:

@@ -42,6 +42,8 @@ from fal_fsd.tools import Tools
 _ORIGIN_BAD_MAX: Final = 2  # so often may the same piece come wrong from the origin
 _HOPELESS_AFTER_S: Final = 30.0  # members are known, but none of them brings anything
 _ALONE_AFTER_S: Final = 5.0  # the scheduler may still name some
+_MEET_MAX_S: Final = 1.0  # for the first neighbour …
+_MEET_OTHERS_S: Final = 0.3  # … and then for the others
 _TICK_S: Final = 1.0
 # What the origin will say again, however often it is asked.
 _FINAL: Final = frozenset(
@@ -82,11 +84,10 @@ class Fetching:
         self._tools = tools
         self._now_s = tools.clock.monotonic_s
         self._members: tuple[list[Member], bool, int] | None = None
+        self._readers: set[int] = set()
         self._swarm = self._new_swarm()
         self._kick = asyncio.Event()
-        self._running = False
         self._joined = False
-        self._readers: set[int] = set()
         self._up: dict[str, int] = {}  # connected peers and how much they have
         self._error: Exception | None = None
         self._origin: OriginReader | None = None
@@ -130,9 +131,9 @@ class Fetching:
         self._error = None
         self._join()
         self._begin_origin()
-        self._running = True
         self._moved_s = self._now_s()
         try:
+            await self._meet()
             while not self._events.tally.complete:
                 self._kick.clear()
                 self._go_alone()
@@ -142,7 +143,6 @@ class Fetching:
                 self._check_hope()
                 await self._wait()
         finally:
-            self._running = False
             await self._halt()
 
     async def close(self) -> None:
@@ -151,6 +151,23 @@ class Fetching:
         if self._origin is not None:
             origin, self._origin, self._reads = self._origin, None, None
             await origin.close()
+
+    async def _meet(self) -> None:
+        """Shake hands first: what peers have, and which leases they hold, is known before the origin is read."""
+        began_s, first_s = self._now_s(), float("inf")
+        while self._tools.news.scheduled and not self._readers:
+            told = None if self._members is None else [member.node_id for member in self._members[0]]
+            if told is not None and all(node_id in self._up for node_id in told):
+                return
+            now_s = self._now_s()
+            first_s = min(first_s, now_s) if self._up else first_s
+            until_s = min(began_s + _MEET_MAX_S, first_s + _MEET_OTHERS_S)
+            if now_s >= until_s:
+                return
+            self._kick.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(until_s - now_s):
+                    await self._kick.wait()
 
     async def _wait(self) -> None:
         next_s = self._swarm.next_at_s
@@ -183,6 +200,8 @@ class Fetching:
         lengths = [span.length for span in layout.spans()]
         swarm = Swarm(self._tools.place(), lengths, self._part.have)
         self._tell_members(swarm)
+        if self._readers:
+            swarm.wanted(sorted(self._readers), True)
         return swarm
 
     def _apply(self) -> None:

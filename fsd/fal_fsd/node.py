@@ -129,7 +129,7 @@ class CacheNode:
     async def view(self) -> list[fsd_pb2.CachedArtifact]:
         """Everything that is here or on its way."""
         records = await asyncio.to_thread(self.store.artifacts)
-        return views.artifacts(records, self._active(), self.around.memory.locked)
+        return views.artifacts(records, self._active(), self.around.memory.bytes_of)
 
     async def status(self) -> fsd_pb2.CacheStatus:
         """What works here, room, peers."""
@@ -395,9 +395,11 @@ class CacheNode:
         path = await asyncio.to_thread(self.store.path_of, artifact_id)
         if path is None or self._tiers.get(artifact_id) != "memory":
             return
-        why = await asyncio.to_thread(self.around.memory.lock, artifact_id, path)
-        if why:
-            self.news.event("NOT_IN_MEMORY", artifact_id, why)
+        files = [file for file in path.rglob("*") if file.is_file()]
+        try:
+            await asyncio.to_thread(self.around.memory.lock, artifact_id, files)
+        except FalError as exc:
+            self.news.event("NOT_IN_MEMORY", artifact_id, str(exc))
         self.news.changed(artifact_id, at_once=True)
 
     def _tell_unreachable(self) -> None:

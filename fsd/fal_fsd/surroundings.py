@@ -23,6 +23,7 @@ from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2, fsd_pb2, state_pb2, weights_pb2
 from fal_fsd.attest import Signer, ca_key_of
 from fal_fsd.core.messages import Place
+from fal_fsd.disk.memory import MemoryTier
 from fal_fsd.peers.address import PeerAddress
 from fal_fsd.ports import InFlight, Peers
 
@@ -87,7 +88,7 @@ class IdentityFile:
 class Surroundings:
     """See the module's docstring. `peers`, `mount`, `fetch`, `lock` … are set by fal_fsd.build once they exist."""
 
-    def __init__(self, state_dir: Path, identity: IdentityFile) -> None:
+    def __init__(self, state_dir: Path, identity: IdentityFile, memory: MemoryTier) -> None:
         self._place_file = state_dir / "place.json"
         self.identity = identity
         self.boot_id = _boot_id()
@@ -103,7 +104,7 @@ class Surroundings:
         self.link_rates: Callable[[], Iterable[weights_pb2.LinkRate]] = tuple
         self.peers_up: Callable[[], int] = lambda: 0
         self.manifest: Callable[[str], Awaitable[state_pb2.ModelManifest]]
-        self.memory: Memory = NoMemory()
+        self.memory = memory
 
     # ---- identity
 
@@ -146,42 +147,6 @@ class Surroundings:
         return known if known.node_id == self.node_id else Place(self.node_id)
 
 
-class Memory(Protocol):
-    """The memory tier: finished files locked in memory, in fsd's own cgroup. Blocks."""
-
-    @property
-    def bytes_max(self) -> int: ...
-
-    @property
-    def bytes_locked(self) -> int: ...
-
-    def locked(self, artifact_id: str) -> int:
-        """Bytes of this artifact that are locked."""
-        ...
-
-    def lock(self, artifact_id: str, folder: Path) -> str:
-        """Empty when it is locked now, else why not."""
-        ...
-
-    def unlock(self, artifact_id: str) -> None: ...
-
-
-class NoMemory:
-    """No budget."""
-
-    bytes_max = 0
-    bytes_locked = 0
-
-    def locked(self, artifact_id: str) -> int:
-        return 0
-
-    def lock(self, artifact_id: str, folder: Path) -> str:
-        return "this node has no memory tier (memory_bytes_max is 0)"
-
-    def unlock(self, artifact_id: str) -> None:
-        """Nothing is locked."""
-
-
 def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -189,4 +154,4 @@ def _boot_id() -> str:
         return str(uuid.uuid4())  # no Linux: every start of fsd is a boot
 
 
-__all__ = ["IdentityFile", "Memory", "NoMemory", "PeerSide", "Surroundings"]
+__all__ = ["IdentityFile", "PeerSide", "Surroundings"]

@@ -39,6 +39,8 @@ class Transfers:
         self._waiters: dict[str, int] = {}
         self._members: dict[str, tuple[list[Member], bool, int]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._readers: dict[str, set[int]] = {}  # pieces that readers of a mount wait for
+        self.taken_over: set[str] = set()  # unfinished mounts of the process before, whose readers wait
         self._served: dict[str, DiskPart] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -132,6 +134,11 @@ class Transfers:
         artifact_id = part.artifact.id
         self._served.pop(artifact_id, None)
         transfer = self._active[artifact_id] = Transfer(part, model, self.tools, digest_named=digest_named)
+        if artifact_id in self.taken_over:
+            self.taken_over.discard(artifact_id)
+            transfer.open_mount()
+        if (readers := self._readers.get(artifact_id)) is not None:
+            transfer.wanted(sorted(readers), True)
         if (members := self._members.get(artifact_id)) is not None:
             transfer.fetching.members_told(members[0], seed=members[1], region_members=members[2])
         transfer.task.add_done_callback(lambda _: self._over(transfer))
@@ -220,7 +227,11 @@ class Transfers:
             transfer.fetching.members_told(members, seed=seed, region_members=region_members)
 
     def wanted(self, artifact_id: str, pieces: Sequence[int], waiting: bool) -> None:
-        """A reader of the mount (ports.OnWanted)."""
+        """A reader of the mount (ports.OnWanted). Remembered for a transfer that has yet to begin."""
+        readers = self._readers.setdefault(artifact_id, set())
+        readers.update(pieces) if waiting else readers.difference_update(pieces)
+        if not readers:
+            del self._readers[artifact_id]
         if (transfer := self._active.get(artifact_id)) is not None:
             transfer.wanted(pieces, waiting)
 
@@ -282,6 +293,7 @@ class Transfers:
         if transfer.phase is Phase.READY:
             del self._active[transfer.id]
             self._members.pop(transfer.id, None)
+            self._readers.pop(transfer.id, None)
             self._served[transfer.id] = transfer.raw
             transfer.claims.clear()
             self._on_ready(transfer)
