@@ -1,16 +1,14 @@
-"""Parts for benchmarks of the bulk port: files of a folder, whole or on their way, with BLAKE3 checked as pieces come."""
+"""A part for benchmarks of the bulk port: plain files of a folder, all there."""
 
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 from blake3 import blake3
 
 from fal_contract.artifact import Artifact, ArtifactFile, listing_id
 from fal_contract.pieces import Bitmap, piece_bytes_of
-from fal_fsd.ports import BadPiece
 
 
 def artifact_of_folder(folder: Path) -> Artifact:
@@ -33,41 +31,26 @@ def artifact_of_folder(folder: Path) -> Artifact:
 
 
 class FolderPart:
-    """`ports.Part` on plain files: of a folder that has them all, or (`empty`) of new ones."""
+    """`ports.Part` of which everything is here; it takes nothing."""
 
-    def __init__(self, artifact: Artifact, folder: Path, *, empty: bool = False) -> None:
+    def __init__(self, artifact: Artifact, folder: Path) -> None:
         self.artifact = artifact
+        self.have = Bitmap.full(artifact.layout.count)
         self._folder = folder
-        self._lock = threading.Lock()
-        flags = os.O_RDWR | os.O_CREAT if empty else os.O_RDONLY
-        self._fds = [os.open(folder / file.path, flags, 0o600) for file in artifact.files]
-        if empty:
-            for fd, file in zip(self._fds, artifact.files, strict=True):
-                os.ftruncate(fd, file.size_bytes)
-        self._have = Bitmap(artifact.layout.count) if empty else Bitmap.full(artifact.layout.count)
-
-    @property
-    def have(self) -> Bitmap:
-        with self._lock:
-            return Bitmap.of_bytes(self._have.size, bytes(self._have))
+        self._fds = [os.open(folder / file.path, os.O_RDONLY) for file in artifact.files]
 
     def has(self, piece: int) -> bool:
-        return piece in self._have
+        return 0 <= piece < self.have.size
 
-    def writer(self, piece: int, *, source: str, expect: bytes | None = None) -> _Writer | None:
-        if piece in self._have:
-            return None
-        span = self.artifact.layout.span(piece)
-        assert self.artifact.hashes is not None
-        return _Writer(self, piece, self._fds[span.file], span.offset, source, expect or self.artifact.hashes[piece])
+    def writer(self, piece: int, *, source: str, expect: bytes | None = None) -> None:
+        """It is here."""
 
     def locate(self, piece: int) -> tuple[int, int, int] | None:
         span = self.artifact.layout.span(piece)
-        return (self._fds[span.file], span.offset, span.length) if piece in self._have else None
+        return self._fds[span.file], span.offset, span.length
 
     def digest_of(self, piece: int) -> bytes | None:
-        assert self.artifact.hashes is not None
-        return self.artifact.hashes[piece] if piece in self._have else None
+        return self.artifact.hashes[piece] if self.artifact.hashes is not None else None
 
     def file_path(self, file: int) -> Path:
         return self._folder / self.artifact.files[file].path
@@ -75,29 +58,3 @@ class FolderPart:
     def close(self) -> None:
         for fd in self._fds:
             os.close(fd)
-
-    def _count(self, piece: int) -> None:
-        with self._lock:
-            self._have.add(piece)
-
-
-class _Writer:
-    def __init__(self, part: FolderPart, piece: int, fd: int, offset: int, source: str, expect: bytes) -> None:
-        self._part, self._piece, self._fd, self._at = part, piece, fd, offset
-        self._source, self._expect = source, expect
-        self._hash = blake3()
-
-    def write(self, data: memoryview) -> None:
-        self._hash.update(data)
-        os.pwrite(self._fd, data, self._at)
-        self._at += len(data)
-
-    def finish(self) -> bytes:
-        digest: bytes = self._hash.digest()
-        if digest != self._expect:
-            raise BadPiece(self._piece, self._source)
-        self._part._count(self._piece)
-        return digest
-
-    def abort(self) -> None:
-        pass
