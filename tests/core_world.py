@@ -13,6 +13,7 @@ from random import Random
 from fal_contract.errors import FalError
 from fal_scheduler.codec import decode, encode
 from fal_scheduler.core import invariants, tokens
+from fal_scheduler.core.catalog import Catalog
 from fal_scheduler.core.events import (
     ApplyApp,
     ApplyPool,
@@ -34,11 +35,20 @@ from fal_scheduler.core.events import (
     Tick,
 )
 from fal_scheduler.core.fleet import Fleet
+from fal_scheduler.core.model_events import (
+    AddModel,
+    AttestModel,
+    CollectModels,
+    RefuseModel,
+    RevokeModel,
+    StageModel,
+)
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.records import (
     Change,
     Goal,
     Meta,
+    Model,
     Pool,
     Resources,
     Runner,
@@ -46,6 +56,7 @@ from fal_scheduler.core.records import (
     ScaleOverride,
     Scaling,
     Spec,
+    Wish,
     key_of,
 )
 from fal_scheduler.core.state import State
@@ -55,6 +66,7 @@ from fal_scheduler.core.told import Gpu, GpuLink, Inventory, RunnerStatus
 from fal_scheduler.core.views import runner_phase
 
 GIB = 1 << 30
+MODELS = ("default/m0", "default/m1", "default/m2")
 _FORWARD = {
     RunnerState.STAGING: RunnerState.SETUP,
     RunnerState.SETUP: RunnerState.IDLE,
@@ -402,6 +414,17 @@ def check_indexes(state: State) -> None:
     for node_id, runner_id in state.orphans:
         status = state.live[node_id].orphans[runner_id]
         fresh.hold(node_id, runner_id, status.gpus, status.memory_bytes, status.cpu_milli)
+    catalog = Catalog()
+    for model in state.models.values():
+        catalog.set_model(None, model)
+    assert {k: set(ids) for k, ids in catalog.by_artifact.items()} == {
+        k: set(v) for k, v in state.models_by_artifact.items()
+    }
+    assert {k: set(ids) for k, ids in catalog.by_digest.items()} == {
+        k: set(v) for k, v in state.models_by_digest.items()
+    }
+    for kind in ("", "model", "lora"):
+        assert catalog.page(kind=kind, limit=100) == state.catalog.page(kind=kind, limit=100)
     have, expected = state.fleet.fresh(), fresh.fresh()
     for column in ("ready", "first", "healthy", "total", "free", "memory_free", "cpu_free"):
         assert (getattr(have, column) == getattr(expected, column)).all(), column
@@ -422,7 +445,7 @@ def random_step(world: World) -> None:
     node_id = rng.choice(sorted(world.nodes))
     node = world.nodes[node_id]
     app_id = f"default/app{rng.randrange(4)}"
-    match rng.randrange(22):
+    match rng.randrange(24):
         case 0 | 1:
             spec, digest = spec_of(
                 gpus=rng.choice((0, 1, 1, 2, 4)),
@@ -431,6 +454,8 @@ def random_step(world: World) -> None:
                 memory_gib=rng.choice((1, 8, 30)),
                 tag=str(rng.randrange(3)),
             )
+            if rng.randrange(3) == 0:
+                spec, digest = replace(spec, model=rng.choice(MODELS)), f"{digest} with a model"
             world.step(ApplyApp(app_id, spec, digest, rng.choice((None, None, 0, 1))))
         case 2:
             world.step(ScaleApp(app_id, ScaleOverride(min_concurrency=rng.randrange(6)), reset=rng.randrange(5) == 0))
@@ -462,6 +487,8 @@ def random_step(world: World) -> None:
                 _plant_orphan(world, node, min(free - promised))
         case 14:
             world.step(Confirm(rng.choice(("adopt", "stop", "stops", "store", "node"))))
+        case 15 | 16:
+            _random_model_step(world)
         case 13:
             world.step(GatewayReach("g1", {node_id: "direct"}, world.now_s))
         case _:
@@ -470,6 +497,27 @@ def random_step(world: World) -> None:
                 if rng.randrange(10) < 7:
                     node.advance(runner_id)
             world.report(node_id)
+
+
+def _random_model_step(world: World) -> None:
+    """Operators and the registrar do something about a model."""
+    rng = world.rng
+    id_ = rng.choice(MODELS)
+    artifact = f"{rng.randrange(3)}" * 64
+    match rng.randrange(10):
+        case 0 | 1 | 2 | 3:
+            world.step(AddModel(Model(id_, rng.choice(("model", "lora")), "s3://b/m", artifact_id=artifact)))
+        case 4 | 5:
+            world.step(AttestModel(id_, artifact, 1, 1))
+        case 6:
+            world.step(RefuseModel(id_, "wrong bytes"))
+        case 7:
+            world.step(StageModel(Wish(id_, rng.choice(("pool/east", "node/node1", "replicas")), rng.randrange(2))))
+        case 8:
+            world.step(CollectModels(MODELS))
+        case 9:
+            if rng.randrange(3) == 0:
+                world.step(RevokeModel(id_, "licence ended"))
 
 
 def _plant_orphan(world: World, node: SimNode, gpu: str) -> None:
