@@ -29,6 +29,7 @@ GpuId = NewType("GpuId", str)
 AssignmentId = NewType("AssignmentId", str)
 
 DEFAULT_TEAM: Final = "default"
+SYSTEM_TEAM: Final = "system"  # owns build tasks and entries of compile caches; no customer's
 # No i, l, o, u: read aloud over a phone without mistakes (Crockford's base 32, lower case).
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
@@ -45,6 +46,13 @@ def check_name(value: str, *, field: str) -> str:
             remedy=f"Use 1 to {NAME_CHARS_MAX} of a-z, 0-9 and '-', starting and ending with a letter or digit.",
         )
     return value
+
+
+def check_customer(owned: str, *, field: str) -> str:
+    """Return a `team/name` that is not of the team which the scheduler keeps for itself, else raise INVALID."""
+    if team_of(owned) == SYSTEM_TEAM:
+        raise invalid(field, owned[:80], "is the scheduler's own", remedy=f"Use another team than {SYSTEM_TEAM!r}.")
+    return owned
 
 
 def random_suffix(rng: Random, chars: int = _SUFFIX_CHARS) -> str:
@@ -105,6 +113,7 @@ def owned_of(path: str) -> str:
 
 __all__ = [
     "DEFAULT_TEAM",
+    "SYSTEM_TEAM",
     "AppId",
     "AssignmentId",
     "GpuId",
@@ -113,6 +122,7 @@ __all__ = [
     "RevisionId",
     "RunnerId",
     "app_id",
+    "check_customer",
     "check_name",
     "model_id",
     "name_of",

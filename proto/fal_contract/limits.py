@@ -142,3 +142,17 @@ MANIFEST_EMBEDDED_BYTES_MAX: Final = 64 << 10  # larger ones are fetched by who 
 WISHES_PER_MODEL_MAX: Final = 256
 WISH_TTL_MAX_S: Final = 366 * 86400.0
 CLAIMS_BYTES_MAX: Final = 64 << 20  # digests of pieces that nobody has attested yet, of all models together
+
+# Compile caches.
+CACHE_FACT_BYTES_MAX: Final = 4096  # of one fact of a key
+CACHE_KEYS_PER_APP_MAX: Final = 64
+CACHE_ENTRY_BYTES_MAX: Final = 4 << 30
+CACHE_NAMESPACE_BYTES_MAX: Final = 256 << 30  # of all entries of the cluster's, or of one team's, namespace
+CACHE_NAMESPACE_ENTRIES_MAX: Final = 10_000
+CACHE_ENTRY_WAIT_S: Final = 60.0  # a container starts without an entry that does not come in this time
+BUILD_TIMEOUT_S: Final = 3600.0
+BUILD_TIMEOUT_MAX_S: Final = 6 * 3600.0
+BUILD_WAIT_MAX_S: Final = 3600.0  # for a node
+BUILDS_MAX: Final = 256  # at once
+BUILD_MANIFEST_BYTES_MAX: Final = 256 << 10  # travels in a runner's status
+BUILD_OUTPUT_PIN_S: Final = 3600.0  # until the scheduler has signed it

@@ -582,6 +582,7 @@ class RunnerStatus(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CPU_MILLI_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
     runner_id: _builtins.str
     """`team/app-suffix`."""
     assignment_id: _builtins.str
@@ -635,6 +636,10 @@ class RunnerStatus(_message.Message):
     def residencies(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.Residency]:
         """Models loaded in it."""
 
+    @_builtins.property
+    def output(self) -> _state_pb2.ModelManifest:
+        """Of a build task that ended with exit code 0: what its node's cache took in, not signed. Unset: nothing, see reason."""
+
     def __init__(
         self,
         *,
@@ -662,10 +667,11 @@ class RunnerStatus(_message.Message):
         memory_bytes: _builtins.int = ...,
         cpu_milli: _builtins.int = ...,
         refused: _builtins.bool = ...,
+        output: _state_pb2.ModelManifest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "app", b"app", "assignment_id", b"assignment_id", "cpu_milli", b"cpu_milli", "exit_code", b"exit_code", "gpu_seconds", b"gpu_seconds", "gpus", b"gpus", "in_flight", b"in_flight", "last_used_age_s", b"last_used_age_s", "log_tail", b"log_tail", "max_multiplexing", b"max_multiplexing", "memory_bytes", b"memory_bytes", "oom_killed", b"oom_killed", "phases", b"phases", "ready_at_s", b"ready_at_s", "reason", b"reason", "refused", b"refused", "residencies", b"residencies", "revision", b"revision", "runner_id", b"runner_id", "served", b"served", "share_group", b"share_group", "started_at_s", b"started_at_s", "state", b"state", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "app", b"app", "assignment_id", b"assignment_id", "cpu_milli", b"cpu_milli", "exit_code", b"exit_code", "gpu_seconds", b"gpu_seconds", "gpus", b"gpus", "in_flight", b"in_flight", "last_used_age_s", b"last_used_age_s", "log_tail", b"log_tail", "max_multiplexing", b"max_multiplexing", "memory_bytes", b"memory_bytes", "oom_killed", b"oom_killed", "output", b"output", "phases", b"phases", "ready_at_s", b"ready_at_s", "reason", b"reason", "refused", b"refused", "residencies", b"residencies", "revision", b"revision", "runner_id", b"runner_id", "served", b"served", "share_group", b"share_group", "started_at_s", b"started_at_s", "state", b"state", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -1000,6 +1006,9 @@ class Artifact(_message.Message):
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     ALLOW_PROVISIONAL_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    CACHE_KEY_FIELD_NUMBER: _builtins.int
+    ENTRY_SIGNATURE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """`team/name`."""
     kind: _builtins.str
@@ -1016,6 +1025,12 @@ class Artifact(_message.Message):
     """Its container may start while it is arriving."""
     allow_provisional: _builtins.bool
     """Its container may read pieces that nobody has attested yet."""
+    namespace: _builtins.str
+    """Of an entry of the compile cache: "cluster" or "team/NAME", its key, and the CA's signature over both and
+    manifest_digest (`fal_contract.artifact.cache_entry_text`), DER. An entry that does not come is done without.
+    """
+    cache_key: _builtins.str
+    entry_signature: _builtins.bytes
     @_builtins.property
     def manifest(self) -> _state_pb2.ModelManifest:
         """The manifest, where it is small; a large one is fetched by fsd from the scheduler or from a peer."""
@@ -1032,10 +1047,13 @@ class Artifact(_message.Message):
         artifact_id: _builtins.str = ...,
         stream: _builtins.bool = ...,
         allow_provisional: _builtins.bool = ...,
+        namespace: _builtins.str = ...,
+        cache_key: _builtins.str = ...,
+        entry_signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "artifact_id", b"artifact_id", "bytes", b"bytes", "kind", b"kind", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "model", b"model", "stream", b"stream", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "artifact_id", b"artifact_id", "bytes", b"bytes", "cache_key", b"cache_key", "entry_signature", b"entry_signature", "kind", b"kind", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "model", b"model", "namespace", b"namespace", "stream", b"stream", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1379,16 +1379,20 @@ class ListCacheEntriesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMESPACE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Only of this namespace; empty: all that the caller may see."""
+    key: _builtins.str
+    """Only keys that begin so."""
     def __init__(
         self,
         *,
         namespace: _builtins.str = ...,
+        key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "namespace", b"namespace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1427,13 +1431,29 @@ class CacheEntryView(_message.Message):
     ENTRY_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    RUNNER_FIELD_NUMBER: _builtins.int
+    LOG_TAIL_FIELD_NUMBER: _builtins.int
+    NODES_READY_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     """"ready", "building" or "failed"."""
     reason: _builtins.str
     """Why it failed."""
+    namespace: _builtins.str
+    """Whose it is and its key, also while it is being built."""
+    key: _builtins.str
+    runner: _builtins.str
+    """Runner of the build task, while it is being built or when it failed."""
+    nodes_ready: _builtins.int
+    """Nodes that have all of it."""
     @_builtins.property
     def entry(self) -> _state_pb2.CacheEntry:
         """What is stored; unset while it is being built."""
+
+    @_builtins.property
+    def log_tail(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Last lines of a build that failed."""
 
     def __init__(
         self,
@@ -1441,14 +1461,45 @@ class CacheEntryView(_message.Message):
         entry: _state_pb2.CacheEntry | None = ...,
         state: _builtins.str = ...,
         reason: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+        key: _builtins.str = ...,
+        runner: _builtins.str = ...,
+        log_tail: _abc.Iterable[_builtins.str] | None = ...,
+        nodes_ready: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "key", b"key", "log_tail", b"log_tail", "namespace", b"namespace", "nodes_ready", b"nodes_ready", "reason", b"reason", "runner", b"runner", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheEntryView: _TypeAlias = CacheEntryView  # noqa: Y015
+
+@_typing.final
+class EvictCacheEntryRequest(_message.Message):
+    """Names an entry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """"cluster" or "team/NAME"."""
+    key: _builtins.str
+    """The whole key."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictCacheEntryRequest: _TypeAlias = EvictCacheEntryRequest  # noqa: Y015
 
 @_typing.final
 class BuildCacheRequest(_message.Message):
@@ -1483,6 +1534,7 @@ class BuildCacheRequest(_message.Message):
     NUM_GPUS_FIELD_NUMBER: _builtins.int
     MACHINE_TYPE_FIELD_NUMBER: _builtins.int
     BYTES_MAX_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """"cluster" or "team/NAME"."""
     image: _builtins.str
@@ -1492,7 +1544,9 @@ class BuildCacheRequest(_message.Message):
     machine_type: _builtins.str
     """Machine type that it must run on."""
     bytes_max: _builtins.int
-    """Refuse more than this."""
+    """Refuse more than this; 0: the usual bound."""
+    timeout_s: _builtins.float
+    """Seconds that the build task may run; 0: the usual bound."""
     @_builtins.property
     def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What the key is made of; see fal_contract.cache_key."""
@@ -1511,10 +1565,11 @@ class BuildCacheRequest(_message.Message):
         num_gpus: _builtins.int = ...,
         machine_type: _builtins.str = ...,
         bytes_max: _builtins.int = ...,
+        timeout_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_max", b"bytes_max", "command", b"command", "facts", b"facts", "image", b"image", "machine_type", b"machine_type", "namespace", b"namespace", "num_gpus", b"num_gpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_max", b"bytes_max", "command", b"command", "facts", b"facts", "image", b"image", "machine_type", b"machine_type", "namespace", b"namespace", "num_gpus", b"num_gpus", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -156,6 +156,11 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.BuildCacheRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.FromString,
                 _registered_method=True)
+        self.EvictCacheEntry = channel.unary_unary(
+                '/fal.v1.Cluster/EvictCacheEntry',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.EvictCacheEntryRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.FromString,
+                _registered_method=True)
         self.ApplyApp = channel.unary_unary(
                 '/fal.v1.Cluster/ApplyApp',
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ApplyAppRequest.SerializeToString,
@@ -395,6 +400,13 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EvictCacheEntry(self, request, context):
+        """Forgets an entry, so that it can be built anew; what runs keeps what it has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ApplyApp(self, request, context):
         """Deploys: makes a revision and lets it run. All or nothing.
         """
@@ -607,6 +619,11 @@ def add_ClusterServicer_to_server(servicer, server):
             'BuildCache': grpc.unary_unary_rpc_method_handler(
                     servicer.BuildCache,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.BuildCacheRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.SerializeToString,
+            ),
+            'EvictCacheEntry': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvictCacheEntry,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.EvictCacheEntryRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.SerializeToString,
             ),
             'ApplyApp': grpc.unary_unary_rpc_method_handler(
@@ -1323,6 +1340,33 @@ class Cluster:
             target,
             '/fal.v1.Cluster/BuildCache',
             fal__contract_dot_v1_dot_cluster__pb2.BuildCacheRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictCacheEntry(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/EvictCacheEntry',
+            fal__contract_dot_v1_dot_cluster__pb2.EvictCacheEntryRequest.SerializeToString,
             fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.FromString,
             options,
             channel_credentials,

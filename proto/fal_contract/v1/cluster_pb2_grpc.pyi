@@ -82,6 +82,8 @@ class ClusterStub:
     """Entries of the compile cache."""
     BuildCache: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.BuildCacheRequest, _cluster_pb2.CacheEntryView]
     """Looks an entry up, or has it built: one build at a time for a key."""
+    EvictCacheEntry: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.EvictCacheEntryRequest, _cluster_pb2.CacheEntryView]
+    """Forgets an entry, so that it can be built anew; what runs keeps what it has."""
     ApplyApp: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]
     """Deploys: makes a revision and lets it run. All or nothing."""
     PlanApp: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]
@@ -162,6 +164,8 @@ class ClusterAsyncStub(ClusterStub):
     """Entries of the compile cache."""
     BuildCache: _aio.UnaryUnaryMultiCallable[_cluster_pb2.BuildCacheRequest, _cluster_pb2.CacheEntryView]  # type: ignore[assignment]
     """Looks an entry up, or has it built: one build at a time for a key."""
+    EvictCacheEntry: _aio.UnaryUnaryMultiCallable[_cluster_pb2.EvictCacheEntryRequest, _cluster_pb2.CacheEntryView]  # type: ignore[assignment]
+    """Forgets an entry, so that it can be built anew; what runs keeps what it has."""
     ApplyApp: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]  # type: ignore[assignment]
     """Deploys: makes a revision and lets it run. All or nothing."""
     PlanApp: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]  # type: ignore[assignment]
@@ -383,6 +387,14 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.CacheEntryView, _abc.Awaitable[_cluster_pb2.CacheEntryView]]:
         """Looks an entry up, or has it built: one build at a time for a key."""
+
+    @_abc_1.abstractmethod
+    def EvictCacheEntry(
+        self,
+        request: _cluster_pb2.EvictCacheEntryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.CacheEntryView, _abc.Awaitable[_cluster_pb2.CacheEntryView]]:
+        """Forgets an entry, so that it can be built anew; what runs keeps what it has."""
 
     @_abc_1.abstractmethod
     def ApplyApp(

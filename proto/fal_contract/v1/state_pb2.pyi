@@ -742,6 +742,8 @@ class AppSpec(_message.Message):
     SHARE_GROUP_FIELD_NUMBER: _builtins.int
     STREAM_WEIGHTS_FIELD_NUMBER: _builtins.int
     ALLOW_PROVISIONAL_FIELD_NUMBER: _builtins.int
+    COMPILE_CACHES_FIELD_NUMBER: _builtins.int
+    BUILD_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """Image name; "host" is the node's own system, read-only, with the worker's environment."""
     model: _builtins.str
@@ -796,6 +798,14 @@ class AppSpec(_message.Message):
     def probe(self) -> Global___Probe:
         """Health probes."""
 
+    @_builtins.property
+    def compile_caches(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys of compile caches that its containers get where they exist: of the app's own team, else of the cluster."""
+
+    @_builtins.property
+    def build(self) -> Global___BuildTask:
+        """Set by the scheduler alone: this is no app but a task that runs once, and leaves an entry of the compile cache."""
+
     def __init__(
         self,
         *,
@@ -817,14 +827,72 @@ class AppSpec(_message.Message):
         share_group: _builtins.str = ...,
         stream_weights: _builtins.bool = ...,
         allow_provisional: _builtins.bool = ...,
+        compile_caches: _abc.Iterable[_builtins.str] | None = ...,
+        build: Global___BuildTask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["probe", b"probe", "resources", b"resources", "scaling", b"scaling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "probe", b"probe", "resources", b"resources", "scaling", b"scaling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "command", b"command", "env", b"env", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "image", b"image", "labels", b"labels", "loras", b"loras", "machine_type", b"machine_type", "model", b"model", "network", b"network", "num_gpus", b"num_gpus", "pools", b"pools", "probe", b"probe", "resources", b"resources", "scaling", b"scaling", "share_group", b"share_group", "stream_weights", b"stream_weights", "termination_grace_s", b"termination_grace_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "build", b"build", "command", b"command", "compile_caches", b"compile_caches", "env", b"env", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "image", b"image", "labels", b"labels", "loras", b"loras", "machine_type", b"machine_type", "model", b"model", "network", b"network", "num_gpus", b"num_gpus", "pools", b"pools", "probe", b"probe", "resources", b"resources", "scaling", b"scaling", "share_group", b"share_group", "stream_weights", b"stream_weights", "termination_grace_s", b"termination_grace_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AppSpec: _TypeAlias = AppSpec  # noqa: Y015
+
+@_typing.final
+class BuildTask(_message.Message):
+    """What a build task makes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FactsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """"cluster" or "team/NAME": who may read the entry."""
+    key: _builtins.str
+    """See CacheEntry."""
+    bytes_max: _builtins.int
+    """Refuse more output than this."""
+    @_builtins.property
+    def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the key is made of."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        key: _builtins.str = ...,
+        bytes_max: _builtins.int = ...,
+        facts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_max", b"bytes_max", "facts", b"facts", "key", b"key", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BuildTask: _TypeAlias = BuildTask  # noqa: Y015
 
 @_typing.final
 class App(_message.Message):
@@ -1040,7 +1108,8 @@ class Model(_message.Message):
     """`uri` with moving names replaced by what they meant when it was registered: a commit."""
     attestation: _builtins.str
     """How the content became known: "digests" (the origin published them, and they were confirmed), "version" (every
-    range came under one version of the origin's file), "read" (the scheduler read the folder itself) or "push".
+    range came under one version of the origin's file), "read" (the scheduler read the folder itself), "push" or "build"
+    (a task that the scheduler ran left it).
     """
     attested_by: _builtins.str
     """Who told the content: "scheduler", a node's id, or an operator's name."""

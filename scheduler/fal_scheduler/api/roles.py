@@ -38,6 +38,7 @@ _CLUSTER: Final[Mapping[str, frozenset[Role]]] = {
     "BeginPush": WRITERS,
     "EndPush": WRITERS,
     "BuildCache": WRITERS,
+    "EvictCacheEntry": WRITERS,
     "ApplyApp": WRITERS,
     "ScaleApp": WRITERS,
     "DeleteApp": WRITERS,
