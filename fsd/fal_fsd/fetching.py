@@ -13,12 +13,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
+from urllib.parse import unquote
 
 from fal_contract.errors import Code, FalError
 from fal_contract.pieces import Bitmap
 from fal_contract.telemetry import get_logger
 from fal_fsd.claims import ClaimBook
-from fal_fsd.core.manifest import local_folder
 from fal_fsd.core.messages import (
     ORIGIN,
     Ask,
@@ -35,6 +35,7 @@ from fal_fsd.core.swarm import Swarm
 from fal_fsd.disk.part import DiskPart
 from fal_fsd.disk.reading import Cancelled
 from fal_fsd.lease_reads import LeaseReads, OriginReader
+from fal_fsd.origin import parse_uri
 from fal_fsd.ports import Part
 from fal_fsd.tally import Tally
 from fal_fsd.tools import Tools
@@ -274,7 +275,7 @@ class Fetching:
                 loop.call_soon_threadsafe(look)
 
         try:
-            folder = Path(local_folder(uri))
+            folder = Path(unquote(parse_uri(uri).path))
             copying = asyncio.create_task(
                 asyncio.to_thread(self._tools.store.copy_in, self._raw, folder, stop, on_bytes)
             )

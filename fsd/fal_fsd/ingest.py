@@ -26,7 +26,7 @@ from fal_contract.v1 import fsd_pb2
 if TYPE_CHECKING:
     from fal_fsd.node import CacheNode
 
-URI: Final = "push:///ingest"
+URI: Final = "push://ingest"
 _BLOCK_BYTES: Final = 1 << 20
 
 

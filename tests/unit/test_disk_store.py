@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sqlite3
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -581,8 +582,6 @@ def test_a_damaged_database_is_refused_and_models_are_found_again(tmp_path: Path
 
 
 def test_a_newer_database_is_refused(tmp_path: Path) -> None:
-    import sqlite3
-
     open_store(tmp_path / "s").close()
     db = sqlite3.connect(tmp_path / "s/cache.db")
     db.execute("PRAGMA user_version = 99")
@@ -593,20 +592,24 @@ def test_a_newer_database_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_state_folder_of_the_release_before_is_taken_over(tmp_path: Path) -> None:
-    from fal_contract.artifact import entries_of
-    from fal_fsd.core.manifest import checked
-    from fal_fsd.store import Store
-
-    source = tmp_path / "source"
-    for path, data in FILES.items():
-        (source / path).parent.mkdir(parents=True, exist_ok=True)
-        (source / path).write_bytes(data)
     artifact = artifact_of(FILES)
-    old = Store(tmp_path / "s", reserve_bytes=0)
-    manifest = checked(artifact.manifest_digest, entries_of(artifact))
-    old.begin(manifest, "t/m", "runner-1")
-    old.stage(manifest, source, on_bytes=lambda _: None, stop=NEVER)
-    old.close()
+    tree = tmp_path / "s/models" / artifact.manifest_digest
+    for path, data in FILES.items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_bytes(data)
+        (tree / path).chmod(0o444)
+    db = sqlite3.connect(tmp_path / "s/pins.db")
+    db.executescript(
+        """
+        CREATE TABLE artifact (digest TEXT PRIMARY KEY, model TEXT NOT NULL, bytes INTEGER NOT NULL) WITHOUT ROWID;
+        CREATE TABLE pin (digest TEXT NOT NULL, owner TEXT NOT NULL, PRIMARY KEY (digest, owner)) WITHOUT ROWID;
+        PRAGMA user_version = 1;
+        """
+    )
+    db.execute("INSERT INTO artifact VALUES (?, 't/m', ?)", (artifact.manifest_digest, artifact.bytes_total))
+    db.execute("INSERT INTO pin VALUES (?, 'runner-1')", (artifact.manifest_digest,))
+    db.commit()
+    db.close()
     damaged = tmp_path / "s/models" / ("0" * 64)
     damaged.mkdir()
     (damaged / "x").write_bytes(b"?")
