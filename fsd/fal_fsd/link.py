@@ -47,7 +47,7 @@ class CacheSide(Protocol):
         ...
 
     async def down(self, message: weights_pb2.CacheDown) -> None:
-        """Everything but the welcome. Must not raise for what one message says."""
+        """Everything but the first welcome. Must not raise for what one message says."""
         ...
 
     def disconnected(self) -> None: ...
@@ -148,10 +148,7 @@ class Link:
 
     async def _listen(self, call: Any) -> None:
         while True:
-            message = await _receive(call)
-            if message.WhichOneof("kind") == "welcome":
-                raise FalError(Code.INVALID, "a second welcome came", remedy="The session starts over by itself.")
-            await self._side.down(message)
+            await self._side.down(await _receive(call))
 
     async def _report(self, call: Any) -> None:
         while True:

@@ -180,15 +180,18 @@ class CacheNode:
         )
 
     def welcome(self, message: weights_pb2.CacheWelcome) -> None:
-        self.around.welcome(message)
-        if message.disk_bytes_max:
-            self.store.set_bytes_max(message.disk_bytes_max)
+        self._placed(message)
         self.news.begun()
         self._wishes_revision = 0
         self._swarm_revisions.clear()
         for transfer in self.transfers.active():
             if not transfer.artifact.attested:
                 transfer.tell_again()
+
+    def _placed(self, message: weights_pb2.CacheWelcome) -> None:
+        self.around.welcome(message)
+        if message.disk_bytes_max:
+            self.store.set_bytes_max(message.disk_bytes_max)
 
     def disconnected(self) -> None:
         self.news.ended()
@@ -225,6 +228,10 @@ class CacheNode:
                     self._job(self._drop(message.drop), "drop")
                 case "verify":
                     self._job(self.verify(message.verify.id), "verify")
+                case "last_copies":
+                    self.store.set_last_copies(message.last_copies.artifact_ids)
+                case "welcome":  # again: new keys, or the pool has changed
+                    self._placed(message.welcome)
                 case "want_manifest":
                     await self._tell_manifest(message.want_manifest.id)
                 case _:
@@ -273,6 +280,8 @@ class CacheNode:
 
     async def _attested(self, message: state_pb2.ModelManifest) -> None:
         """CORRUPT when the CA did not sign it."""
+        if not message.files:  # too large for the stream
+            message = await self.around.manifest(message.artifact_id)
         artifact = attest.believed(message, self.around.ca_key())
         if not await self.transfers.attested(artifact):
             known = await asyncio.to_thread(self.store.artifact, artifact.id)
