@@ -445,7 +445,7 @@ def random_step(world: World) -> None:
     node_id = rng.choice(sorted(world.nodes))
     node = world.nodes[node_id]
     app_id = f"default/app{rng.randrange(4)}"
-    match rng.randrange(24):
+    match rng.randrange(25):
         case 0 | 1:
             spec, digest = spec_of(
                 gpus=rng.choice((0, 1, 1, 2, 4)),
@@ -454,7 +454,7 @@ def random_step(world: World) -> None:
                 memory_gib=rng.choice((1, 8, 30)),
                 tag=str(rng.randrange(3)),
             )
-            if rng.randrange(3) == 0:
+            if rng.randrange(2) == 0:
                 spec, digest = replace(spec, model=rng.choice(MODELS)), f"{digest} with a model"
             world.step(ApplyApp(app_id, spec, digest, rng.choice((None, None, 0, 1))))
         case 2:
@@ -487,7 +487,7 @@ def random_step(world: World) -> None:
                 _plant_orphan(world, node, min(free - promised))
         case 14:
             world.step(Confirm(rng.choice(("adopt", "stop", "stops", "store", "node"))))
-        case 15 | 16:
+        case 15 | 16 | 17:
             _random_model_step(world)
         case 13:
             world.step(GatewayReach("g1", {node_id: "direct"}, world.now_s))
@@ -507,17 +507,16 @@ def _random_model_step(world: World) -> None:
     match rng.randrange(10):
         case 0 | 1 | 2 | 3:
             world.step(AddModel(Model(id_, rng.choice(("model", "lora")), "s3://b/m", artifact_id=artifact)))
-        case 4 | 5:
+        case 4:
             world.step(AttestModel(id_, artifact, 1, 1))
-        case 6:
+        case 5 | 6:
             world.step(RefuseModel(id_, "wrong bytes"))
         case 7:
             world.step(StageModel(Wish(id_, rng.choice(("pool/east", "node/node1", "replicas")), rng.randrange(2))))
         case 8:
             world.step(CollectModels(MODELS))
         case 9:
-            if rng.randrange(3) == 0:
-                world.step(RevokeModel(id_, "licence ended"))
+            world.step(RevokeModel(id_, "licence ended"))
 
 
 def _plant_orphan(world: World, node: SimNode, gpu: str) -> None:
