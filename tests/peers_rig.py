@@ -162,7 +162,7 @@ class Rig:
         for me in node_ids:
             for other in node_ids:
                 if me != other:
-                    await self.nodes[me].events.until(lambda e, other=other: e.named("peer_up", other))
+                    await self.nodes[me].events.until(functools.partial(_is_up, other))
 
     async def close(self) -> None:
         """All of them."""
@@ -180,6 +180,10 @@ async def rig(artifact: Artifact, contents: Contents) -> AsyncIterator[Rig]:
         yield made
     finally:
         await made.close()
+
+
+def _is_up(other: str, events: RecordingEvents) -> bool:
+    return bool(events.named("peer_up", other))
 
 
 class RawPeer:

@@ -52,7 +52,7 @@ class Routes:
         before = self._members.pop(artifact_id, {})
         if told:
             self._members[artifact_id] = told
-        for node_id in before.keys() | told.keys():
+        for node_id in sorted(before.keys() | told.keys()):
             self._rebuild(node_id, now_s)
 
     def _rebuild(self, node_id: str, now_s: float) -> None:
