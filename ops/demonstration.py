@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from demonstration_s3 import RATE, S3Server
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 PROMPTS = ("a handwritten seven", "the digit 3", "a drawing of zero")
@@ -28,6 +30,9 @@ model = "digits"
 loras = ["digits-look"]
 num_gpus = 1
 min_concurrency = 2
+# The container starts while its weights are still arriving, and may read bytes that nobody has attested yet.
+stream_weights = true
+allow_provisional = true
 [resources]
 cpu = 1.0
 memory_gib = 2.0
@@ -42,6 +47,7 @@ class Demo:
         self.out = out
         self.options = options
         self.phases: list[tuple[str, float]] = []
+        self.s3: S3Server | None = None
         self.env = {**os.environ, "XDG_CONFIG_HOME": str(folder / "config"), "OMP_NUM_THREADS": "1"}
 
     @contextmanager
@@ -74,19 +80,28 @@ class Demo:
     def run(self) -> None:
         """The main job."""
         dev = str(self.folder / "dev")
-        with self.phase("start a scheduler, three agents, a gateway"):
+        with self.phase("start an S3 server, a scheduler, three agents, a gateway"):
+            bucket = REPOSITORY / "ops" / "models"
+            self.s3 = S3Server(bucket.parent)
+            self.say(f"S3 server over {bucket} as bucket {bucket.name!r}, at most {RATE} bytes per second")
             up = ["dev", "up", "--dir", dev, "--nodes", "3", "--sim-gpus", "2xH100-80GB"]
+            up += ["--credentials", str(self.s3.credentials(self.folder / "credentials.toml"))]
             self.say(self.falctl(*up, "--driver", self.options.driver, "--store", self.options.store))
             self.say(self.falctl("node", "list"))
-        with self.phase("register the model"):
-            models = REPOSITORY / "ops" / "models"
-            self.say(self.falctl("weights", "add", "digits", (models / "digits").as_uri()))
-            self.say(self.falctl("weights", "add", "digits-look", (models / "digits-lora").as_uri(), "--kind", "lora"))
-        with self.phase("deploy: two runners, ready to draw"):
+        with self.phase("register the model and its LoRA: names and sizes"):
+            self.say(self.falctl("weights", "add", "digits", "s3://models/digits"))
+            self.say(self.falctl("weights", "add", "digits-look", "s3://models/digits-lora", "--kind", "lora"))
+        with self.phase("deploy: two runners start while their weights arrive"):
             manifest = self.folder / "app.toml"
             manifest.write_text(MANIFEST)
-            self.say(self.falctl("app", "apply", "-f", str(manifest)))
+            self.say(self.falctl("app", "apply", "-f", str(manifest), "--detach"))
+            self.say(self.falctl("weights", "stage", "digits", "--replicas", "3"))
+            self.watch_weights()
             self.say(self.falctl("runner", "list"))
+        with self.phase("all three nodes have the model; the origin was read once"):
+            self.say(self.falctl("weights", "stage", "digits", "--replicas", "3", "--watch"))
+            self.say(self.falctl("weights", "where", "digits"))
+            self.origin_bytes()
         with self.phase("draw three prompts"):
             for number, prompt in enumerate(PROMPTS):
                 self.draw(prompt, f"{number}-{prompt.replace(' ', '-')}.png")
@@ -96,6 +111,33 @@ class Demo:
             self.kill_the_scheduler(dev)
         with self.phase("draw once more, with the LoRA"):
             self.draw("a handwritten five", "3-five-with-lora.png", "--lora", "digits-look")
+
+    def watch_weights(self) -> None:
+        """Say how much of the model each node had when its container started, and when the runner was ready."""
+        started: dict[str, str] = {}
+        began = time.monotonic()
+
+        def look() -> bool:
+            runners = self.ask("runners", "runner", "list", "--app", "digits")
+            nodes = {one["node_id"]: one for one in self.ask("where", "weights", "where", "digits")["nodes"]}
+            for one in runners:
+                name, node = one["runner"]["id"], nodes.get(one["runner"]["node"])
+                if one["state"] in ("SETUP", "IDLE", "RUNNING") and name not in started and node is not None:
+                    here, size = int(node["cached"]["bytes_disk"]), int(node["cached"]["bytes"])
+                    started[name] = f"{here / 1e6:.1f} of {size / 1e6:.1f} MB of its weights are there"
+                    self.say(
+                        f"{time.monotonic() - began:5.1f} s  {name} has started on {node['node']}: {started[name]}"
+                    )
+            return len(self.ready_runners()) == 2
+
+        self.until(look, "two runners are ready", 180)
+        self.say(f"{time.monotonic() - began:5.1f} s  both are ready")
+
+    def origin_bytes(self) -> None:
+        """How often the origin was read, over all nodes."""
+        where = self.ask("where", "weights", "where", "digits")
+        read, size = int(where["bytes_from_origin"]), int(where["bytes_total"])
+        self.say(f"origin bytes ÷ model bytes over {len(where['nodes'])} nodes: {read / size:.2f} ({read} ÷ {size})")
 
     def draw(self, prompt: str, name: str, *more: str) -> None:
         """One picture through the serving API."""
@@ -188,6 +230,8 @@ def main() -> None:
     try:
         demo.run()
     finally:
+        if demo.s3 is not None:
+            demo.s3.close()
         if not options.keep and (folder / "dev").exists():
             with demo.phase("tear down"):
                 demo.falctl("dev", "down", "--dir", str(folder / "dev"))
