@@ -2,8 +2,8 @@
 
 Invariant: `blobs/ARTIFACT-ID` holds the `ModelManifest` of that artifact: the listing while it is REGISTERED (paths,
 sizes, versions, SHA-256 where the origin publishes it), the manifest with every digest and the CA's signature once it
-is ATTESTED; anything else is refused. Files are written whole and durable before the store names them. The first release
-named files by manifest digest and wrote no piece digests: `legacy` reads those.
+is ATTESTED; anything else is refused. Files are written whole and durable before the store names them. The first
+release named files by manifest digest and wrote no piece digests: `legacy` reads those.
 Blocks on the disk: small files. Must not be used for anything larger than a manifest.
 """
 
