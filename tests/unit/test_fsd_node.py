@@ -1,4 +1,4 @@
-"""Parts of the cache's node that need no process: turns, claims, hashing behind the frontier, origin ranges, options."""
+"""Parts of the cache's node that need no process: turns, claims, hashing, origin ranges, what is believed, options."""
 
 from __future__ import annotations
 
