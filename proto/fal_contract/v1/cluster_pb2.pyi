@@ -1285,6 +1285,7 @@ class BeginPushRequest(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     ALLOW_PICKLE_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
+    AVOID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`team/name`."""
     kind: _builtins.str
@@ -1297,6 +1298,10 @@ class BeginPushRequest(_message.Message):
     def manifest(self) -> _state_pb2.ModelManifest:
         """Every file with SHA-256 and BLAKE3, piece length."""
 
+    @_builtins.property
+    def avoid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Node ids that the caller could not send to; others come first."""
+
     def __init__(
         self,
         *,
@@ -1305,10 +1310,11 @@ class BeginPushRequest(_message.Message):
         manifest: _state_pb2.ModelManifest | None = ...,
         allow_pickle: _builtins.bool = ...,
         pool: _builtins.str = ...,
+        avoid: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "id", b"id", "kind", b"kind", "manifest", b"manifest", "pool", b"pool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "avoid", b"avoid", "id", b"id", "kind", b"kind", "manifest", b"manifest", "pool", b"pool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1323,10 +1329,13 @@ class BeginPushReply(_message.Message):
     TARGETS_FIELD_NUMBER: _builtins.int
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     PRESENT_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """Names it."""
     present: _builtins.bool
     """True: the cluster has all of it already."""
+    caller: _builtins.str
+    """The caller's name in its tickets, which it says at the bulk port: `ROLE/NAME+SUFFIX`."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[_weights_pb2.SwarmMember]:
         """Nodes that take it, the best first, with tickets."""
@@ -1337,10 +1346,11 @@ class BeginPushReply(_message.Message):
         targets: _abc.Iterable[_weights_pb2.SwarmMember] | None = ...,
         artifact_id: _builtins.str = ...,
         present: _builtins.bool = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "present", b"present", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "caller", b"caller", "present", b"present", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
