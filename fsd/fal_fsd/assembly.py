@@ -172,13 +172,19 @@ class Cache:
         self.around.endpoints = self._endpoints
         self.around.unreachable = lambda: net.status().unreachable
         self.around.peers_up = lambda: len(net.status().peers)
-        self.around.link_rates = lambda: [
-            weights_pb2.LinkRate(
-                source=f"peer:{line.node_id}", rate_bytes_s=int(line.rate_bytes_s), bytes=line.bytes_received
-            )
-            for line in net.status().peers
-            if line.bytes_received
-        ]
+        self.around.link_rates = lambda: (
+            [
+                weights_pb2.LinkRate(
+                    source=f"peer:{line.node_id}", rate_bytes_s=int(line.rate_bytes_s), bytes=line.bytes_received
+                )
+                for line in net.status().peers
+                if line.bytes_received
+            ]
+            + [
+                weights_pb2.LinkRate(source=source, rate_bytes_s=rate)
+                for source, rate in self.transfers.totals.origin_rates().items()
+            ]
+        )
 
     def _peer_net(self, identity: Identity, port: int) -> PeerNet:
         options = self.options

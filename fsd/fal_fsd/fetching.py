@@ -306,6 +306,7 @@ class Fetching:
 
     def _origin_lost(self, error: FalError) -> None:
         """It will not give this; peers may."""
+        self._events.tally.origin_failed()
         if self.origin_error is None:
             self.origin_error = error
             kind = "ORIGIN_CHANGED" if error.code is Code.CONFLICT else "BAD_ORIGIN"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 from fal_contract.artifact import Artifact
+from fal_contract.origin_source import origin_source
 from fal_contract.pieces import Bitmap
+from fal_fsd.core.rates import RateMeter
 
 _WINDOW_S: Final = 5.0
+_ORIGINS_MAX: Final = 64
+_ORIGIN_SAMPLE_S: Final = 0.1
 
 
 class Totals:
@@ -20,6 +25,44 @@ class Totals:
         self.bytes_from_origin = 0
         self.bytes_from_peers = 0
         self.pieces_bad = 0
+        self._origins: OrderedDict[str, _Origin] = OrderedDict()  # by `origin_source`
+
+    def came_from_origin(self, source: str, length: int, now_s: float) -> None:
+        """A piece of this origin was stored. The rate is taken over all reads at once; after a pause it begins anew."""
+        origin = self._origin(source)
+        origin.down = False
+        gap_s = now_s - origin.since_s
+        if gap_s > _WINDOW_S:
+            origin.since_s, origin.bytes = now_s, 0  # how long this piece took is not known
+            return
+        origin.bytes += length
+        if gap_s >= _ORIGIN_SAMPLE_S:
+            origin.meter.add(origin.bytes, gap_s)
+            origin.since_s, origin.bytes = now_s, 0
+
+    def origin_failed(self, source: str) -> None:
+        """It gives nothing, until it does again."""
+        self._origin(source).down = True
+
+    def origin_rates(self) -> dict[str, int]:
+        """Bytes per second of each origin that was read lately; 0: the last that was tried failed."""
+        known = self._origins.items()
+        return {i: 0 if x.down else int(x.meter.rate_bytes_s) for i, x in known if x.down or x.meter.bytes_total}
+
+    def _origin(self, source: str) -> _Origin:
+        origin = self._origins.setdefault(source, _Origin())
+        self._origins.move_to_end(source)
+        if len(self._origins) > _ORIGINS_MAX:
+            self._origins.popitem(last=False)
+        return origin
+
+
+@dataclass(slots=True)
+class _Origin:
+    meter: RateMeter = field(default_factory=RateMeter)
+    since_s: float = float("-inf")
+    bytes: int = 0
+    down: bool = False
 
 
 class Tally:
@@ -30,6 +73,7 @@ class Tally:
         self._have = have
         self._now_s = now_s
         self._totals = totals
+        self._source = origin_source(artifact.uri)
         self._recent: deque[tuple[float, int]] = deque()
         self._moved = asyncio.Event()
         self.bytes_total = artifact.bytes_total
@@ -69,6 +113,7 @@ class Tally:
         if from_origin:
             self.bytes_from_origin += length
             self._totals.bytes_from_origin += length
+            self._totals.came_from_origin(self._source, length, self._now_s())
         else:
             self.bytes_from_peers += length
             self._totals.bytes_from_peers += length
@@ -76,6 +121,10 @@ class Tally:
         self._trim(now_s)
         self._recent.append((now_s, length))
         self._wake()
+
+    def origin_failed(self) -> None:
+        """A read of it failed."""
+        self._totals.origin_failed(self._source)
 
     def bad(self) -> None:
         """A piece came with a wrong digest."""
