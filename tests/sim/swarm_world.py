@@ -224,6 +224,14 @@ class World:
         self._left += node.done_s is None
         self.join(node)
 
+    def heal(self) -> None:
+        """Routes between all nodes; who is linked connects."""
+        for node in self.nodes.values():
+            node.island = 0
+        for node in self.nodes.values():
+            for x in self.view.neighbours_of(node.id):
+                self.connect(node, self.nodes[x.node_id])
+
     def split(self, islands: Callable[[Node], int]) -> None:
         """No route between nodes of different islands from now on."""
         for node in self.nodes.values():
@@ -419,6 +427,15 @@ class World:
         if peer.alive and node.id in peer.peers:
             peer.swarm.lease_told(node.id, lease, ended, self.now_s)
             self.kick(peer)
+            for other in () if ended or lease.holder != node.id else peer.reads:
+                if set(other.pieces) & set(lease.pieces):
+                    patience_s = 4 * self.latency(node, peer) + 2 * self.batch_s + 0.01
+                    self.at(self.now_s + patience_s, self._one_stopped, node, lease, peer, other)
+
+    def _one_stopped(self, one: Node, lease: Lease, other: Node, other_lease: Lease) -> None:
+        """Two who know of each other do not both read on."""
+        if lease in one.reads and other_lease in other.reads and one.peers.get(other.id) is other:
+            self.faults.append(f"{one.id} and {other.id} both read on: {lease} and {other_lease}")
 
     def _ask(self, node: Node, peer_id: str, pieces: Sequence[int], urgent: bool) -> None:
         peer = node.peers.get(peer_id)

@@ -25,6 +25,7 @@ _BAD_AGAIN_S = 10.0  # another seed may try first
 _STREAMS_MEANT = 8  # of all seeds together, at least
 _FULL_AT = 1.25  # times the least seconds of a piece
 _OVERFULL_AT = 1.75
+_READER_STREAMS = 3  # beside the others, for what readers wait for
 _ENDS_AT = 0.6  # of the time that a piece takes
 _FADE = 0.7
 
@@ -159,6 +160,8 @@ class Reading:
         unspread = (self._pieces.from_origin & ~self._pieces.missing & ~self._sources.everywhere.held).bit_count()
         if self._seconds is None and not self._my_turn(now_s):
             return
+        if self.leases.own() & bits_of(self._pieces.wanted):
+            return  # a reader waits for what is being read: nothing beside it
         while free and self._active(now_s) < self._streams():
             if len(self._sources) and unspread >= self._policy.unspread_pieces:
                 return
@@ -255,7 +258,7 @@ class Reading:
         """What readers wait for and nobody has: its owner reads it at once, other seeds soon, other nodes late."""
         pieces, policy = self._pieces, self._policy
         for piece in each(bits_of(pieces.wanted) & free):
-            if len(self.leases.mine) > self._streams():
+            if len(self.leases.mine) >= self._streams() + _READER_STREAMS:
                 break
             wait_s = policy.reader_origin_s * (1.0 + mix(hash_of(self._me), piece) % 1024 / 1024)
             if self.seed or self.promoted:
@@ -323,7 +326,7 @@ class Reading:
         rank = sum(mix(source.hash) < own for source in sources)
         seeded = self._seed_connected()
         patience_s = (policy.promote_seeded_s if seeded else policy.promote_quiet_s) + policy.promote_rank_s * rank
-        self.promoted = now_s - (self._quiet_s or now_s) >= patience_s
+        self.promoted = self._quiet_s is not None and now_s - self._quiet_s >= patience_s
 
 
 __all__ = ["BAD_MAX", "Reading"]
