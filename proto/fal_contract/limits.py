@@ -143,6 +143,12 @@ WISHES_PER_MODEL_MAX: Final = 256
 WISH_TTL_MAX_S: Final = 366 * 86400.0
 CLAIMS_BYTES_MAX: Final = 64 << 20  # digests of pieces that nobody has attested yet, of all models together
 
+# Pushes from an operator's machine.
+PUSH_TARGETS_MAX: Final = 2  # nodes that are named at once; they trade what one of them gets
+PUSH_REPLICAS: Final = 2  # of a finished push: no origin has it
+PUSH_WISH_S: Final = 86400.0  # a push that does not go on for so long is given up by its nodes
+PUSH_CALLER_CHARS: Final = 6  # of the artifact id, in the caller's name: an operator may push several at once
+
 # Compile caches.
 CACHE_FACT_BYTES_MAX: Final = 4096  # of one fact of a key
 CACHE_KEYS_PER_APP_MAX: Final = 64

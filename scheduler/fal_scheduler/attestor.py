@@ -132,7 +132,7 @@ class Attestor:
 
         Content that was withdrawn under another name is refused. Raises a store error.
         """
-        withdrawn = self._withdrawn_twin(artifact)
+        withdrawn = self.withdrawn_twin(artifact)
         if withdrawn:
             await self.refuse(artifact.id, withdrawn)
             return
@@ -166,7 +166,7 @@ class Attestor:
         """With the CA's signature."""
         return replace(artifact, signature=self._ca.sign(attestation_text(artifact)))
 
-    def _withdrawn_twin(self, artifact: Artifact) -> str:
+    def withdrawn_twin(self, artifact: Artifact) -> str:
         """Why this content may not be used at all: every model that has it is revoked. Empty: it may."""
         state = self._engine.view
         twins = [state.models[id_] for id_ in state.models_by_digest.get(artifact.manifest_digest, ())]

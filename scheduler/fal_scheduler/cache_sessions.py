@@ -77,11 +77,11 @@ class CacheSessions:
         self._clock = clock
         self._alarms = alarms
         self._note = note
-        self._office = TicketOffice(secret)
+        self.office = TicketOffice(secret)
         self._sessions: dict[str, Outbox] = {}
         self._noted: dict[tuple[str, str, str], float] = {}
         self.table = ResidencyTable()
-        self.swarms = Swarms(self.table, lambda: engine.view, self._office, clock=clock, tell=self._swarm_due)
+        self.swarms = Swarms(self.table, lambda: engine.view, self.office, clock=clock, tell=self._swarm_due)
         self.wishes = WishKeeper(
             self.table, lambda: engine.view, registrar, clock=clock, alarms=alarms, tell=self._wishes_due
         )
@@ -135,7 +135,7 @@ class CacheSessions:
             version=version,
             cluster_id=state.meta.cluster_id,
             term=state.term,
-            ticket_keys=self._office.keys(node_id, self._clock.wall_s()),
+            ticket_keys=self.office.keys(node_id, self._clock.wall_s()),
             pool=node.pool,
             region=pool.region if pool is not None else "",
             zone=state.domain_of(node_id),

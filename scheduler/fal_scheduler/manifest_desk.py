@@ -85,7 +85,7 @@ class ManifestDesk:
             _log.warning("manifest_not_taken", artifact=message.artifact_id[:64], message=str(error))
             return False
         attested = model.state is ModelState.ATTESTED
-        if artifact.attested and artifact.manifest_digest != model.manifest_digest:
+        if attested and artifact.attested and artifact.manifest_digest != model.manifest_digest:
             return False
         if self._blobs.has(artifact.id) and (artifact.attested or not attested) and self._whole(artifact):
             return False

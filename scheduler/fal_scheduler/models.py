@@ -132,6 +132,22 @@ class ModelRegistrar:
         """Artifact ids whose manifests are missing here: ask a node that says Hello with one of them."""
         return tuple(self.desk.wanted)
 
+    # --- uploads (`pushes`) -----------------------------------------------------------------------------------------
+
+    def withdrawn_twin(self, artifact: Artifact) -> str:
+        """See `Attestor.withdrawn_twin`."""
+        return self._attestor.withdrawn_twin(artifact)
+
+    async def keep_pushed(self, artifact: Artifact) -> None:
+        """Sign and write what an operator hashed, unless it is here: nodes check what they take by it."""
+        if not self._blobs.has(artifact.id):
+            await asyncio.to_thread(self.desk.keep, self._attestor.signed(artifact))
+            self.desk.kept(artifact.id)
+
+    async def attest_pushed(self, artifact: Artifact, actor: str) -> None:
+        """A node has all of it, checked by these digests. Raises a store error."""
+        await self._attestor.settle(artifact, "push", actor)
+
     # --- registering ------------------------------------------------------------------------------------------------
 
     async def add(
@@ -288,7 +304,7 @@ class ModelRegistrar:
                 await asyncio.sleep(0)  # there may be 100,000
             if model.withdrawn:
                 continue
-            folder = model.uri.startswith("file:")
+            folder, pushed = model.uri.startswith("file:"), model.uri.startswith("push:")
             if not model.artifact_id:
                 self._start(model.id, self._complete(model))
             elif model.state is ModelState.REGISTERED and folder:
@@ -297,7 +313,7 @@ class ModelRegistrar:
                 continue
             elif folder:
                 self._start(model.id, self._restore(model))
-            elif model.state is ModelState.REGISTERED:
+            elif model.state is ModelState.REGISTERED and not pushed:
                 self._start(model.id, self._relist(model))
             else:
                 self.desk.want(model.artifact_id)

@@ -72,7 +72,7 @@ def list_files(folder: Path, *, allow_pickle: bool = False) -> tuple[Listed, ...
     files: list[Listed] = []
     for listed in _walk(folder, "", 0):
         if not allow_pickle:
-            _refuse_pickle(listed.path)
+            refuse_pickle(listed.path)
         files.append(listed)
         if len(files) > MODEL_FILES_MAX:
             raise invalid("uri", str(folder), "has too many files", remedy=f"A model has at most {MODEL_FILES_MAX}.")
@@ -100,7 +100,8 @@ def _walk(folder: Path, above: str, depth: int) -> Iterator[Listed]:
             yield _listed(root, folder / entry.name, path)
 
 
-def _refuse_pickle(path: str) -> None:
+def refuse_pickle(path: str) -> None:
+    """Raise INVALID for a file whose name says that it may hold a pickle."""
     if Path(path).suffix.lower() in PICKLE_SUFFIXES:
         raise invalid(
             "file",

@@ -40,7 +40,8 @@ def add_model(work: Work, event: AddModel) -> Reply:
         raise _revoked(have.id, have.reason)
     if withdrawn:
         raise _revoked(work.state.models_by_artifact[model.artifact_id][-1], withdrawn)
-    if have is not None and have.state is not ModelState.REFUSED:
+    unfinished = have is not None and _unfinished_push(work, have, model)
+    if have is not None and have.state is not ModelState.REFUSED and not unfinished:
         if not _same(have, model):
             raise FalError(
                 Code.ALREADY_EXISTS,
@@ -51,8 +52,16 @@ def add_model(work: Work, event: AddModel) -> Reply:
         return Reply("unchanged", model.id)
     work.put(replace(model, created_at_s=work.moment.wall_s), have)
     _model_settled(work, model.id)
-    work.log("MODEL_ADDED", model.id, f"registered from {model.resolved_uri or model.uri}")
+    what = ", in the place of an upload that was not finished" if unfinished else ""
+    work.log("MODEL_ADDED", model.id, f"registered from {model.resolved_uri or model.uri}{what}")
     return Reply("created", model.id)
+
+
+def _unfinished_push(work: Work, have: Model, model: Model) -> bool:
+    """Whether an upload takes the place of one that never ended: nobody else can finish it."""
+    if have.state is not ModelState.REGISTERED or not (have.uri.startswith("push:") and model.uri == have.uri):
+        return False
+    return have.artifact_id != model.artifact_id and not _runners_of(work.state, have.id)
 
 
 def _same(have: Model, model: Model) -> bool:
