@@ -135,9 +135,14 @@ class Reading:
 
     # ---- decisions
 
-    def decide(self, now_s: float) -> list[Action]:
-        """Leases to take, to tell and to end."""
+    def news(self) -> list[Action]:
+        """What happened since and must be done before anything new: reads to stop, leases to tell and to end."""
         made, self._pending = self._pending, []
+        return made
+
+    def decide(self, now_s: float) -> list[Action]:
+        """Leases to take."""
+        made: list[Action] = []
         if self._quiet_s is None:
             self._quiet_s = now_s
         pieces = self._pieces

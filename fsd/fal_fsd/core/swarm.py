@@ -199,11 +199,12 @@ class Swarm:
             for held in list(self._reading.leases.mine.values()):
                 self._reading.leases.give_up(held.lease)
                 made.append(StopOrigin(held.lease))
-            return made + self._reading.decide(now_s)
+            return made + self._reading.news()
         for piece in pieces.wanted:
             if pieces.missing >> piece & 1:
                 pieces.waits_since_s.setdefault(piece, now_s)
         self._set_nodes(now_s)
+        made += self._reading.news()
         made += self._asking.decide(self._reading.leases.own(), now_s)
         made += self._reading.decide(now_s)
         tick_s = now_s + (self._policy.reader_tick_s if pieces.wanted else self._policy.tick_s)
