@@ -251,7 +251,5 @@ class SwarmMachine(RuleBasedStateMachine):
         assert self.swarm.next_at_s is None
 
 
-SwarmMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, phases=[Phase.generate]
-)
+SwarmMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestSwarm = SwarmMachine.TestCase
