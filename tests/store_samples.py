@@ -3,6 +3,7 @@
 A file is recorded once, by `python tests/store_samples.py FOLDER FILE`, and is never made anew: a later release must
 read what an earlier one wrote. For a new format, kind or record version, record a new file in a folder of its own.
 `v1`: release 0.1. `v1-weights`: models with artifacts, wishes, entries of the compile cache, specs that stream.
+`v1-caches`: a build task of the compile cache, an app that names entries.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fal_scheduler.core.records import (
     App,
     AssignmentRef,
     Binding,
+    BuildTask,
     CacheEntry,
     Goal,
     Meta,
@@ -184,7 +186,28 @@ WEIGHTS: Final[tuple[Record, ...]] = (
         facts={"gpu": "H100-80GB", "torch": "2.13.0"},
     ),
 )
-SETS: Final[dict[str, tuple[Record, ...]]] = {"v1": RECORDS, "v1-weights": WEIGHTS}
+BUILD: Final = BuildTask("cluster", "34" * 32, 4 << 30, {"gpu_name": "NVIDIA H100", "torch": "2.13.0"})
+CACHES: Final[tuple[Record, ...]] = (
+    Meta("c-7k2m", 3, "i-9q4c", MADE_AT_S),
+    App("system/build-343434343434-7k2m9q4c", 1, created_at_s=MADE_AT_S),
+    Revision(
+        "system/build-343434343434-7k2m9q4c",
+        1,
+        Spec("host", ("python3", "-m", "compile"), num_gpus=1, scaling=Scaling(min_concurrency=1), build=BUILD),
+        "34" * 32,
+        MADE_AT_S,
+        "operator/ada",
+    ),
+    Runner(
+        "system/build-343434343434-7k2m9q4c-1a2b3c4d",
+        "system/build-343434343434-7k2m9q4c",
+        (Binding("system/build-343434343434-7k2m9q4c", 1),),
+        MADE_AT_S,
+    ),
+    App("team1/digits", 1, created_at_s=MADE_AT_S),
+    Revision("team1/digits", 1, Spec("host", ("serve",), compile_caches=("34" * 32, "56" * 32)), "ab" * 32, MADE_AT_S),
+)
+SETS: Final[dict[str, tuple[Record, ...]]] = {"v1": RECORDS, "v1-weights": WEIGHTS, "v1-caches": CACHES}
 
 
 async def record(path: Path, records: Sequence[Record] = RECORDS) -> None:

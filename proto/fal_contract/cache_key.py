@@ -3,7 +3,7 @@
 A key is SHA-256 over everything that decides what a compiler makes, and over nothing else: **not the weights**, so that
 every fine-tune of an architecture finds what the first one compiled. The text that is hashed:
 
-    fal-cache-key 1\\n, then for each fact in order of name: NAME SPACE BYTES \\n VALUE \\n      (BYTES: length in UTF-8)
+    fal-cache-key 1\\n, then for each fact in order of name: NAME SPACE BYTES \\n VALUE \\n   (BYTES: length in UTF-8)
 
 The length keeps two facts from being taken for one. Every fact must be given; one that does not apply is "none".
 """
@@ -35,6 +35,7 @@ FACTS: Final[Mapping[str, str]] = {
     "lora_slot": "shape of the LoRA slot that is compiled in",
 }
 CLUSTER: Final = "cluster"
+OUTPUT_URI: Final = "push://ingest"  # of what a node took in: no origin, only nodes have it
 _TEAM_PREFIX: Final = "team/"
 _PRINTABLE: Final = re.compile(r"[ -~]+")
 
@@ -97,4 +98,14 @@ def entry_model(namespace: str, key: str) -> str:
     return f"{SYSTEM_TEAM}/cache-{digest[:40]}"
 
 
-__all__ = ["CLUSTER", "FACTS", "cache_key", "check_key", "check_namespace", "entry_model", "may_read", "namespace_of"]
+__all__ = [
+    "CLUSTER",
+    "FACTS",
+    "OUTPUT_URI",
+    "cache_key",
+    "check_key",
+    "check_namespace",
+    "entry_model",
+    "may_read",
+    "namespace_of",
+]

@@ -147,6 +147,14 @@ class AppManifest(_Manifest):
         default=False, description="such reads may also see bytes that nobody has attested yet"
     )
 
+    compile_caches: Annotated[
+        list[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]],
+        Field(max_length=limits.CACHE_KEYS_PER_APP_MAX),
+    ] = Field(
+        default_factory=list,
+        description="keys of compile caches that its containers get where they exist (`falctl cache list`)",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> AppManifest:
         if self.min_concurrency > self.max_concurrency:
@@ -164,6 +172,8 @@ class AppManifest(_Manifest):
             raise ValueError(
                 "allow_provisional = true means nothing without stream_weights; set stream_weights = true as well"
             )
+        if len(set(self.compile_caches)) != len(self.compile_caches):
+            raise ValueError("compile_caches names a key twice; name each once")
         if len(set(self.machine_type)) != len(self.machine_type):
             raise ValueError("machine_type names a GPU model twice; name each once")
         return self
@@ -215,6 +225,7 @@ class AppManifest(_Manifest):
             share_group=self.share_group,
             stream_weights=self.stream_weights,
             allow_provisional=self.allow_provisional,
+            compile_caches=self.compile_caches,
         )
 
     @classmethod
@@ -264,6 +275,7 @@ class AppManifest(_Manifest):
                 "share_group": spec.share_group,
                 "stream_weights": spec.stream_weights,
                 "allow_provisional": spec.allow_provisional,
+                "compile_caches": list(spec.compile_caches),
             },
             source=f"app {app}",
         )

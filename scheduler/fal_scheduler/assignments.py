@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final, Protocol
 
+from fal_contract.cache_key import CLUSTER, namespace_of
 from fal_contract.errors import Code, FalError
+from fal_contract.ids import team_of
 from fal_contract.limits import MANIFEST_EMBEDDED_BYTES_MAX
 from fal_contract.v1 import agent_pb2, state_pb2
 from fal_scheduler.codec_spec import spec_to_pb
-from fal_scheduler.core.records import Goal, Model, ModelState, Runner, Spec
+from fal_scheduler.core.records import CacheEntry, Goal, Model, ModelState, Runner, Spec
 from fal_scheduler.core.state import State
 
 _CACHED_MAX: Final = 512
@@ -58,6 +60,10 @@ class AssignmentBuilder:
         if runner.goal is Goal.RUN:
             for name in revision.spec.models:
                 message.artifacts.append(self._artifact(state, name, revision.spec))
+            team = team_of(runner.app)
+            for key in revision.spec.compile_caches:
+                if (entry := entry_for(state, team, key)) is not None:
+                    message.artifacts.append(self._cached(state.models[entry.model], entry))
         return message
 
     def _spec(self, state: State, runner: Runner) -> state_pb2.AppSpec:
@@ -69,6 +75,13 @@ class AssignmentBuilder:
             if len(self._specs) > _CACHED_MAX:
                 self._specs.popitem(last=False)
         return spec
+
+    def _cached(self, model: Model, entry: CacheEntry) -> agent_pb2.Artifact:
+        """An entry is no condition of a start: where its manifest is not here, the node asks for it itself."""
+        try:
+            return entry_message(model, entry, self._manifests.get(model.artifact_id))
+        except FalError:
+            return entry_message(model, entry)
 
     def _artifact(self, state: State, name: str, spec: Spec) -> agent_pb2.Artifact:
         model = state.models.get(name)
@@ -83,6 +96,18 @@ class AssignmentBuilder:
             if len(self._artifacts) > _CACHED_MAX:
                 self._artifacts.popitem(last=False)
         return artifact
+
+
+def entry_for(state: State, team: str, key: str) -> CacheEntry | None:
+    """The entry that runners of `team` get for a key: their own, else the cluster's, never another team's."""
+    for namespace in (namespace_of(team), CLUSTER):
+        entry = state.catalog.cache_entries.get((namespace, key))
+        if entry is None:
+            continue
+        model = state.models.get(entry.model)
+        if model is not None and not model.withdrawn and model.manifest_digest == entry.manifest_digest:
+            return entry
+    return None
 
 
 def artifact_message(model: Model, manifest: state_pb2.ModelManifest, spec: Spec | None = None) -> agent_pb2.Artifact:
@@ -100,6 +125,17 @@ def artifact_message(model: Model, manifest: state_pb2.ModelManifest, spec: Spec
     )
 
 
+def entry_message(
+    model: Model, entry: CacheEntry, manifest: state_pb2.ModelManifest | None = None
+) -> agent_pb2.Artifact:
+    """What a node is told of an entry of the compile cache: what it needs to prove whose it is."""
+    message = artifact_message(model, manifest or state_pb2.ModelManifest())
+    if manifest is None:
+        message.ClearField("manifest")
+    message.namespace, message.cache_key, message.entry_signature = entry.namespace, entry.key, entry.signature
+    return message
+
+
 def _not_usable(model: Model) -> FalError:
     if model.withdrawn:
         word = "refused" if model.state is ModelState.REFUSED else "withdrawn"
@@ -112,4 +148,4 @@ def _not_usable(model: Model) -> FalError:
     )
 
 
-__all__ = ["AssignmentBuilder", "ManifestSource", "artifact_message"]
+__all__ = ["AssignmentBuilder", "ManifestSource", "artifact_message", "entry_for", "entry_message"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fal_contract.v1 import state_pb2 as pb
-from fal_scheduler.core.records import Probe, Resources, ScaleOverride, Scaling, Spec
+from fal_scheduler.core.records import BuildTask, Probe, Resources, ScaleOverride, Scaling, Spec
 
 
 def scale_from_pb(scale: pb.ScaleOverride) -> ScaleOverride:
@@ -77,6 +77,8 @@ def spec_to_pb(spec: Spec) -> pb.AppSpec:
         share_group=spec.share_group,
         stream_weights=spec.stream_weights,
         allow_provisional=spec.allow_provisional,
+        compile_caches=spec.compile_caches,
+        build=_task_to_pb(spec.build) if spec.build is not None else None,
     )
 
 
@@ -102,4 +104,14 @@ def spec_from_pb(spec: pb.AppSpec) -> Spec:
         share_group=spec.share_group,
         stream_weights=spec.stream_weights,
         allow_provisional=spec.allow_provisional,
+        compile_caches=tuple(spec.compile_caches),
+        build=_task_from_pb(spec.build) if spec.HasField("build") else None,
     )
+
+
+def _task_to_pb(task: BuildTask) -> pb.BuildTask:
+    return pb.BuildTask(namespace=task.namespace, key=task.key, bytes_max=task.bytes_max, facts=task.facts)
+
+
+def _task_from_pb(task: pb.BuildTask) -> BuildTask:
+    return BuildTask(task.namespace, task.key, task.bytes_max, dict(task.facts))

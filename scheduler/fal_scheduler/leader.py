@@ -21,6 +21,7 @@ from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
 from fal_scheduler.blobs import ManifestBlobs
 from fal_scheduler.ca import CertificateAuthority
+from fal_scheduler.cache_builds import CacheBuilds
 from fal_scheduler.cache_sessions import CacheSessions
 from fal_scheduler.collector import calm
 from fal_scheduler.core.events import Effect, Logged, NodeChanged, Revoked
@@ -131,6 +132,7 @@ class Leader:
             feed=feed,
             models=models,
             manifests=manifests,
+            builds=CacheBuilds(engine, models.desk, self._ca),
             alarms=alarms,
             revocations=self._revocations,
             ca=self._ca,
@@ -171,6 +173,7 @@ class Leader:
             for task in upkeep:
                 task.cancel()
             await asyncio.gather(*upkeep, return_exceptions=True)
+            await leadership.builds.close()
             await leadership.models.close()
 
     def _caches(self, engine: Engine, models: ModelRegistrar, alarms: EdgeAlarms, feed: EventFeed) -> CacheSessions:

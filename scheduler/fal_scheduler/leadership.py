@@ -14,6 +14,7 @@ from fal_contract.errors import Code, FalError
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.blobs import ManifestBlobs
 from fal_scheduler.ca import CertificateAuthority
+from fal_scheduler.cache_builds import CacheBuilds
 from fal_scheduler.cache_sessions import CacheSessions
 from fal_scheduler.core.state import State
 from fal_scheduler.dispatch import Dispatcher
@@ -35,6 +36,7 @@ class Leadership:
     feed: EventFeed
     models: ModelRegistrar
     manifests: ManifestBlobs
+    builds: CacheBuilds
     alarms: EdgeAlarms
     revocations: RevocationIndex
     ca: CertificateAuthority

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from fal_contract.artifact import Artifact, ArtifactFile
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError, invalid
-from fal_contract.ids import check_name
+from fal_contract.ids import check_customer, check_name
 from fal_contract.limits import LISTING_TIMEOUT_S, LISTINGS_AT_ONCE_MAX
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import state_pb2, weights_pb2
@@ -160,6 +160,7 @@ class ModelRegistrar:
         team, slash, name = id_.partition("/")
         check_name(team, field="id")
         check_name(name if slash else "", field="id")
+        check_customer(id_, field="id")
         kind = kind or "model"
         if kind not in KINDS:
             raise invalid("kind", kind, "is no kind", remedy=f"Use one of {', '.join(KINDS)}.")

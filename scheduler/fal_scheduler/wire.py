@@ -169,12 +169,15 @@ def status_of(status: agent_pb2.RunnerStatus) -> RunnerStatus:
         memory_bytes=status.memory_bytes,
         cpu_milli=status.cpu_milli,
         refused=status.refused,
+        output=status.output.SerializeToString() if status.HasField("output") else b"",
     )
 
 
 def status_to(status: RunnerStatus) -> agent_pb2.RunnerStatus:
     """The inverse of `status_of`."""
-    message = fill(agent_pb2.RunnerStatus(), status, skip=frozenset({"phases"}))
+    message = fill(agent_pb2.RunnerStatus(), status, skip=frozenset({"phases", "output"}))
+    if status.output:
+        message.output.ParseFromString(status.output)
     for name, seconds in status.phases:
         message.phases.add(name=name, seconds=seconds)
     return message

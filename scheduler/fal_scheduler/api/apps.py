@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fal_contract.errors import Code, FalError, not_found
+from fal_contract.ids import check_customer
 from fal_contract.manifest import AppManifest, spec_digest
 from fal_contract.v1 import cluster_pb2, state_pb2
 from fal_scheduler.api.views import app_view, placement_view
@@ -48,7 +49,7 @@ def plan_app(leader: Leadership, request: cluster_pb2.ApplyAppRequest) -> cluste
 
 def _checked(request: cluster_pb2.ApplyAppRequest) -> state_pb2.AppSpec:
     """The spec, checked as strictly as a manifest file and brought to its canonical form."""
-    return AppManifest.from_proto(request.id, request.spec).to_proto()
+    return AppManifest.from_proto(check_customer(request.id, field="team"), request.spec).to_proto()
 
 
 def _current(state: State, app_id: str) -> Spec | None:
@@ -125,6 +126,7 @@ def get_app(leader: Leadership, request: cluster_pb2.GetAppRequest) -> cluster_p
 
 async def scale_app(leader: Leadership, request: cluster_pb2.ScaleAppRequest, actor: str) -> cluster_pb2.AppView:
     """Set scaling values at run time. Raises INVALID, NOT_FOUND."""
+    check_customer(request.id, field="id")
     await leader.engine.submit(ScaleApp(request.id, scale_from_pb(request.scale), request.reset, actor))
     return app_view(leader.view, _app(leader.view, request.id))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from fal_scheduler.core.records import CacheEntry, Model, ModelState, Wish
+from fal_scheduler.core.records import BuildTask, CacheEntry, Model, ModelState, Wish
 
 _AFTER_ALL = "\U0010ffff"  # above every character of a name
 
@@ -24,6 +24,7 @@ class Catalog:
         self.by_digest: dict[str, tuple[str, ...]] = {}
         self.wishes: dict[str, dict[str, Wish]] = {}  # model -> target -> wish
         self.cache_entries: dict[tuple[str, str], CacheEntry] = {}  # (namespace, key)
+        self.builds: dict[str, BuildTask] = {}  # build tasks by app
         self._ordered: dict[str, list[str]] = {"": []}  # ids of a kind, or of all, in order
 
     def set_model(self, before: Model | None, after: Model | None) -> None:

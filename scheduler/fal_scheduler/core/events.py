@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from fal_scheduler.core.build_events import BuildCommand, BuildEnded
 from fal_scheduler.core.model_events import (
     AddModel,
     AttestModel,
@@ -195,6 +196,7 @@ Command = (
     | StopRunner
     | Confirm
     | AcceptCluster
+    | BuildCommand
 )
 
 
@@ -377,6 +379,7 @@ Effect = (
     | AppChanged
     | ModelChanged
     | WishesChanged
+    | BuildEnded
     | AlarmsChanged
     | Revoked
     | Logged

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fal_contract.limits import CRASH_BACKOFF_MAX_S, CRASH_BACKOFF_STEP_S
-from fal_scheduler.core import suspicion
+from fal_scheduler.core import builds, suspicion
 from fal_scheduler.core.events import (
     GatewayReach,
     HelloNeeded,
@@ -186,6 +186,8 @@ def _ended(work: Work, runner: Runner, status: RunnerStatus) -> None:
     """A container is gone. Where it should have run it crashed: the app waits, and its record waits without a node."""
     if status.assignment_id and runner.assignment is not None and status.assignment_id != runner.assignment.id:
         return  # the end of an earlier assignment
+    if builds.ended(work, runner, status):
+        return
     why = status.reason or (f"exit code {status.exit_code}" if status.exit_code is not None else "ended")
     if runner.goal is not Goal.RUN:
         work.drop(runner)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from fal_contract.limits import FAILOVER_GRACE_S, MASS_STOP_RUNNERS_MIN, MASS_STOP_SHARE
+from fal_scheduler.core.builds import end_of_task
 from fal_scheduler.core.events import AppChanged
 from fal_scheduler.core.explain import model_awaited, why_pending
 from fal_scheduler.core.place import Placer
@@ -63,6 +64,9 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
     if state.hold_all and app_id not in work.state.asked:
         return
     revision = state.revision_of(app)
+    if revision.spec.build is not None:
+        _run_once(work, placer, app, revision)
+        return
     _stop_withdrawn(work, app)
     current, old = _sort(work, app)
     wanted = desired(work, app)
@@ -77,6 +81,16 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
     if not work.full:
         state.asked.pop(app_id, None)
     _place_waiting(work, placer, app, revision, current.unplaced)
+
+
+def _run_once(work: Work, placer: Placer, app: App, revision: Revision) -> None:
+    """A build task's one runner gets a node once; nothing replaces it."""
+    assert revision.spec.build is not None
+    if end_of_task(work, app, revision.spec.build):
+        _delete(work, work.state.apps[app.id])
+        return
+    unplaced = [work.state.runners[id_] for id_ in work.state.runners_by_app.get(app.id, ())]
+    _place_waiting(work, placer, app, revision, [runner for runner in unplaced if not runner.node])
 
 
 def desired(work: Work, app: App) -> int:
@@ -332,6 +346,6 @@ def _delete(work: Work, app: App) -> None:
     work.drop(state.revision_of(app))
     work.drop(app)
     state.pending.pop((app.id, app.revision), None)
-    for table in (state.backoffs, state.waiting, state.stops_held, state.dirty):
+    for table in (state.backoffs, state.waiting, state.stops_held, state.dirty, state.asked):
         table.pop(app.id, None)
     work.log("APP_DELETED", app.id, "its runners are gone; the app is forgotten")

@@ -158,6 +158,16 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class BuildTask:
+    """What a task that runs once leaves: an entry of the compile cache. `namespace`: "cluster" or "team/NAME"."""
+
+    namespace: str
+    key: str
+    bytes_max: int
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """What an operator asked for; immutable inside a revision."""
 
@@ -179,6 +189,8 @@ class Spec:
     share_group: str = ""
     stream_weights: bool = False
     allow_provisional: bool = False
+    compile_caches: tuple[str, ...] = ()
+    build: BuildTask | None = None
 
     @property
     def models(self) -> tuple[str, ...]:

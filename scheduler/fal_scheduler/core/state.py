@@ -31,7 +31,7 @@ from fal_scheduler.core.records import (
     Wish,
 )
 from fal_scheduler.core.tokens import JoinToken
-from fal_scheduler.core.told import Alarm, Backoff, Health, Hold, Inventory, NodeLive, RunnerStatus
+from fal_scheduler.core.told import Alarm, Backoff, BuildFailure, Health, Hold, Inventory, NodeLive, RunnerStatus
 
 EXPLANATIONS_PER_TICK_MAX: Final = 20  # each looks at every node
 
@@ -74,6 +74,7 @@ class State:
         self.pending: dict[tuple[str, int], Pending] = {}  # by app and revision with runners that have no node
         self.abandoned: dict[str, None] = {}  # runners of lost nodes that may be replaced
         self.alarms: dict[tuple[str, str], Alarm] = {}
+        self.build_failures: dict[tuple[str, str], BuildFailure] = {}  # by namespace and key, the newest last
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
         self.settled = True  # False while a new leader waits for its nodes to say what they run
         self.hold_all = ""  # why nothing at all is started or stopped by itself
@@ -113,6 +114,8 @@ class State:
                 _set(self.apps, app.id, after)
             case Revision() as revision:
                 _set(self.revisions, (revision.app, revision.number), after)
+                if revision.spec.build is not None:
+                    _set(self.catalog.builds, revision.app, revision.spec.build if after is not None else None)
             case Model():
                 assert before is None or isinstance(before, Model)
                 assert after is None or isinstance(after, Model)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import FAILOVER_GRACE_S
-from fal_scheduler.core import commands, invariants, liveness, model_commands, news
+from fal_scheduler.core import builds, commands, invariants, liveness, model_commands, news
+from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry, FailBuild, PutCacheEntry, TrimCache
 from fal_scheduler.core.confirm import confirm
 from fal_scheduler.core.events import (
     AcceptCluster,
@@ -186,6 +187,8 @@ def _model_command(work: Work, event: Command) -> Reply:
             return model_commands.unstage_model(work, event)
         case CollectModels():
             return model_commands.collect_models(work, event)
+        case BuildCache() | PutCacheEntry() | FailBuild() | TrimCache() | EvictCacheEntry():
+            return builds.command(work, event)
     raise FalError(Code.INTERNAL, f"{type(event).__name__} is no command", remedy="Report this.")
 
 
@@ -196,6 +199,7 @@ def _tick(work: Work, event: Tick) -> None:
     if event.recheck:
         news.recheck(work)
     liveness.tick(work)
+    builds.tick(work)
     _settle(work)
     for app_id, backoff in state.backoffs.items():
         if backoff.until_s <= now_s and app_id in state.waiting:

@@ -139,6 +139,7 @@ class RunnerStatus:
     memory_bytes: int = 0
     cpu_milli: int = 0
     refused: bool = False
+    output: bytes = b""  # of a build task: the manifest (serialised) of what its node took in
 
     @property
     def serves(self) -> bool:
@@ -189,6 +190,15 @@ class Backoff:
     until_s: float
     until_wall_s: float
     last: RunnerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class BuildFailure:
+    """Why the last build of a cache entry failed. `lines`: its last output."""
+
+    reason: str
+    runner: str
+    lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
