@@ -291,9 +291,9 @@ class Reading:
         """Silence that is bad: four times what this node would need, longer each time; one after another asks."""
         policy, lease = self._policy, held.lease
         if self._seconds is None:
-            return policy.promote_seeded_s * 2 ** min(lease.epoch, 10)
+            return policy.promote_seeded_s * 2.0 ** min(lease.epoch, 10)
         rank = self._rank(lease.first)
-        return (policy.lease_patience_s + 4.0 * self._seconds) * 2 ** min(lease.epoch - 1, 10) + 2.0 * rank
+        return (policy.lease_patience_s + 4.0 * self._seconds) * 2.0 ** min(lease.epoch - 1, 10) + 2.0 * rank
 
     def why_not(self, now_s: float) -> str:
         """Why nothing is read just now, for people."""
