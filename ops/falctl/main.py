@@ -24,6 +24,7 @@ from falctl import (
     run,
     runners,
     weights,
+    weights_push,  # noqa: F401  (adds its verb to `weights`)
     weights_stage,  # noqa: F401  (adds its verbs to `weights`)
     weights_where,  # noqa: F401
 )

@@ -186,6 +186,8 @@ class Sources:
         return [source for source in self if source.bits >> piece & 1]
 
     def _distance(self, place: Place, *, known: bool) -> int:
+        if "/" in place.node_id:
+            return 1  # an operator who pushes (`ROLE/NAME`): nobody else brings what it has
         if not known and self._told and self.me.region:
             return 2  # until the scheduler tells: no bytes cross a region by mistake
         if known and place.region != self.me.region:

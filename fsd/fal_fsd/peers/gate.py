@@ -3,9 +3,10 @@
 Set on the event loop, asked by the threads of connections: each field is replaced as a whole.
 
 A node shows tickets, of which one has to be good (fal_contract.ticket); over TLS also its certificate, whose node id
-they must be made for. An operator who pushes a model shows an operator's certificate and tickets for `operator/NAME`;
-it may give pieces, never get any. Clear text is taken from members of whom the scheduler says so, from unknown callers
-where the whole network is trusted, and where there is no identity at all.
+they must be made for. An operator who pushes a model shows an operator's certificate and tickets for
+`operator/NAME+SUFFIX`, a name for each upload; it may give pieces, never get any. Clear text is taken from members of
+whom the scheduler says so, from unknown callers where the whole network is trusted, and where there is no identity at
+all.
 """
 
 from __future__ import annotations
@@ -76,8 +77,11 @@ class Gate:
             require(peer, cluster_id=self.cluster_id, roles=_CALLERS, now_s=now_s)
         except FalError as error:
             raise Refusal(error.what) from None
-        shown = peer.name if peer.role is Role.NODE else peer.subject
-        if shown != node_id:
+        if peer.role is Role.NODE:
+            shown, said = peer.name, node_id
+        else:
+            shown, said = peer.subject, node_id.partition("+")[0]
+        if shown != said:
             raise Refusal(f"its certificate is that of {shown}, not of {node_id}")
 
     def check_answer(self, answer: HelloOk, peer: PeerIdentity | None, node_id: str, *, now_s: float) -> None:
