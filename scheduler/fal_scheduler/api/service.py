@@ -17,7 +17,20 @@ from fal_contract.v1 import agent_pb2, cluster_pb2, cluster_pb2_grpc, state_pb2,
 from fal_contract.v1.agent_pb2_grpc import AgentServiceServicer
 from fal_contract.v1.serving_pb2_grpc import ServingServicer
 from fal_contract.v1.weights_pb2_grpc import CacheServiceServicer
-from fal_scheduler.api import apps, caches, callers, explain, join_tokens, nodes, pools, runners, status, weights
+from fal_scheduler import pushes
+from fal_scheduler.api import (
+    apps,
+    caches,
+    callers,
+    compile_caches,
+    explain,
+    join_tokens,
+    nodes,
+    pools,
+    runners,
+    status,
+    weights,
+)
 from fal_scheduler.leadership import CurrentLeadership
 
 M = TypeVar("M", bound=Message)
@@ -104,6 +117,13 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     ) -> cluster_pb2.EvictModelReply:
         return caches.verify_model(self._current.get(), request)
 
+    async def BeginPush(self, request: cluster_pb2.BeginPushRequest, context: Context) -> cluster_pb2.BeginPushReply:
+        return await pushes.begin(self._current.get(), request, _actor())
+
+    async def EndPush(self, request: cluster_pb2.EndPushRequest, context: Context) -> cluster_pb2.ModelView:
+        await pushes.end(self._current.get(), request, _actor())
+        return weights.get_model(self._current.get(), cluster_pb2.GetModelRequest(id=request.id))
+
     async def RevokeModel(self, request: cluster_pb2.RevokeModelRequest, context: Context) -> cluster_pb2.ModelView:
         return await weights.revoke_model(self._current.get(), request, _actor())
 
@@ -111,6 +131,19 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self, request: cluster_pb2.CollectModelsRequest, context: Context
     ) -> cluster_pb2.CollectModelsReply:
         return await weights.collect_models(self._current.get(), request, _actor())
+
+    async def ListCacheEntries(
+        self, request: cluster_pb2.ListCacheEntriesRequest, context: Context
+    ) -> cluster_pb2.ListCacheEntriesReply:
+        return _sized(compile_caches.list_entries(self._current.get(), request), "Name a namespace, or a key's start.")
+
+    async def BuildCache(self, request: cluster_pb2.BuildCacheRequest, context: Context) -> cluster_pb2.CacheEntryView:
+        return await compile_caches.build_cache(self._current.get(), request, _actor())
+
+    async def EvictCacheEntry(
+        self, request: cluster_pb2.EvictCacheEntryRequest, context: Context
+    ) -> cluster_pb2.CacheEntryView:
+        return await compile_caches.evict_entry(self._current.get(), request, _actor())
 
     async def ApplyApp(self, request: cluster_pb2.ApplyAppRequest, context: Context) -> cluster_pb2.ApplyAppReply:
         return await apps.apply_app(self._current.get(), request, _actor())
