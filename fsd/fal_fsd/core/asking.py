@@ -73,6 +73,8 @@ class Sole:
         self._policy = policy
         self._aged = (0, 0, 0, 0)  # held by one peer at the last look, and at those before, too
         self._look_s = float("-inf")
+        self._ranks: dict[int, int] = {}  # of this node among those that lack a piece, as of `_ranks_s`
+        self._ranks_s = float("-inf")
 
     def slow(self, source: Source, typical: float) -> bool:
         """Whether its pieces are shared out."""
@@ -85,14 +87,23 @@ class Sole:
             aged = self._aged
             self._aged = (once, aged[0] & once, aged[1] & once, aged[2] & once)
             self._look_s = now_s + self._policy.slow_patience_s
+        if now_s >= self._ranks_s + self._policy.tick_s:
+            self._ranks, self._ranks_s = {}, now_s
         held, own = bits & once, 0
         for piece in each(held):
-            mine = mix(self._me, piece)
-            rank = sum(mix(x.hash, piece) < mine for x in self._sources if not x.bits >> piece & 1)
+            rank = self._rank(piece)
             looks = sum(aged >> piece & 1 for aged in self._aged[1:])
             if rank == 0 or looks >= 3 or rank < 2 * looks:
                 own |= 1 << piece
         return bits & ~held | own, own
+
+    def _rank(self, piece: int) -> int:
+        if (known := self._ranks.get(piece)) is not None:
+            return known
+        mine = mix(self._me, piece)
+        rank = sum(mix(x.hash, piece) < mine for x in self._sources if not x.bits >> piece & 1)
+        self._ranks[piece] = rank
+        return rank
 
 
 class Asking:
