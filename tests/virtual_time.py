@@ -3,14 +3,15 @@
     run_virtually(main())                     # hours in milliseconds, the same every time
     clock = LoopClock()                       # fal_contract.clock.Clock on that loop
 
-Threads, sockets and subprocesses have no place on this loop; a deadlock (all wait, no timer) raises at once.
+Sockets and subprocesses have no place on this loop; what would run in a thread runs at once; a deadlock (all wait, no
+timer) raises at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -35,6 +36,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._jump.now_s
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: object, func: Callable[..., T], *args: object
+    ) -> asyncio.Future[T]:
+        """What would run in a thread runs at once and takes no time, so that a seed repeats."""
+        done: asyncio.Future[T] = self.create_future()
+        try:
+            done.set_result(func(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 class LoopClock:

@@ -35,7 +35,7 @@ from sim.process import install, outside
 from sim.schedulers import Scheduler, memory_store
 from virtual_time import run_virtually
 
-CLUSTER = "c-sim000000000"
+CLUSTER = "c-510000000000"
 ANSWER_S = 40.0
 SETTLE_S = 120.0  # after healing, plus what crash backoff still lasts
 

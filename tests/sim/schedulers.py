@@ -6,14 +6,15 @@ simulated network.
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
-from typing import Any, cast
 
 from fal_contract.errors import FalError
 from fal_contract.v1 import agent_pb2
+from fal_scheduler.ca import CertificateAuthority
 from fal_scheduler.leader import Leader
 from fal_scheduler.leadership import CurrentLeadership, Leadership
 from fal_scheduler.revocations import RevocationIndex
@@ -23,6 +24,13 @@ from fal_scheduler.store.memory import MemoryBackend, MemoryStore
 from sim.network import Stream
 from sim.process import Process
 from virtual_time import LoopClock
+
+
+@functools.cache
+def authority(cluster_id: str) -> CertificateAuthority:
+    """One for all plays: certificates are not simulated, signatures and what is derived from the key are real."""
+    with tempfile.TemporaryDirectory() as folder:
+        return CertificateAuthority.create(Path(folder) / "ca", cluster_id=cluster_id, now_s=LoopClock().wall_s())
 
 
 class Watched(CurrentLeadership):
@@ -97,7 +105,7 @@ class Scheduler:
         self._current = Watched(lambda leadership: self._hooks.term_began(self, leadership))
         leader = Leader(
             store=self.store,
-            ca=cast(Any, SimpleNamespace(cluster_id=self._cluster_id)),  # certificates are not simulated
+            ca=authority(self._cluster_id),
             clock=self.clock,
             data_dir=self._folder,
             model_roots=(),
