@@ -10,31 +10,29 @@ import asyncio
 import contextlib
 import os
 import socket
-import threading
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from fal_contract.artifact import ArtifactFile, to_manifest
+from fal_contract.artifact import to_manifest
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity, write_durably
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2, weights_pb2
 from fal_fsd.alone import NoMount, NoPeers
-from fal_fsd.core.rates import BandwidthLimits, LinkClass
+from fal_fsd.core.rates import BandwidthLimits
 from fal_fsd.disk.memory import MemoryTier
 from fal_fsd.disk.part import DiskPart
 from fal_fsd.disk.store import DiskStore
 from fal_fsd.lanes import Lanes
-from fal_fsd.lease_reads import OriginReader
 from fal_fsd.link import Link
 from fal_fsd.mount import InFlightMounts
 from fal_fsd.news import News
 from fal_fsd.node import CacheNode
 from fal_fsd.options import FsdOptions, parse_address
-from fal_fsd.origin import Credentials, Origin, open_origin
+from fal_fsd.origins import CredentialsFile, Origins
 from fal_fsd.peers.net import PeerNet
 from fal_fsd.peers.pacer import Pacer
 from fal_fsd.surroundings import IdentityFile, Surroundings
@@ -58,15 +56,13 @@ class Cache:
         self.net: PeerNet | None = None
         self.mounts: InFlightMounts | None = None
         self.bulk_port = 0
-        self._origins: set[_Counted] = set()
-        self._origins_read = 0
-        self._pacer = Pacer(self._limits(), clock)
 
     async def start(self) -> None:
         """Everything up. Raises FalError and OSError (the state folder)."""
         options, loop = self.options, asyncio.get_running_loop()
         self.identity = IdentityFile(options.identity)
-        self._credentials = await asyncio.to_thread(Credentials.load, options.credentials_file, os.environ)
+        credentials = await asyncio.to_thread(CredentialsFile, options.credentials_file, os.environ)
+        self.origins = Origins(credentials, Pacer(self._limits(), self._clock))
         self.store = await asyncio.to_thread(
             lambda: DiskStore(
                 options.state_dir,
@@ -104,11 +100,6 @@ class Cache:
             await self.mounts.stop(keep=True)
         await asyncio.to_thread(self.around.memory.close)
         await asyncio.to_thread(self.store.close)
-
-    @property
-    def origin_bytes_read(self) -> int:
-        """What left origins for this node, aborted ranges included: the audited egress. Any thread."""
-        return self._origins_read + sum(origin.bytes_read for origin in list(self._origins))
 
     # ---- parts
 
@@ -223,23 +214,13 @@ class Cache:
                 store=self.store,
                 peers=around.peers,
                 mount=around.mount,
-                open_origin=self._open_origin,
+                open_origin=self.origins.open,
                 signer=lambda: self.identity.signer,
                 lanes=Lanes(),
                 news=self.news,
                 claims_folder=claims,
             )
         )
-
-    def _open_origin(self, uri: str) -> OriginReader:
-        origin = _Counted(open_origin(uri, self._credentials), self._pacer, self._read_by)
-        self._origins.add(origin)
-        return origin
-
-    def _read_by(self, origin: _Counted) -> None:
-        """It is closed; what it read stays counted."""
-        self._origins.discard(origin)
-        self._origins_read += origin.bytes_read
 
     def _start_link(self) -> None:
         if not self.options.schedulers:
@@ -267,33 +248,6 @@ class Cache:
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))
-
-
-class _Counted:
-    """An origin that keeps to the node's limit, and whose bytes stay counted after its end."""
-
-    def __init__(self, origin: Origin, pacer: Pacer, on_closed: Callable[[_Counted], None]) -> None:
-        self._origin = origin
-        self._pacer = pacer
-        self._closed = threading.Event()
-        self._on_closed = on_closed
-
-    @property
-    def bytes_read(self) -> int:
-        return self._origin.bytes_read
-
-    async def read(self, file: ArtifactFile, offset: int, length: int, sink: Callable[[memoryview], None]) -> None:
-        def paced(data: memoryview) -> None:
-            self._closed.wait(self._pacer.take(LinkClass.ORIGIN, len(data)))
-            sink(data)
-
-        limited = self._pacer.limited(LinkClass.ORIGIN)
-        await self._origin.read(file, offset, length, paced if limited else sink)
-
-    async def close(self) -> None:
-        self._closed.set()
-        await self._origin.close()
-        self._on_closed(self)
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

@@ -49,7 +49,7 @@ class Metrics(Collector):
         yield came
         yield CounterMetricFamily(
             "fal_fsd_origin_read_bytes", "Bytes that left origins for this node, aborted ranges included",
-            value=self._cache.origin_bytes_read,
+            value=self._cache.origins.bytes_read,
         )  # fmt: skip
         yield CounterMetricFamily("fal_fsd_pieces_bad", "Pieces with a wrong digest", value=totals.pieces_bad)
         events = CounterMetricFamily("fal_fsd_events", "What operators are told", labels=["kind"])
