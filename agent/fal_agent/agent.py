@@ -25,9 +25,10 @@ from fal_agent.node import Facts, Node
 from fal_agent.options import AgentOptions, parse_address
 from fal_agent.probe import UnixProber
 from fal_agent.proxy_link import ProxyLink, proxy_answers
-from fal_agent.runner import Tools
 from fal_agent.session import Session
 from fal_agent.supervise import START_TIMEOUT_S, Daemon
+from fal_agent.tools import Tools
+from fal_contract.artifact import key_of_pem
 from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity
@@ -81,7 +82,7 @@ class Agent:
         tools = Tools(
             driver=driver, cache=cache, proxy=self._proxy, prober=UnixProber(), machine=machine,
             places=self._layout.places(isolates=driver.isolates), clock=self._clock, rng=self._rng,
-            on_event=_log_event, save=_no_save,
+            on_event=_log_event, save=_no_save, ca_key=lambda: key_of_pem(self._identity.ca_pem),
         )  # fmt: skip
         self._node = Node(self._facts(driver, capabilities), tools, journal)
         for event in self._events:
@@ -164,7 +165,7 @@ class Agent:
 
     def _fsd_daemon(self, socket_path: Path, cache: CacheClient) -> Daemon:
         argv = command(self._options, self._layout, socket_path)
-        return Daemon("fal-fsd", argv, cache.answers, self._layout.log("fal-fsd"), FSD_CGROUP)
+        return Daemon("fal-fsd", argv, cache.answers, self._layout.log("fal-fsd"), FSD_CGROUP, socket_path)
 
     def _proxy_link(self) -> ProxyLink:
         control = self._layout.proxy_control

@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
+from fal_agent.departure import departed
 from fal_contract.errors import Code, FalError
 from fal_contract.telemetry import get_logger
 
@@ -22,6 +23,8 @@ START_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.05
 _CHECK_S: Final = 5.0
 _BACKOFF_MAX_S: Final = 30.0
+_SETTLED_AFTER_S: Final = 10.0  # who lived so long and then ends is started again without a wait
+_AGAIN_BASE_S: Final = 0.05
 _LOG_BYTES_MAX: Final = 8 << 20
 _LAST_WORDS_BYTES: Final = 4096
 _CODES_KEPT: Final = 4
@@ -32,13 +35,17 @@ Answers = Callable[[], Awaitable[bool]]
 
 @dataclass(slots=True)
 class Daemon:
-    """One such process. `answers` asks it by its socket; `argv` starts it; `cgroup` is its place, empty: leave it."""
+    """One such process. `answers` asks it by its socket; `argv` starts it; `cgroup` is its place, empty: leave it.
+
+    `socket`: the unix socket that it serves, by which `watch` notices its end at once; None: within _CHECK_S.
+    """
 
     name: str
     argv: Sequence[str]
     answers: Answers
     log_file: Path
     cgroup: str = ""
+    socket: Path | None = None
     _children: dict[int, int | None] = field(default_factory=dict, init=False)  # pid → exit code once it ended
 
     async def ensure(self) -> None:
@@ -64,10 +71,22 @@ class Daemon:
             await asyncio.sleep(_POLL_S)
 
     async def watch(self, rng: Random, *, on_trouble: Callable[[FalError], None]) -> None:
-        """Start it again whenever it stops answering; until cancelled."""
-        failures = 0
+        """Start it again whenever it stops answering; until cancelled.
+
+        One that had run for a while is started at once: readers of its mounts wait for it. Ends in quick succession,
+        and failed starts, are followed by growing waits.
+        """
+        loop = asyncio.get_running_loop()
+        failures, ends, up_since_s = 0, 0, loop.time()
         while True:
-            await asyncio.sleep(_CHECK_S if not failures else rng.uniform(0, min(_BACKOFF_MAX_S, 2.0**failures)))
+            if failures:
+                await asyncio.sleep(rng.uniform(0, min(_BACKOFF_MAX_S, 2.0**failures)))
+            elif await self._ended():
+                self.reap()
+                _log.warning("ended", daemon=self.name, codes=[c for c in self._children.values() if c is not None])
+                ends = ends + 1 if loop.time() - up_since_s < _SETTLED_AFTER_S else 0
+                up_since_s = loop.time()
+                await asyncio.sleep(rng.uniform(0, min(_BACKOFF_MAX_S, _AGAIN_BASE_S * 2.0**ends)) if ends else 0.0)
             self.reap()
             try:
                 await self.ensure()
@@ -75,6 +94,13 @@ class Daemon:
             except FalError as exc:
                 failures = min(failures + 1, 16)
                 on_trouble(exc)
+
+    async def _ended(self) -> bool:
+        """Wait until it is time to ask again; True: it has ended."""
+        if self.socket is None:
+            await asyncio.sleep(_CHECK_S)
+            return False
+        return await departed(self.socket, within_s=_CHECK_S)
 
     def reap(self) -> None:
         """Collect the exit codes of children of ours that ended; the last few are remembered."""

@@ -13,6 +13,8 @@ from random import Random
 import pytest
 
 from agent_process import alive, until
+from fal_agent import supervise
+from fal_agent.departure import departed
 from fal_agent.proxy.messages import RunnerEntry
 from fal_agent.proxy.server import software_version
 from fal_agent.proxy_link import ProxyLink, proxy_answers
@@ -143,5 +145,97 @@ def test_a_daemon_that_does_not_come_up_says_its_last_words(root: Path) -> None:
         await until(lambda: troubles)
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+LISTENER = """
+import os, signal, socket, sys
+path = sys.argv[1]
+if os.path.exists(path): os.unlink(path)
+server = socket.socket(socket.AF_UNIX)
+server.bind(path)
+server.listen(16)
+while True:
+    connection, _ = server.accept()
+    try:
+        with connection: connection.sendall(str(os.getpid()).encode())
+    except OSError: pass
+"""
+
+
+async def pid_behind(path: Path) -> int:
+    """Of the listener; 0: nobody."""
+    try:
+        reader, writer = await asyncio.open_unix_connection(str(path))
+    except OSError:
+        return 0
+    try:
+        return int(await reader.read() or b"0")
+    except OSError:
+        return 0
+    finally:
+        writer.close()
+
+
+async def new_pid(path: Path, old: int = 0) -> int:
+    """Of the listener, once it is another than `old`."""
+    async with asyncio.timeout(60):
+        while (pid := await pid_behind(path)) in (0, old):  # noqa: ASYNC110  # it is another process
+            await asyncio.sleep(0.02)
+    return pid
+
+
+def test_a_killed_daemon_is_started_again_without_waiting_for_the_next_look(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times, the first time one that somebody else started. The look itself never comes."""
+    monkeypatch.setattr(supervise, "_CHECK_S", 3600.0)
+    path = root / "d.sock"
+    argv = [sys.executable, "-c", LISTENER, str(path)]
+
+    async def main() -> None:
+        async def answers() -> bool:
+            return await pid_behind(path) > 0
+
+        first = await asyncio.create_subprocess_exec(*argv)
+        await new_pid(path)
+        daemon = Daemon("d", argv, answers, root / "log", socket=path)
+        watching = asyncio.create_task(daemon.watch(Random(1), on_trouble=lambda _: None))
+        seen = [first.pid]
+        try:
+            for _ in range(3):
+                os.kill(seen[-1], signal.SIGKILL)
+                seen.append(await new_pid(path, seen[-1]))
+            await first.wait()
+            assert len(set(seen)) == 4
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(seen[-1], signal.SIGKILL)
+            await until(lambda: (daemon.reap(), not alive(seen[-1]))[1])
+
+    asyncio.run(main())
+
+
+def test_a_departure_is_told_once_it_happens_and_not_before(root: Path) -> None:
+    path = root / "d.sock"
+
+    async def main() -> None:
+        served = await asyncio.create_subprocess_exec(sys.executable, "-c", LISTENER, str(path))
+        try:
+            await new_pid(path)
+            assert not await departed(path, within_s=0.05)
+            waiting = asyncio.create_task(departed(path, within_s=3600.0))
+            assert not (await asyncio.wait({waiting}, timeout=0.1))[0]
+            served.kill()
+            async with asyncio.timeout(60):
+                assert await waiting
+            assert await departed(path, within_s=3600.0)  # nobody there: at once
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                served.kill()
+            await served.wait()
 
     asyncio.run(main())
