@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from fal_agent.core.admission import GpuView
 from fal_agent.journal_codec import Record, Recorded, decode, encode
 from fal_agent.node import Facts, Node
 from fal_agent.ports import MachineView, Places, Usage
 from fal_agent.proxy.messages import GatewayEntry, ProxyStats, RunnerEntry, RunnerStats
-from fal_agent.runner import Tools
+from fal_agent.tools import Tools
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.revocation import RevokedPeer
@@ -59,6 +61,7 @@ class FakeCache:
         self.pins: dict[str, set[str]] = {}
         self.mount = False  # whether unfinished artifacts can be read
         self.cancelled: list[int] = []
+        self.taken_in: list[tuple[Path, str, int, str, float]] = []
 
     async def view(self, artifact: agent_pb2.Artifact, owner: str) -> tuple[Path, bool]:
         if not self.mount:
@@ -78,6 +81,15 @@ class FakeCache:
         if artifact.model in self.refuse:
             raise self.refuse[artifact.model]
         return Path("/cache") / artifact.model
+
+    async def ingest(
+        self, folder: Path, *, model: str, bytes_max: int, owner: str, keep_s: float
+    ) -> state_pb2.ModelManifest:
+        self._answer()
+        self.taken_in.append((folder, model, bytes_max, owner, keep_s))
+        if model in self.refuse:
+            raise self.refuse[model]
+        return state_pb2.ModelManifest(artifact_id="ab" * 32, kind="cache")
 
     async def unpin(self, owner: str) -> None:
         self._answer()
@@ -195,6 +207,7 @@ class Box:
         self.hardware = FakeHardware(self.gpus, 64 << 30)
         self.places = Places(self.root / "s", self.root / "m", self.root / "r", ("worker",))
         self.journal = MemoryJournal(self.disk)
+        self.ca_key: ec.EllipticCurvePublicKey | None = None
 
     def agent(self, *, agent_id: str = "a-1", node_id: str = "n-000000000001") -> Node:
         """A new agent process on this machine (not started)."""
@@ -203,7 +216,7 @@ class Box:
         tools = Tools(
             driver=FakeDriver(self.machine), cache=self.cache, proxy=self.proxy, prober=self.prober,
             machine=self.hardware, places=self.places, clock=self.clock, rng=Random(self.rng.getrandbits(64)),
-            on_event=lambda *_: None, save=_unset,
+            on_event=lambda *_: None, save=_unset, ca_key=lambda: self.ca_key,
         )  # fmt: skip
         return Node(Facts(node_id, "boot-1", agent_id, capabilities), tools, self.journal)
 

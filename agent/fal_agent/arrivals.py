@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from fal_agent import launch
-from fal_agent.ports import WeightCache
+from fal_agent.ports import OnEvent, WeightCache
 from fal_contract.errors import Code, FalError
+from fal_contract.limits import CACHE_ENTRY_WAIT_S
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2
 from fal_runtime.driver import Driver
@@ -31,22 +32,49 @@ _log = get_logger("agent.arrivals")
 class Arrivals:
     """The artifacts of one runner. `close` ends the following, never a mount."""
 
-    def __init__(self, runner_id: str, cache: WeightCache, driver: Driver, *, on_failed: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        runner_id: str,
+        cache: WeightCache,
+        driver: Driver,
+        *,
+        on_failed: Callable[[str], None],
+        on_event: OnEvent,
+    ) -> None:
         self._runner_id = runner_id
         self._cache = cache
         self._driver = driver
         self._on_failed = on_failed
+        self._on_event = on_event
+        self._without: set[str] = set()  # entries of the compile cache that did not come
         self._following: dict[str, asyncio.Task[None]] = {}
 
-    async def stage(self, artifact: agent_pb2.Artifact) -> Path:
-        """Where a container can begin to read it."""
+    async def stage(self, artifact: agent_pb2.Artifact) -> Path | None:
+        """Where a container can begin to read it; nothing, for an entry of the compile cache that does not come."""
+        if artifact.kind == "cache":
+            return await self._stage_entry(artifact)
         if artifact.stream:
             path, _ = await self._cache.view(artifact, self._runner_id)
             return path
         return await self._cache.stage(artifact, self._runner_id)
 
+    async def _stage_entry(self, artifact: agent_pb2.Artifact) -> Path | None:
+        self._without.discard(artifact.model)
+        try:
+            async with asyncio.timeout(CACHE_ENTRY_WAIT_S):
+                return await self._cache.stage(artifact, self._runner_id)
+        except TimeoutError:
+            kind, why = "CACHE_MISSED", f"it did not come in {CACHE_ENTRY_WAIT_S:g} s"
+        except FalError as exc:
+            kind, why = ("CACHE_MISSED" if exc.code in PASSING else "CACHE_REFUSED"), str(exc)
+        self._without.add(artifact.model)
+        self._on_event(kind, self._runner_id, f"entry {artifact.cache_key[:12]} of {artifact.namespace}: {why}")
+        return None
+
     async def attach(self, artifact: agent_pb2.Artifact) -> None:
         """Show it to the container, in the form that it has now. Raises what fsd and the driver raise."""
+        if artifact.model in self._without:
+            return
         if not artifact.stream:
             await self._show(artifact, await self._cache.stage(artifact, self._runner_id))
             return

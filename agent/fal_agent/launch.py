@@ -17,9 +17,10 @@ from google.protobuf.message import DecodeError
 from fal_agent.ports import Places
 from fal_contract.ids import path_of
 from fal_contract.v1 import agent_pb2
-from fal_runtime.driver import MODELS_DIR_INSIDE, SOCKET_DIR_INSIDE, ContainerSpec, Driver, Network, Resources
+from fal_runtime.driver import MODELS_DIR_INSIDE, SOCKET_DIR_INSIDE, ContainerSpec, Driver, Mount, Network, Resources
 
 SOCKET_NAME: Final = "worker.sock"
+OUTPUT_DIR_INSIDE: Final = "/output"
 _ID_CHARS_MAX: Final = 64  # container runtimes put it into paths of unix sockets
 _NETWORKS: Final[dict[str, Network]] = {"none": "none", "egress": "egress", "host": "host"}
 
@@ -65,8 +66,21 @@ def container_spec(
         socket_dir=socket_dir(places, message.runner_id),
         models_dir=places.models / container_id(message.runner_id),
         gpu_devices=tuple(devices),
+        mounts=_output_mount(message, places),
     )
     return replace(bare, env={**places.worker_env, **_env(message, driver, bare)})
+
+
+def _output_mount(message: agent_pb2.Assignment, places: Places) -> tuple[Mount, ...]:
+    """A build task's only writable folder besides /tmp; what it leaves there is kept."""
+    if not message.spec.HasField("build"):
+        return ()
+    return (Mount(output_folder(places, message.runner_id), OUTPUT_DIR_INSIDE, read_only=False),)
+
+
+def output_folder(places: Places, runner_id: str) -> Path:
+    """Host folder that a build task fills (`fal_agent.build_output`)."""
+    return places.runners / f"{container_id(runner_id)}.output"
 
 
 def keep_assignment(places: Places, message: agent_pb2.Assignment) -> None:
@@ -123,6 +137,14 @@ def _env(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec) -> 
             env[name] = f"{bound:g}"
     if any(artifact.stream for artifact in message.artifacts):
         env["FAL_STREAM_WEIGHTS"] = "1"  # files may still be arriving: to be read, not mapped
+    if message.spec.HasField("build"):
+        env["FAL_BUILD_OUTPUT"] = driver.inside(spec, OUTPUT_DIR_INSIDE)
+    # An entry that did not come is not there; the worker then compiles for itself.
+    entries = [(one.cache_key, model_name(one.model)) for one in message.artifacts if one.kind == "cache"]
+    if entries:
+        env["FAL_COMPILE_CACHE"] = ",".join(
+            f"{key}={driver.inside(spec, f'{MODELS_DIR_INSIDE}/{name}')}" for key, name in entries
+        )
     if checkpoints := models("model"):
         env["FAL_MODEL_DIR"] = checkpoints[0][1]
     if loras := models("lora"):

@@ -22,8 +22,9 @@ from fal_agent.journal import Journal
 from fal_agent.journal_codec import Forget, Record
 from fal_agent.ports import MachineView, Usage
 from fal_agent.proxy.messages import ProxyStats, RunnerEntry
-from fal_agent.runner import Runner, Tools
+from fal_agent.runner import Runner
 from fal_agent.told import inventory_told
+from fal_agent.tools import Tools
 from fal_contract.errors import Code, FalError, not_found
 from fal_contract.limits import NODE_EVENTS_MAX
 from fal_contract.v1 import agent_pb2

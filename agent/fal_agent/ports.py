@@ -15,7 +15,7 @@ from typing import Protocol
 from fal_agent.core.admission import GpuView
 from fal_agent.proxy.messages import GatewayEntry, RunnerEntry
 from fal_contract.revocation import RevokedPeer
-from fal_contract.v1 import agent_pb2
+from fal_contract.v1 import agent_pb2, state_pb2
 
 
 class WeightCache(Protocol):
@@ -30,6 +30,12 @@ class WeightCache(Protocol):
 
         An unfinished one is a mount whose reads wait for what they need; where there is none, it is waited for.
         """
+        ...
+
+    async def ingest(
+        self, folder: Path, *, model: str, bytes_max: int, owner: str, keep_s: float
+    ) -> state_pb2.ModelManifest:
+        """Take a folder's files in as an artifact of kind cache, kept for `owner` so long. INVALID, NO_CAPACITY …"""
         ...
 
     async def cancel_reads(self, pids: Sequence[int]) -> None:

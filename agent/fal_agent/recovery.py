@@ -15,7 +15,7 @@ from fal_agent.aftermath import exit_of
 from fal_agent.core.assignments import Assignment
 from fal_agent.core.tasks import Exit, Phase, Task, exited
 from fal_agent.journal_codec import Recorded
-from fal_agent.runner import Tools
+from fal_agent.tools import Tools
 from fal_agent.wire import assignment_of
 from fal_contract.clock import Clock
 from fal_contract.errors import FalError

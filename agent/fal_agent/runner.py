@@ -12,15 +12,14 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from random import Random
+from dataclasses import replace
 from typing import Final
 
-from fal_agent import launch
+from fal_agent import build_output, launch
 from fal_agent.aftermath import exit_of, gpu_in_use, log_tail
 from fal_agent.arrivals import PASSING, Arrivals, processes_of
 from fal_agent.core.assignments import Assignment, Goal
+from fal_agent.core.entries import allowed
 from fal_agent.core.tasks import (
     Action,
     Phase,
@@ -30,14 +29,15 @@ from fal_agent.core.tasks import (
     collected,
     exited,
     fail,
+    leaves_output,
     ready,
     started,
     step,
 )
-from fal_agent.ports import Machine, OnEvent, Places, Prober, ProxyPort, Usage, WeightCache
+from fal_agent.ports import Usage
 from fal_agent.proxy.messages import RunnerEntry
+from fal_agent.tools import Tools, together
 from fal_agent.wire import parse, probe_of
-from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import GPU_RELEASE_TIMEOUT_S, STAGE_TIMEOUT_S
 from fal_contract.telemetry import get_logger
@@ -51,22 +51,6 @@ _RETRY_MAX_S: Final = 10.0
 _RELEASE_POLL_S: Final = 0.5
 _DRAIN_POLL_S: Final = 1.0
 _log = get_logger("agent.runner")
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """The world, and how the node hears of changes. `save` makes a task durable, best effort: the driver knows too."""
-
-    driver: runtime.Driver
-    cache: WeightCache
-    proxy: ProxyPort
-    prober: Prober
-    machine: Machine
-    places: Places
-    clock: Clock
-    rng: Random
-    on_event: OnEvent
-    save: Callable[[Task], Awaitable[None]]
 
 
 class Runner:
@@ -85,7 +69,10 @@ class Runner:
         self._on_change = on_change
         self._news = asyncio.Event()
         self._idle = asyncio.Event()  # set whenever the counts change
-        self._arrivals = Arrivals(task.runner_id, tools.cache, tools.driver, on_failed=self._weights_failed)
+        self._refused: dict[str, str] = {}  # entries of the compile cache that it must not see
+        self._arrivals = Arrivals(
+            task.runner_id, tools.cache, tools.driver, on_failed=self._weights_failed, on_event=tools.on_event
+        )
         self._exit_watch: asyncio.Task[None] | None = None
         self._job: asyncio.Task[None] | None = None
 
@@ -230,6 +217,9 @@ class Runner:
             self._trying = text
             self._on_change(self.id)
 
+    def _left_s(self) -> float:
+        return max(0.0, self.task.ready_by_s - self._now_s())
+
     def _now_s(self) -> float:
         return self._tools.clock.monotonic_s()
 
@@ -247,7 +237,9 @@ class Runner:
                 await self._probe_ready()
             case Action.EXPIRE:
                 limit_s = self.task.assignment.startup_timeout_s
-                self._see(fail(self.task, f"not ready within {limit_s:g} s (startup_timeout): {self._said}"))
+                late = "did not end" if self.task.assignment.build else "not ready"
+                said = "" if self.task.assignment.build else f" (startup_timeout): {self._said}"
+                self._see(fail(self.task, f"{late} within {limit_s:g} s{said}"))
             case Action.REGISTER:
                 await self._register()
             case Action.DRAIN:
@@ -265,26 +257,36 @@ class Runner:
     async def _stage(self) -> None:
         """Weights arrive while the container is made."""
         began_s = self._now_s()
-        message = parse(self.task.assignment)
+        message = self._message()
         try:
             async with asyncio.timeout(STAGE_TIMEOUT_S):
-                await _together([self._arrivals.stage(a) for a in message.artifacts], self._make(message))
+                await together([self._arrivals.stage(a) for a in message.artifacts], self._make(message))
         except TimeoutError:
             raise FalError(
                 Code.RUNNER_FAILED, f"weights did not arrive in {STAGE_TIMEOUT_S:g} s", remedy="Look at their origin."
             ) from None
         self._see(advance(self.task, Phase.STAGED, move=Action.STAGE, seconds=self._now_s() - began_s))
 
+    def _message(self) -> agent_pb2.Assignment:
+        """Its assignment, without entries of the compile cache that it must not see."""
+        message, refused = allowed(parse(self.task.assignment), self._tools.ca_key())
+        for model, why in refused.items():
+            if self._refused.get(model) != why:
+                self._tools.on_event("CACHE_REFUSED", self.id, f"entry {model}: {why}")
+        self._refused = refused
+        return message
+
     async def _make(self, message: agent_pb2.Assignment) -> None:
         view = await self._tools.machine.look() if message.gpus else None
         devices = [node for gpu in message.gpus for node in (view.devices.get(gpu, ()) if view else ())]
+        build_output.make(self._tools.places, message)
         spec = launch.container_spec(message, self._tools.driver, self._tools.places, devices)
         launch.keep_assignment(self._tools.places, message)
         await self._tools.driver.create(spec)
 
     async def _create(self) -> None:
         began_s = self._now_s()
-        message = parse(self.task.assignment)
+        message = self._message()
         await self._make(message)  # made while staging, or lost with an earlier life of this machine
         for artifact in message.artifacts:
             await self._arrivals.attach(artifact)
@@ -311,7 +313,7 @@ class Runner:
                 self._unsaved = True
                 return
             self._said = why
-            left_s = math.inf if self.task.orphan else max(0.0, self.task.ready_by_s - self._now_s())
+            left_s = math.inf if self.task.orphan else self._left_s()
             await asyncio.sleep(min(poll_s, left_s))
             poll_s = min(_READY_POLL_MAX_S, 1.5 * poll_s)
 
@@ -330,6 +332,9 @@ class Runner:
 
     async def _attend(self) -> None:
         """Nothing is owed: while it serves, ask from time to time whether it lives."""
+        if self.task.assignment.build and self.task.phase is Phase.STARTED:
+            await self._attend_build()
+            return
         if self.task.phase is not Phase.SERVING or not self.task.known:
             await self._news.wait()
             return
@@ -344,6 +349,12 @@ class Runner:
                 self._see(fail(self.task, f"liveness probe failed {failures} times in a row: {why}"))
                 return
             await asyncio.sleep(probe.interval_s)
+
+    async def _attend_build(self) -> None:
+        """Until its time is over (its exit is news), or its output is too much."""
+        message = parse(self.task.assignment)
+        if why := await build_output.watch(self._tools.places, message, self._left_s):
+            self._see(fail(self.task, why))
 
     async def _drain(self) -> None:
         """No new requests; those under way have their time."""
@@ -392,7 +403,12 @@ class Runner:
         """Exit code and last lines must be durable before the container is removed."""
         with contextlib.suppress(FalError):  # a proxy that is away is told when it is back
             await self._tools.proxy.remove(self.id)
-        self._see(collected(self.task, await log_tail(self._tools.driver, launch.container_id(self.id))))
+        output, error = b"", ""
+        if leaves_output(self.task):
+            message = parse(self.task.assignment)
+            output, error = await build_output.take_in(self._tools.places, self._tools.cache, message)
+        tail = await log_tail(self._tools.driver, launch.container_id(self.id))
+        self._see(collected(self.task, tail, output=output, output_error=error))
         self._unsaved = True
 
     async def _release(self) -> None:
@@ -407,6 +423,8 @@ class Runner:
         await self._arrivals.close()
         await self._tools.cache.unpin(self.id)
         launch.drop_assignment(self._tools.places, self.id)
+        if self.task.assignment.build:
+            await build_output.remove(self._tools.places, self.id)
         self._see(advance(self.task, Phase.GONE))
         self._unsaved = True
 
@@ -430,21 +448,3 @@ class Runner:
 
     def _exit_seen(self, status: runtime.ContainerStatus | None) -> None:
         self._see(exited(self.task, exit_of(status, self._tools.clock)))
-
-
-async def _together(stages: list[Awaitable[Path]], make: Awaitable[None]) -> None:
-    """All at once; the first error cancels the rest."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for job in (*stages, make):
-                group.create_task(_awaited(job))
-    except BaseExceptionGroup as errors:
-        # Not `except*`: what is raised below that leaves it inside another group, on some releases of Python 3.11.
-        first: BaseException = errors
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
-
-
-async def _awaited(job: Awaitable[object]) -> None:
-    await job

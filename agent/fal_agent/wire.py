@@ -58,6 +58,7 @@ def assignment_of(message: agent_pb2.Assignment) -> Assignment:
         termination_grace_s=message.spec.termination_grace_s,
         image=message.spec.image or "host",
         network=message.spec.network or "none",
+        build=message.spec.HasField("build"),
         wire=message.SerializeToString(),
     )
 
@@ -156,6 +157,8 @@ def status_of(task: Task, usage: Usage, *, now_wall_s: float) -> agent_pb2.Runne
         status.oom_killed = task.exit.oom_killed
         if task.exit.code is not None:
             status.exit_code = task.exit.code
+    if task.output:
+        status.output.ParseFromString(task.output)
     if task.ready_at_s and assignment.wire:
         status.residencies.extend(_residencies(assignment))
     return status
@@ -204,5 +207,5 @@ def cut(line: str) -> str:
 
 def _residencies(assignment: Assignment) -> list[state_pb2.Residency]:
     # One model a runner here; its id within the runner is the model's name.
-    models = [a for a in parse(assignment).artifacts if a.kind != "lora"]
+    models = [a for a in parse(assignment).artifacts if a.kind in ("", "model")]
     return [state_pb2.Residency(id=a.model, model=a.model, manifest_digest=a.manifest_digest) for a in models]

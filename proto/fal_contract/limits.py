@@ -161,4 +161,5 @@ BUILD_TIMEOUT_MAX_S: Final = 6 * 3600.0
 BUILD_WAIT_MAX_S: Final = 3600.0  # for a node
 BUILDS_MAX: Final = 256  # at once
 BUILD_MANIFEST_BYTES_MAX: Final = 256 << 10  # travels in a runner's status
+INGEST_TIMEOUT_S: Final = 600.0  # hashing and copying an entry of the largest size on a slow disk
 BUILD_OUTPUT_PIN_S: Final = 3600.0  # until the scheduler has signed it

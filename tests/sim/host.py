@@ -18,8 +18,8 @@ from fal_agent.core.tasks import Task
 from fal_agent.node import Facts, Node
 from fal_agent.ports import Places, Usage
 from fal_agent.proxy.messages import ProxyStats, RunnerStats
-from fal_agent.runner import Tools
 from fal_agent.session import Dialer, Session
+from fal_agent.tools import Tools
 from fal_contract.v1 import agent_pb2
 from fal_runtime.driver import ContainerSpec
 from fal_runtime.fake import FakeDriver, Machine, Script

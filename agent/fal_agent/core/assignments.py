@@ -46,6 +46,7 @@ class Assignment:
     image: str = "host"
     network: str = "none"
     wire: bytes = field(default=b"", repr=False)
+    build: bool = False  # a task that runs once and leaves files, not a worker
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ every action is idempotent, so a task may be driven again from any phase after a
 goal or by its own failure, an orphan only by a goal. Called by fal_agent.runner, which performs the actions and tells
 what it saw.
 
+A build task is never asked whether it is ready: STARTED ends with its exit, or at `ready_by_s`.
+
     ADMITTED -STAGE-> STAGED -CREATE-> CREATED -START-> STARTED -PROBE-> READY -REGISTER-> SERVING
     SERVING -DRAIN-> DRAINED -STOP-> EXITED -COLLECT-> COLLECTED -REMOVE-> REMOVED -RELEASE-> GONE
     any phase before EXITED -container exits, fails or never ran-> EXITED
@@ -93,6 +95,8 @@ class Task:
     exit: Exit | None = None
     log_tail: tuple[str, ...] = ()
     phases: tuple[tuple[str, float], ...] = ()  # name of the move, seconds
+    output: bytes = b""  # of a build task: the manifest (serialised) of what fsd took in
+    output_error: str = ""  # why nothing was taken in
 
     @property
     def runner_id(self) -> str:
@@ -135,6 +139,8 @@ def step(task: Task, now_s: float) -> Action | None:
                 return None
             if task.phase is Phase.STARTED and now_s >= task.ready_by_s and not task.orphan:
                 return Action.EXPIRE
+            if task.phase is Phase.STARTED and task.assignment.build:
+                return None
             return _RISE.get(task.phase)
 
 
@@ -168,11 +174,17 @@ def exited(task: Task, exit: Exit) -> Task:
     return advance(replace(task, exit=exit), Phase.EXITED)
 
 
-def collected(task: Task, log_tail: tuple[str, ...]) -> Task:
+def leaves_output(task: Task) -> bool:
+    """Whether it is a build task that has done what it was to do."""
+    done = task.exit is not None and task.exit.code == 0 and not task.failure
+    return done and task.assignment.build and task.assignment.goal is Goal.RUN
+
+
+def collected(task: Task, log_tail: tuple[str, ...], *, output: bytes = b"", output_error: str = "") -> Task:
     """What it left was read."""
     if task.phase is not Phase.EXITED:
         return task
-    return advance(replace(task, log_tail=log_tail), Phase.COLLECTED)
+    return advance(replace(task, log_tail=log_tail, output=output, output_error=output_error), Phase.COLLECTED)
 
 
 def fail(task: Task, why: str) -> Task:
@@ -222,8 +234,8 @@ def state_of(task: Task, in_flight: int) -> RunnerState:
 
 def why(task: Task) -> str:
     """One sentence for an operator: what it waits for or why it ended. Empty while it serves."""
-    if task.failure:
-        return task.failure
+    if task.failure or task.output_error:
+        return task.failure or task.output_error
     if task.phase >= Phase.EXITED and task.exit is not None:
         return task.exit.reason or (f"exited with code {task.exit.code}" if task.exit.code is not None else "exited")
     if task.assignment.goal > Goal.RUN:
@@ -234,5 +246,5 @@ def why(task: Task) -> str:
         Phase.ADMITTED: "weights are on their way",
         Phase.STAGED: "the container is being made",
         Phase.CREATED: "the container is being started",
-        Phase.STARTED: "the worker is loading",
+        Phase.STARTED: "the build task runs" if task.assignment.build else "the worker is loading",
     }.get(task.phase, "")

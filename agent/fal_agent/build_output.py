@@ -1,0 +1,90 @@
+"""The folder that a build task fills: made before its container, measured while it runs, taken in after it, removed.
+
+Invariants: it lies below the node's own folders, which nobody else may enter, and only its container has it bound; what
+is larger than the task may leave ends the task, as nothing here needs a quota of the file system (so a fast writer is
+stopped a moment late, by what it writes within MEASURE_S); it goes with the runner. Called by fal_agent.runner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from fal_agent.arrivals import PASSING
+from fal_agent.launch import output_folder
+from fal_agent.ports import Places, WeightCache
+from fal_contract.cache_key import entry_model
+from fal_contract.errors import FalError
+from fal_contract.limits import BUILD_MANIFEST_BYTES_MAX, BUILD_OUTPUT_PIN_S, MODEL_FILES_MAX
+from fal_contract.v1 import agent_pb2
+
+MEASURE_S: Final = 1.0
+_MODE: Final = 0o700
+
+
+def make(places: Places, message: agent_pb2.Assignment) -> None:
+    """Make it where the assignment is a build task; again is fine."""
+    if message.spec.HasField("build"):
+        output_folder(places, message.runner_id).mkdir(parents=True, exist_ok=True, mode=_MODE)
+
+
+def too_much(places: Places, message: agent_pb2.Assignment) -> str:
+    """Why what lies there is more than the task may leave; empty while it is not. Blocks."""
+    size = files = 0
+    for parent, folders, names in os.walk(output_folder(places, message.runner_id)):
+        for name in names:
+            with contextlib.suppress(OSError):  # a compiler's temporary file is gone again
+                size += (Path(parent) / name).lstat().st_blocks * 512
+        files += len(names) + len(folders)
+    bytes_max = message.spec.build.bytes_max
+    if size > bytes_max + files * 4096:  # a small file takes a block more than it has bytes
+        return f"its output takes {size} bytes, at most {bytes_max} are allowed"
+    if files > 2 * MODEL_FILES_MAX:
+        return f"its output has {files} files and folders, at most {MODEL_FILES_MAX} files are allowed"
+    return ""
+
+
+async def watch(places: Places, message: agent_pb2.Assignment, left_s: Callable[[], float]) -> str:
+    """Return why the task must end before its time is over, or nothing once it is."""
+    while left_s() > 0.0:
+        if why := await asyncio.to_thread(too_much, places, message):
+            return why
+        await asyncio.sleep(min(MEASURE_S, left_s()))
+    return ""
+
+
+async def take_in(places: Places, cache: WeightCache, message: agent_pb2.Assignment) -> tuple[bytes, str]:
+    """The manifest (serialised) of what the node's cache took in, or why nothing was.
+
+    Raises only what may pass: the cache is away for a moment.
+    """
+    task = message.spec.build
+    try:
+        manifest = await cache.ingest(
+            output_folder(places, message.runner_id),
+            model=entry_model(task.namespace, task.key),
+            bytes_max=task.bytes_max,
+            owner=f"build {message.runner_id}",
+            keep_s=BUILD_OUTPUT_PIN_S,
+        )
+    except FalError as exc:
+        if exc.code in PASSING:
+            raise
+        return b"", f"its output was not taken: {exc}"
+    raw = manifest.SerializeToString()
+    if len(raw) > BUILD_MANIFEST_BYTES_MAX:
+        return b"", f"its output has {len(manifest.files)} files, too many to be told of; pack them"
+    return raw, ""
+
+
+async def remove(places: Places, runner_id: str) -> None:
+    """Leave nothing of it; what is not there is fine."""
+    await asyncio.to_thread(shutil.rmtree, output_folder(places, runner_id), ignore_errors=True)
+
+
+__all__ = ["MEASURE_S", "make", "remove", "take_in", "too_much", "watch"]

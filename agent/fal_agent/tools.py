@@ -1,0 +1,53 @@
+"""What a runner works with, and how several of its moves are made at once. Put together by fal_agent.agent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fal_agent.core.tasks import Task
+from fal_agent.ports import Machine, OnEvent, Places, Prober, ProxyPort, WeightCache
+from fal_contract.clock import Clock
+from fal_runtime import driver as runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The world, and how the node hears of changes. `save` makes a task durable, best effort: the driver knows too.
+
+    `ca_key`: whose signature makes an entry of the compile cache good; None: nobody's.
+    """
+
+    driver: runtime.Driver
+    cache: WeightCache
+    proxy: ProxyPort
+    prober: Prober
+    machine: Machine
+    places: Places
+    clock: Clock
+    rng: Random
+    on_event: OnEvent
+    save: Callable[[Task], Awaitable[None]]
+    ca_key: Callable[[], ec.EllipticCurvePublicKey | None] = lambda: None
+
+
+async def together(stages: Sequence[Awaitable[object]], make: Awaitable[None]) -> None:
+    """All at once; the first error cancels the rest."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in (*stages, make):
+                group.create_task(_awaited(job))
+    except BaseExceptionGroup as errors:
+        # Not `except*`: what is raised below that leaves it inside another group, on some releases of Python 3.11.
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+
+
+async def _awaited(job: Awaitable[object]) -> None:
+    await job
