@@ -276,7 +276,8 @@ class _Attempt:
                 self._tell()
                 told_s = now_s
             if now_s - up_s > self._push.settings.lost_s:
-                return self._net.last_end or "it was not reached"
+                connected = "it does not take it (see its events)" if self._net.status().peers else ""
+                return connected or self._net.last_end or "it was not reached"
             if now_s - moved_s > self._push.settings.stalled_s:
                 return "it takes nothing"
         self._tell()

@@ -32,6 +32,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("http://127.0.0.1:80/a", "http", "127.0.0.1:80", "a", ""),
         ("file:///srv/models/x", "file", "", "/srv/models/x", ""),
         ("push://upload-1", "push", "upload-1", "", ""),
+        ("push://team/name", "push", "team", "name", ""),
     ],
 )
 def test_parts(uri: str, scheme: str, authority: str, path: str, revision: str) -> None:
@@ -69,7 +70,7 @@ def test_parts(uri: str, scheme: str, authority: str, path: str, revision: str) 
         ("file://other/srv", "host"),
         ("file://", "absolute"),
         ("file:///a/../b", "'..'"),
-        ("push://a/b", "upload"),
+        ("push://a/b/c", "upload"),
         ("https://host/" + "a" * 3000, "too long"),
     ],
 )

@@ -1,7 +1,7 @@
 """Names of origins, taken apart and put together again. Pure.
 
     s3://BUCKET[/PREFIX]               gs://BUCKET[/PREFIX]          az://ACCOUNT/CONTAINER[/PREFIX]
-    hf://ORG/REPO[@REVISION][/FOLDER]  file:///FOLDER                push://NAME
+    hf://ORG/REPO[@REVISION][/FOLDER]  file:///FOLDER                push://TEAM/NAME
     https://HOST/PATH                  one file
     https://HOST/PATH/                 a folder with a list of its files, `falctl-files.json` (see `listing`)
 
@@ -31,7 +31,7 @@ _FORMS: Final = {
     "https": "https://HOST/PATH",
     "http": "https://HOST/PATH",
     "file": "file:///path/to/folder",
-    "push": "push://NAME",
+    "push": "push://TEAM/NAME",
 }
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9._-]{1,221}", re.ASCII)
 _ACCOUNT: Final = re.compile(r"[a-z0-9]{3,24}", re.ASCII)
@@ -183,9 +183,9 @@ def _hub(uri: str, authority: str, path: str) -> OriginUri:
 
 
 def _push(uri: str, authority: str, path: str) -> OriginUri:
-    if path or not _REPO_PART.fullmatch(authority):
+    if not _REPO_PART.fullmatch(authority) or (path and not _REPO_PART.fullmatch(path)):
         raise _wrong(uri, "names no upload", "push")
-    return OriginUri("push", authority)
+    return OriginUri("push", authority, path)
 
 
 _OF: Final = {
