@@ -13,12 +13,16 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fal_contract.config import load_config
 from fal_contract.errors import Code, FalError
 from fal_contract.telemetry import configure_logging, get_logger
 from fal_fsd.options import ENV_PREFIX, FsdOptions, check
+
+if TYPE_CHECKING:
+    from fal_fsd.assembly import Cache
+    from fal_fsd.metrics import Metrics
 
 _STOP_GRACE_S: Final = 2.0
 _FLAGS: Final = (
@@ -76,7 +80,6 @@ async def serve(options: FsdOptions) -> None:
     from fal_contract.clock import SystemClock
     from fal_contract.v1 import fsd_pb2, fsd_pb2_grpc
     from fal_fsd.assembly import Cache
-    from fal_fsd.metrics import Metrics
     from fal_fsd.service import NodeCache
 
     log = get_logger("fal-fsd")
@@ -86,14 +89,15 @@ async def serve(options: FsdOptions) -> None:
         loop.add_signal_handler(number, stop.set)
     cache = Cache(options, clock=SystemClock(), rng=random.Random())
     await cache.start()
-    metrics = Metrics(cache)
+    metrics: Metrics | None = None
     server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS))
     try:
-        port = await metrics.start(options.metrics_host, options.metrics_port)
         fsd_pb2_grpc.add_NodeCacheServicer_to_server(NodeCache(cache.node), server)
         await rpc.add_standard_services(server, [fsd_pb2.DESCRIPTOR.services_by_name["NodeCache"].full_name])
         _bind(server, options.socket_path)
         await server.start()
+        metrics = await _metrics(cache)  # last: readers and runners that wait for us do not wait for its libraries
+        port = await metrics.start(options.metrics_host, options.metrics_port)
         log.info(
             "serving", socket=str(options.socket_path), state_dir=str(options.state_dir), metrics_port=port,
             bulk_port=cache.bulk_port,
@@ -101,9 +105,19 @@ async def serve(options: FsdOptions) -> None:
         await stop.wait()
     finally:
         await server.stop(_STOP_GRACE_S)
-        await metrics.close()
+        if metrics is not None:
+            await metrics.close()
         await cache.close()
     log.info("stopped")
+
+
+async def _metrics(cache: Cache) -> Metrics:
+    def load() -> type[Metrics]:
+        from fal_fsd.metrics import Metrics
+
+        return Metrics
+
+    return (await asyncio.to_thread(load))(cache)
 
 
 def _bind(server: object, socket_path: Path) -> None:
