@@ -249,8 +249,8 @@ class Swarms:
             return None
         told = self._told.setdefault(node_id, {}).setdefault(artifact_id, _Told())
         others = self._beside(swarm, node, holding, artifact_id, told)
-        if not others and not told.tickets:
-            return None
+        if not others and not told.tickets and not holding.fetching:
+            return None  # one that fetches alone is told, too: that it is the one that reads the origin
         here, size = self._pool(node_id), swarm.view.region_members(self._region(node_id))
         seed = node_id in swarm.view.seeds
         shown = [self._card(here, other) for other, _ in others]

@@ -437,6 +437,20 @@ def test_a_new_leader_waits_for_its_caches_before_it_chooses_replicas_anew() -> 
 # --- swarms ----------------------------------------------------------------------------------------------------------
 
 
+def test_who_fetches_alone_is_told_to_read_the_origin() -> None:
+    async def body(rig: Rig) -> None:
+        rig.model(A)
+        alone = rig.cache("n0").dial(wanting(A, SIZE))
+        await alone.until(lambda: A in alone.swarms)
+        told = alone.swarms[A]
+        assert (told.seed, told.region_members, list(told.members)) == (True, 1, [])
+        second = rig.cache("n1").dial(wanting(A, SIZE))
+        await second.until(lambda: set(second.neighbours(A)) == {"n0"})
+        await alone.until(lambda: set(alone.neighbours(A)) == {"n1"})
+
+    cache_test(body)
+
+
 def test_who_fetches_is_told_its_neighbours_with_tickets_that_pass_there_only() -> None:
     async def body(rig: Rig) -> None:
         rig.model(A)
