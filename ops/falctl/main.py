@@ -14,6 +14,7 @@ import typer
 from fal_contract.errors import FalError
 from falctl import (
     apps,
+    caches,
     completion,
     dev,
     events,
@@ -56,6 +57,7 @@ app.add_typer(apps.group, name="app")
 app.command("run")(run.run)
 app.add_typer(runners.group, name="runner")
 app.add_typer(weights.group, name="weights")
+app.add_typer(caches.group, name="cache")
 app.add_typer(nodes.group, name="node")
 app.add_typer(gpus.group, name="gpu")
 app.add_typer(pools.group, name="pool")

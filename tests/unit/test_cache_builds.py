@@ -377,6 +377,7 @@ BAD: list[tuple[str, dict[str, object]]] = [
     ("command", {"command": [""]}),
     ("command", {"command": ["x" * 40_000]}),
     ("num_gpus", {"num_gpus": 17}),
+    ("pools", {"pools": ["p", "nowhere"]}),
     ("num_gpus", {"machine_type": "H100-80GB"}),
     ("machine_type", {"machine_type": "x" * 300, "num_gpus": 1}),
     ("bytes_max", {"bytes_max": CACHE_NAMESPACE_BYTES_MAX}),

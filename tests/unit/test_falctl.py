@@ -205,7 +205,7 @@ class TestCommand:
     def test_every_group_has_help(self) -> None:
         from falctl.main import app
 
-        for group in ("app", "runner", "weights", "node", "gpu", "pool", "dev", "operator", "server"):
+        for group in ("app", "runner", "weights", "cache", "node", "gpu", "pool", "dev", "operator", "server"):
             assert CliRunner().invoke(app, [group, "--help"]).exit_code == 0, group
 
 

@@ -1545,6 +1545,7 @@ class BuildCacheRequest(_message.Message):
     MACHINE_TYPE_FIELD_NUMBER: _builtins.int
     BYTES_MAX_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """"cluster" or "team/NAME"."""
     image: _builtins.str
@@ -1565,6 +1566,10 @@ class BuildCacheRequest(_message.Message):
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Command of the build task, run with the engine image, without network or customer code; empty: only look up."""
 
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Pools that will do; empty: any."""
+
     def __init__(
         self,
         *,
@@ -1576,10 +1581,11 @@ class BuildCacheRequest(_message.Message):
         machine_type: _builtins.str = ...,
         bytes_max: _builtins.int = ...,
         timeout_s: _builtins.float = ...,
+        pools: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_max", b"bytes_max", "command", b"command", "facts", b"facts", "image", b"image", "machine_type", b"machine_type", "namespace", b"namespace", "num_gpus", b"num_gpus", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_max", b"bytes_max", "command", b"command", "facts", b"facts", "image", b"image", "machine_type", b"machine_type", "namespace", b"namespace", "num_gpus", b"num_gpus", "pools", b"pools", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -35,7 +35,7 @@ async def build_cache(
     """Look an entry up, or begin its build where a command is given. INVALID, NOT_FOUND (no entry and no command)."""
     namespace, key = check_namespace(request.namespace), cache_key(request.facts)
     if request.command:
-        await leader.engine.submit(BuildCache(_spec(request, namespace, key), actor))
+        await leader.engine.submit(BuildCache(_spec(leader, request, namespace, key), actor))
     view = _view(leader, namespace, key)
     if view is None:
         raise FalError(
@@ -47,7 +47,7 @@ async def build_cache(
     return view
 
 
-def _spec(request: cluster_pb2.BuildCacheRequest, namespace: str, key: str) -> Spec:
+def _spec(leader: Leadership, request: cluster_pb2.BuildCacheRequest, namespace: str, key: str) -> Spec:
     """A build runs our image without network, model or environment of anybody."""
     words = tuple(request.command)
     if len(words) > COMMAND_WORDS_MAX or sum(map(len, words)) > COMMAND_BYTES_MAX or not words[0]:
@@ -72,11 +72,19 @@ def _spec(request: cluster_pb2.BuildCacheRequest, namespace: str, key: str) -> S
         command=words,
         machine_type=(request.machine_type,) if request.machine_type else (),
         num_gpus=request.num_gpus,
+        pools=_pools(leader, request),
         resources=_resources(request.num_gpus),
         network="none",
         scaling=Scaling(min_concurrency=1, max_concurrency=1, startup_timeout_s=timeout_s),
         build=BuildTask(namespace, key, request.bytes_max or CACHE_ENTRY_BYTES_MAX, dict(request.facts)),
     )
+
+
+def _pools(leader: Leadership, request: cluster_pb2.BuildCacheRequest) -> tuple[str, ...]:
+    for pool in request.pools:
+        if pool not in leader.view.pools:
+            raise invalid("pools", pool[:80], "is no pool", remedy="List them with `falctl pool list`.")
+    return tuple(request.pools)
 
 
 def _resources(gpus: int) -> Resources:
