@@ -35,7 +35,8 @@ class Policy:
     begin_s: float = 0.5  # a seed waits at most so long, times its rank, for the first pieces of others
     streams_max: int = 8  # ranges that one node reads at once
     stripe_bytes: int = 16 << 20
-    unspread_pieces: int = 8  # a seed holds so many that nobody else has, then it takes no more
+    unspread_pieces: int = 2  # a seed has so many that few others have, or those of so many seconds, then it
+    unspread_s: float = 0.25  # takes no more
     fencing: bool = True  # False: weaker leases are not given up
     lease_patience_s: float = 10.0  # and four times what it should take, before a silent lease is taken over
     connect_grace_s: float = 5.0  # seeds that the scheduler told count, though not connected yet

@@ -2,8 +2,8 @@
 
 Seeds (the scheduler names them) cut the origin into stripes; each begins with those that it owns by rendezvous and
 then helps the seed with most left, each from a place of its own. A lease is told before its bytes are read; leases
-shrink towards the end, so that no last one is long. A seed takes no more while it holds several pieces that nobody
-else has yet: a slow uplink then reads little. What any connected peer has is never read.
+shrink towards the end, so that no last one is long. A seed takes no more while it holds some pieces that few others
+have yet: a slow uplink then reads little. What any connected peer has is never read.
 
 A node without any seed (an island, the scheduler gone at the wrong moment) promotes itself when nothing came for some
 time, by rank of hashes among its neighbours; it passes on leases that it hears, so that its island reads once.
@@ -162,18 +162,30 @@ class Reading:
         return made
 
     def _take_stripes(self, made: list[Action], free: int, now_s: float) -> None:
-        unspread = (self._pieces.from_origin & ~self._pieces.missing & ~self._sources.everywhere.held).bit_count()
         if self._seconds is None and not self._my_turn(now_s):
             return
-        if self.leases.own() & bits_of(self._pieces.wanted):
-            return  # a reader waits for what is being read: nothing beside it
         while free and self._active(now_s) < self._streams():
-            if len(self._sources) and unspread >= self._policy.unspread_pieces:
-                return
             first, count = self._next(free, now_s)
-            if not count:
+            count = min(count, self._room())
+            if count <= 0:
                 return
             free &= ~self._take(made, first, count, now_s)
+
+    def _room(self) -> int:
+        """How many pieces may be taken: those that this node read or reads, and few others hold yet, are bounded.
+
+        It is what balances the seeds: who has pieces to pass on reads nothing meanwhile, so all uplinks have the same
+        to give. A piece that half of the neighbours hold spreads without this node.
+        """
+        sources, pieces = self._sources, self._pieces
+        if not len(sources):
+            return self._shares.stripe_pieces
+        spread = sources.everywhere.at_least(max(len(sources).bit_length() - 2, 0))
+        waiting = pieces.from_origin & ~pieces.missing & ~spread | self.leases.own() & pieces.missing
+        room = self._policy.unspread_pieces
+        if self._seconds:
+            room = max(room, int(self._policy.unspread_s / self._seconds))
+        return room - waiting.bit_count()
 
     def _my_turn(self, now_s: float) -> bool:
         """Two seeds begin, more with each piece that came: all at once would wait long for the first whole one."""
