@@ -49,11 +49,14 @@ class FakeCacheScheduler(weights_pb2_grpc.CacheServiceServicer):
         self.nodes: dict[str, Node] = {}
         self.manifests: dict[str, Artifact] = {}
         self.events: list[weights_pb2.CacheEvent] = []
+        self.reports: list[weights_pb2.CacheReport] = []
         self.claims: dict[str, dict[int, weights_pb2.PieceClaim]] = {}
         self.attestations: list[weights_pb2.Attestation] = []
         self.sessions = 0
         self.attests = True
         self.islands: Sequence[frozenset[str]] = ()
+        self.welcomes = asyncio.Event()  # cleared: a Hello waits for its answer
+        self.welcomes.set()
         self._folder = folder
         self._tls = tls
         self._regions = dict(regions or {})
@@ -145,16 +148,18 @@ class FakeCacheScheduler(weights_pb2_grpc.CacheServiceServicer):
     ) -> AsyncIterator[weights_pb2.CacheDown]:
         hello = (await anext(incoming)).hello
         node = self.nodes[hello.node_id] = Node(hello, asyncio.Queue())
-        self.sessions += 1
         reading = asyncio.create_task(self._read(hello.node_id, node, incoming))
         region = self._regions.get(hello.node_id, "r1")
         keys = [node_key(_SECRET, hello.node_id, 1)]
+        self._changed.set()
+        await self.welcomes.wait()
         yield weights_pb2.CacheDown(
             welcome=weights_pb2.CacheWelcome(
                 version=1, cluster_id=_CLUSTER, term=1, ticket_keys=keys, pool=f"p-{region}", region=region,
                 trusted_network=not self._tls,
             )
         )  # fmt: skip
+        self.sessions += 1
         self._told(node, hello.artifacts, ())
         try:
             while True:
@@ -173,6 +178,7 @@ class FakeCacheScheduler(weights_pb2_grpc.CacheServiceServicer):
                 match message.WhichOneof("kind"):
                     case "report":
                         self.events += message.report.events
+                        self.reports.append(message.report)
                         self._told(node, message.report.artifacts, message.report.gone)
                     case "claims":
                         told = self.claims.setdefault(message.claims.artifact_id, {})

@@ -79,16 +79,24 @@ class Link:
         loop, attempt = asyncio.get_running_loop(), 0
         while True:
             began_s = loop.time()
+            error: Exception
             try:
                 await self._once()
             except FalError as exc:
-                if self.connected:
-                    self.connected = False
-                    self._side.disconnected()
-                _log.info("disconnected", scheduler=self._address, error=str(exc))
-                attempt = 0 if loop.time() - began_s > _SETTLED_AFTER_S else attempt + 1
-                cap_s = _REFUSED_CAP_S if exc.code in _REFUSED else RECONNECT_CAP_S
-                await asyncio.sleep(self._rng.uniform(0, min(cap_s, RECONNECT_BASE_S * 2.0 ** min(attempt, 16))))
+                error = exc
+            except Exception as exc:  # a mistake of ours or a full disk must not cut this node off for good
+                _log.exception("session_failed", scheduler=self._address)
+                error = exc
+            else:
+                continue  # it never returns
+            if self.connected:
+                self.connected = False
+                self._side.disconnected()
+            _log.info("disconnected", scheduler=self._address, error=str(error))
+            attempt = 0 if loop.time() - began_s > _SETTLED_AFTER_S else attempt + 1
+            refused = isinstance(error, FalError) and error.code in _REFUSED
+            cap_s = _REFUSED_CAP_S if refused else RECONNECT_CAP_S
+            await asyncio.sleep(self._rng.uniform(0, min(cap_s, RECONNECT_BASE_S * 2.0 ** min(attempt, 16))))
 
     async def manifest(self, id_: str) -> state_pb2.ModelManifest:
         """GetManifest over the channel that stands. UNAVAILABLE without one, NOT_FOUND …"""

@@ -82,10 +82,14 @@ class News:
             self._messages.append(weights_pb2.CacheUp(manifest=manifest))
             self.wake()
 
-    def begun(self) -> None:
-        """A session stands; Hello has told everything so far."""
-        self.connected = True
+    def telling_all(self) -> None:
+        """Hello is being made: it tells everything up to now. What changes before the welcome is told after it."""
         self._dirty.clear()
+
+    def begun(self) -> None:
+        """A session stands."""
+        self.connected = True
+        self.wake()
 
     def ended(self) -> None:
         self.connected = False

@@ -48,7 +48,8 @@ class CacheNode:
         self._wishes_revision = 0
         self._wished: dict[str, weights_pb2.Wished] = {}
         self._swarm_revisions: dict[str, int] = {}
-        self._unreachable: tuple[str, ...] = ()
+        self._unreachable: tuple[str, ...] = ()  # as told last in this session
+        self._rates_told = False
 
     # ---- life
 
@@ -168,6 +169,7 @@ class CacheNode:
         return self.news.waiting
 
     async def hello(self) -> weights_pb2.CacheHello:
+        self.news.telling_all()
         return weights_pb2.CacheHello(
             versions=agent_pb2.Versions(min=WIRE_MIN, max=WIRE_MAX, software=software()),
             node_id=self.around.node_id,
@@ -182,6 +184,7 @@ class CacheNode:
     def welcome(self, message: weights_pb2.CacheWelcome) -> None:
         self._placed(message)
         self.news.begun()
+        self._unreachable, self._rates_told = (), False  # Hello does not tell these
         self._wishes_revision = 0
         self._swarm_revisions.clear()
         for transfer in self.transfers.active():
@@ -204,8 +207,10 @@ class CacheNode:
             views_ = {view.artifact_id: view for view in await self.view()}
             report.artifacts.extend(views_[x] for x in sorted(dirty) if x in views_)
             report.gone.extend(sorted(dirty - views_.keys()))
-            report.links.extend(self.around.link_rates())
             report.status.CopyFrom(await self.status())
+        if dirty or not self._rates_told:
+            self._rates_told = True
+            report.links.extend(self.around.link_rates())
         unreachable = tuple(self.around.unreachable())
         if unreachable != self._unreachable:
             self._unreachable = unreachable
@@ -236,7 +241,7 @@ class CacheNode:
                     await self._tell_manifest(message.want_manifest.id)
                 case _:
                     pass  # a kind of a newer scheduler; the versions agreed say that it may be ignored
-        except FalError as exc:
+        except (FalError, OSError) as exc:  # OSError: what it says cannot be written down
             _log.warning("scheduler_message_refused", kind=message.WhichOneof("kind"), error=str(exc))
 
     # ---- what the scheduler says

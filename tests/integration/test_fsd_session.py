@@ -1,0 +1,94 @@
+"""A cache's session with the scheduler: nothing that changes beside it is lost, and nothing ends it for good."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fal_contract.v1 import weights_pb2
+from fal_fsd.disk.store import DiskStore
+from fsd_cluster import cluster, run
+from fsd_rig import plain_message, write
+
+
+def test_what_changes_between_hello_and_welcome_is_told(tmp_path: Path) -> None:
+    contents = {"a": b"x" * 5000}
+    message = plain_message(write(tmp_path / "model", contents), contents)
+
+    async def main() -> None:
+        async with cluster(tmp_path, "n1") as c:
+            s = c.scheduler
+            await s.stop()
+            s.welcomes.clear()
+            await s.start()
+            await s.until(lambda: "n1" in s.nodes)  # it has said Hello, and waits
+            await c.stage("n1", message)
+            s.welcomes.set()
+            await s.until(lambda: [x for x in s.nodes["n1"].seen.values() if x.ready])
+
+    run(main())
+
+
+def test_a_new_leader_hears_again_who_cannot_be_reached_and_how_fast_bytes_come(tmp_path: Path) -> None:
+    rate = weights_pb2.LinkRate(source="origin:o", rate_bytes_s=7)
+
+    async def main() -> None:
+        async with cluster(tmp_path, "n1") as c:
+            s, around = c.scheduler, c.rigs["n1"].cache.around
+            around.unreachable = lambda: ("n9",)
+            around.link_rates = lambda: [rate]
+            c.rigs["n1"].cache.news.wake()
+
+            def told() -> bool:
+                peers = [x for x in s.reports if x.unreachable_told and list(x.unreachable) == ["n9"]]
+                return bool(peers) and any(rate in x.links for x in s.reports)
+
+            await s.until(told)
+            await s.stop()
+            s.reports.clear()
+            await s.start()
+            await s.until(told)
+
+    run(main())
+
+
+def test_a_message_that_cannot_be_written_down_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def main() -> None:
+        async with cluster(tmp_path, "n1") as c:
+            s = c.scheduler
+            with monkeypatch.context() as patch:
+                patch.setattr(DiskStore, "artifact", full)
+                s.nodes["n1"].tell(want_manifest=weights_pb2.WantManifest(id="0" * 64))
+                s.nodes["n1"].tell(drop=weights_pb2.DropArtifact(id="0" * 64, reason="x"))
+                c.rigs["n1"].cache.news.event("MARK", "n1", "a report after it")
+                await s.until(lambda: "MARK" in s.kinds())
+            assert s.sessions == 1
+
+    run(main())
+
+
+def test_a_mistake_of_ours_ends_a_session_and_another_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with cluster(tmp_path, "n1") as c:
+            s, node = c.scheduler, c.rigs["n1"].cache.node
+            broken = asyncio.Event()
+
+            async def take() -> list[weights_pb2.CacheUp]:
+                monkeypatch.undo()
+                broken.set()
+                raise RuntimeError("dictionary changed size during iteration")
+
+            monkeypatch.setattr(node, "take", take)
+            node.news.event("LOST", "n1", "nobody hears this one")
+            await broken.wait()
+            await s.until(lambda: s.sessions == 2)
+            node.news.event("MARK", "n1", "but this one")
+            await s.until(lambda: "MARK" in s.kinds())
+
+    run(main())
