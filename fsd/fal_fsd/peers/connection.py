@@ -43,7 +43,7 @@ from fal_fsd.peers.gate import Gate, Refusal
 from fal_fsd.peers.inbox import Inbox, Outcome
 from fal_fsd.peers.mailbox import Mailbox
 from fal_fsd.peers.outbox import Job, Outbox, Overflow
-from fal_fsd.peers.pacer import Pacer
+from fal_fsd.peers.pacer import Fit, Pacer
 from fal_fsd.peers.reader import Reader
 from fal_fsd.peers.shared import URGENT, SharedPart
 from fal_fsd.peers.wire import BLOCK_BYTES_MAX, Decoder, WireError, encode
@@ -128,6 +128,7 @@ class Connection:
         self._reason = ""
         self._claimed: dict[str, Claimed] = {}
         self._room = threading.Semaphore(EVENTS_MAX)
+        self._fit = Fit(BLOCK_BYTES_MAX)
         self._reader: Reader | None = None
         self._sender: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name="peer-receive", daemon=True)
@@ -400,7 +401,7 @@ class Connection:
     def _send_block(self, stream: sockets.Stream, job: Job) -> None:
         """One block of a piece. While a limit holds it back, frames go on."""
         paced = self._hub.pacer.limited(self.link)
-        length = min(PACED_BLOCK_BYTES if paced else BLOCK_BYTES_MAX, job.length - job.sent)
+        length = min(PACED_BLOCK_BYTES if paced else BLOCK_BYTES_MAX, self._fit.block_bytes, job.length - job.sent)
         if paced:
             start_s = self._hub.clock.monotonic_s() + self._hub.pacer.take(self.link, length)
             while frames := self.outbox.frames_until(start_s):
@@ -417,11 +418,13 @@ class Connection:
             return
         try:
             head = DataHead(job.shared.artifact_id, job.piece, job.sent, length, job.sent + length == job.length)
-            self._progress()
+            begun_s = self.sending_since_s = self._hub.clock.monotonic_s()
             stream.send_file(encode(head), fd, place[1] + job.sent, length, self._progress)
         finally:
             os.close(fd)
         self.sending_since_s, self.last_sent_s = None, self._hub.clock.monotonic_s()
+        if self._fit.sent(length, self.last_sent_s - begun_s):
+            stream.bound_unsent(min(self._fit.block_bytes, sockets.UNSENT_BYTES_MAX))
         self.bytes_sent += length
         self.outbox.advance(job, length)
 

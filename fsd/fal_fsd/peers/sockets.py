@@ -40,6 +40,10 @@ class Stream(Protocol):
         """`head`, then so many bytes of a file. OSError when the file is shorter. `progress`: some bytes have left."""
         ...
 
+    def bound_unsent(self, bytes_max: int) -> None:
+        """So much may wait in the kernel to be sent: what is sent next waits behind it."""
+        ...
+
     def shutdown(self) -> None: ...
 
     def close(self) -> None:
@@ -70,6 +74,9 @@ class PlainStream:
                 raise OSError("the file has become shorter")
             offset += sent
             progress()
+
+    def bound_unsent(self, bytes_max: int) -> None:
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, bytes_max)
 
     def shutdown(self) -> None:
         shut_down(self._sock)
@@ -140,6 +147,9 @@ class TlsStream:
         waiter = select.poll()
         waiter.register(self._sock.fileno(), events)
         waiter.poll()
+
+    def bound_unsent(self, bytes_max: int) -> None:
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, bytes_max)
 
     def shutdown(self) -> None:
         shut_down(self._sock)
