@@ -28,8 +28,8 @@ from fal_fsd.peers.address import PeerAddress, peer_addresses
 from fal_fsd.surroundings import Surroundings
 from fal_fsd.transfer import Phase, Transfer
 from fal_fsd.transfers import Transfers
+from fal_fsd.wishes import WISH_OWNER, Wishes
 
-WISH_OWNER: Final = "wish"
 _RETRY_S: Final = 5.0
 _log = get_logger("fsd.node")
 
@@ -45,8 +45,7 @@ class CacheNode:
         self._jobs: set[asyncio.Task[None]] = set()
         self._tiers: dict[str, str] = {}  # artifact id → "memory", as agent and wishes ask
         self._repairing: set[str] = set()
-        self._wishes_revision = 0
-        self._wished: dict[str, weights_pb2.Wished] = {}
+        self.wishes = Wishes(self)
         self._swarm_revisions: dict[str, int] = {}
         self._unreachable: tuple[str, ...] = ()  # as told last in this session
         self._rates_told = False
@@ -64,6 +63,7 @@ class CacheNode:
                 await self._serve(artifact)
             elif record.pinned_by:
                 self._job(self._go_on(artifact, _name(record)), f"go on with {_name(record)}")
+        self._job(self.wishes.run(), "wishes")
 
     async def close(self) -> None:
         """End what is under way; it is taken up after the next start."""
@@ -117,7 +117,7 @@ class CacheNode:
         """Durable on return. NOT_FOUND."""
         expires_at_s = self.store.clock.wall_s() + ttl_s if ttl_s else 0.0
         await asyncio.to_thread(self.store.pin, id_, owner, expires_at_s=expires_at_s)
-        self.news.changed(await self._id_of(id_), at_once=True)
+        self.news.changed(await self.id_of(id_), at_once=True)
 
     async def unpin(self, owner: str, id_: str) -> int:
         """How many pins there were."""
@@ -185,7 +185,7 @@ class CacheNode:
         self._placed(message)
         self.news.begun()
         self._unreachable, self._rates_told = (), False  # Hello does not tell these
-        self._wishes_revision = 0
+        self.wishes.new_session()
         self._swarm_revisions.clear()
         for transfer in self.transfers.active():
             if not transfer.artifact.attested:
@@ -226,7 +226,7 @@ class CacheNode:
                 case "swarm":
                     self._swarm(message.swarm)
                 case "wishes":
-                    self._wish(message.wishes)
+                    self.wishes.told(message.wishes)
                 case "attested":
                     await self._attested(message.attested)
                 case "drop":
@@ -256,32 +256,24 @@ class CacheNode:
             message.artifact_id, _members(message, addresses), seed=message.seed, region_members=message.region_members
         )
 
-    def _wish(self, message: weights_pb2.WishSet) -> None:
-        if message.revision < self._wishes_revision:
-            return
-        self._wishes_revision = message.revision
-        self._wished = {x.artifact.artifact_id or x.artifact.manifest_digest: x for x in message.wishes}
-        self._job(self._follow_wishes(dict(self._wished)), "wishes")
+    # ---- wishes.WishSide
 
-    async def _follow_wishes(self, wished: dict[str, weights_pb2.Wished]) -> None:
-        keep: set[str] = set()
-        for wish in wished.values():
-            try:
-                artifact = await self.resolve(wish.artifact)
-                keep.add(artifact.id)
-                await self.transfers.begin(
-                    artifact, wish.artifact.model, digest_named=wish.artifact.manifest_digest, owner=WISH_OWNER
-                )
-                if wish.expires_at_s:
-                    await asyncio.to_thread(self.store.pin, artifact.id, WISH_OWNER, expires_at_s=wish.expires_at_s)
-                await self.want_tier(artifact.id, wish.tier)
-            except FalError as exc:
-                self.news.event("WISH_FAILED", wish.artifact.model, str(exc))
-                keep.add(await self._id_of(wish.artifact.artifact_id or wish.artifact.manifest_digest))
+    async def begin_wish(self, artifact: Artifact, wish: weights_pb2.Wished) -> Transfer | Path:
+        named = wish.artifact.manifest_digest
+        found = await self.transfers.begin(artifact, wish.artifact.model, digest_named=named, owner=WISH_OWNER)
+        if wish.expires_at_s:
+            await asyncio.to_thread(self.store.pin, artifact.id, WISH_OWNER, expires_at_s=wish.expires_at_s)
+        await self.want_tier(artifact.id, wish.tier)
+        return found
+
+    async def end_wishes(self, keep: set[str]) -> None:
         for record in await asyncio.to_thread(self.store.artifacts):
             if WISH_OWNER in record.pinned_by and record.id not in keep:
                 await self.want_tier(record.id, "disk")
                 await self.unpin(WISH_OWNER, record.id)
+
+    def wish_failed(self, model: str, why: str) -> None:
+        self.news.event("WISH_FAILED", model, why)
 
     async def _attested(self, message: state_pb2.ModelManifest) -> None:
         """CORRUPT when the CA did not sign it."""
@@ -294,7 +286,7 @@ class CacheNode:
                 self._job(self._go_on(artifact, ""), "go on")
 
     async def _drop(self, message: weights_pb2.DropArtifact) -> None:
-        artifact_id = await self._id_of(message.id)
+        artifact_id = await self.id_of(message.id)
         if message.revoked and artifact_id != message.id:  # both names are refused from now on
             await asyncio.to_thread(self.store.catalog.revoke, message.id, message.reason or "no reason was given")
         await self.transfers.drop(artifact_id, reason=message.reason, revoked=message.revoked)
@@ -306,7 +298,7 @@ class CacheNode:
         except (FalError, Cancelled) as exc:
             self.news.event("VERIFY_FAILED", id_, str(exc) or "fal-fsd was stopped")
             return
-        artifact_id = await self._id_of(id_)
+        artifact_id = await self.id_of(id_)
         self.news.changed(artifact_id, at_once=True)
         if not bad:
             self.news.event("VERIFIED", artifact_id, "every piece is what was attested")
@@ -349,7 +341,7 @@ class CacheNode:
                     field="artifact_id",
                 )
 
-    async def _id_of(self, id_: str) -> str:
+    async def id_of(self, id_: str) -> str:
         """The artifact id of a manifest digest; `id_` itself when nothing of it is here."""
         artifact = await asyncio.to_thread(self.store.artifact, id_)
         return artifact.id if artifact is not None else id_

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
-from fal_contract.v1 import weights_pb2
+from fal_contract.artifact import Artifact
+from fal_contract.v1 import agent_pb2, weights_pb2
+from fal_fsd import fetching, wishes
 from fal_fsd.disk.store import DiskStore
-from fsd_cluster import cluster, run
+from fsd_cluster import PIECE, cluster, content_of, contents_of, listed, run
 from fsd_rig import plain_message, write
+from origin_servers import HttpOrigin
 
 
 def test_what_changes_between_hello_and_welcome_is_told(tmp_path: Path) -> None:
@@ -92,3 +95,54 @@ def test_a_mistake_of_ours_ends_a_session_and_another_begins(tmp_path: Path, mon
             await s.until(lambda: "MARK" in s.kinds())
 
     run(main())
+
+
+def test_an_older_set_of_wishes_undoes_nothing_of_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {name: {"f": name.encode() * 5000} for name in "ab"}
+    messages = {name: plain_message(write(tmp_path / name, contents[name]), contents[name]) for name in "ab"}
+    wished = {name: weights_pb2.Wished(artifact=message, tier="disk") for name, message in messages.items()}
+
+    async def main() -> None:
+        async with cluster(tmp_path, "n1") as c:
+            s, node = c.scheduler, c.rigs["n1"].cache.node
+            held, go, resolve = asyncio.Event(), asyncio.Event(), node.resolve
+
+            async def slow(message: agent_pb2.Artifact) -> Artifact:
+                if message.manifest_digest == messages["a"].manifest_digest:
+                    held.set()
+                    await go.wait()
+                return await resolve(message)
+
+            monkeypatch.setattr(node, "resolve", slow)
+            s.wish("n1", [wished["a"]])
+            await held.wait()
+            s.wish("n1", [wished["b"], wished["a"]])
+            node.news.event("MARK", "n1", "both sets are here")
+            await s.until(lambda: "MARK" in s.kinds())
+            go.set()
+            await s.until(lambda: sum(x.ready for x in s.nodes["n1"].seen.values()) == 2)
+            await s.until(lambda: all(list(x.pinned_by) == ["wish"] for x in s.nodes["n1"].seen.values()))
+            s.wish("n1", [])
+            await s.until(lambda: not any(x.pinned_by for x in s.nodes["n1"].seen.values()))
+
+    run(main())
+
+
+def test_a_wish_that_could_not_be_followed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wishes, "RETRY_S", 0.2)
+    monkeypatch.setattr(fetching, "_ALONE_AFTER_S", 0.2)
+    contents = contents_of(3 * PIECE)
+
+    async def main(origin: HttpOrigin) -> None:
+        async with cluster(tmp_path, "n1") as c:
+            s = c.scheduler
+            known = content_of(await listed(origin), contents)
+            asked = agent_pb2.Artifact(model="default/m", artifact_id=known.id)
+            s.wish("n1", [weights_pb2.Wished(artifact=asked, tier="disk")])
+            await s.until(lambda: "WISH_FAILED" in s.kinds())
+            origin.faults.answers += [(403, {}, "no")] * 2
+            s.signed(known)
+            await s.until(lambda: known.id in s.nodes["n1"].seen and s.nodes["n1"].seen[known.id].ready)
+
+    with HttpOrigin(contents) as origin:
+        run(main(origin))
