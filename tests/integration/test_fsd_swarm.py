@@ -166,7 +166,12 @@ def test_a_dead_peer_and_a_scheduler_that_is_away_stop_nobody(tmp_path: Path) ->
                 sessions = c.scheduler.sessions
                 await c.scheduler.start()
                 await c.scheduler.until(lambda: c.scheduler.sessions >= sessions + 2)
-                assert all(node.seen[known.id].ready for node in c.scheduler.nodes.values())
+
+                def told_again() -> bool:
+                    nodes = c.scheduler.nodes.values()
+                    return all(known.id in node.seen and node.seen[known.id].ready for node in nodes)
+
+                await c.scheduler.until(told_again)
 
         run(main())
 
