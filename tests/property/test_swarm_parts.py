@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fal_contract.pieces import Bitmap
+from fal_fsd.core import leases
 from fal_fsd.core.bits import Counter, bits_of, each, first_from, lowest, run_at, span
-from fal_fsd.core.leases import EPOCH_MAX, LEASES_MAX, LeaseBook, stronger
+from fal_fsd.core.leases import EPOCH_MAX, LeaseBook, stronger
 from fal_fsd.core.messages import ORIGIN, Ask, DropPeer, Lease, Member, Place, ReadOrigin, Tell, Withdraw
 from fal_fsd.core.sharing import SHARES_MAX, Shares
 from fal_fsd.core.sources import Sources
@@ -99,7 +100,8 @@ def test_a_new_lease_is_stronger_than_all_that_were_told(told: list[tuple[Lease,
         assert (fences == [mine]) == (not news)
 
 
-def test_leases_end_with_their_holder_their_pieces_and_their_number() -> None:
+def test_leases_end_with_their_holder_their_pieces_and_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "LEASES_MAX", 32)
     book = LeaseBook("me")
     assert book.told(Lease(0, 4, 1, "a"), False, 0.0) == (True, [], [])
     assert book.told(Lease(0, 4, 1, "a"), False, 0.0) == (False, [], [])
@@ -110,9 +112,9 @@ def test_leases_end_with_their_holder_their_pieces_and_their_number() -> None:
     assert book.others() == 0
     assert book.take(0, 2, 1.0).epoch == 2  # the dead one may still send
     book.prune(0)
-    for first in range(LEASES_MAX + 10):
+    for first in range(42):
         book.told(Lease(first, 1, 1, "a"), False, 0.0)
-    assert len(book.quiet()) == LEASES_MAX
+    assert len(book.quiet()) == 32
 
 
 def test_rates_count_a_queue_once() -> None:

@@ -172,7 +172,7 @@ def test_a_reader_gets_its_window_first() -> None:
 
 
 def test_planted_bug_everybody_asks_other_regions() -> None:
-    world = finish(world_of(nodes=24, pieces=100, regions=3, chunks=1, policy=Policy(importers=False)))
+    world = finish(world_of(nodes=12, pieces=60, regions=3, chunks=1, policy=Policy(importers=False)))
     assert world.crossing_share > 1.5
 
 
