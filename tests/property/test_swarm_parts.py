@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fal_contract.pieces import Bitmap
@@ -20,6 +20,7 @@ from fal_fsd.core.swarm import Policy, Swarm
 SETS = st.sets(st.integers(0, 200))
 
 
+@settings(deadline=None, max_examples=50)
 @given(SETS, st.integers(0, 200))
 def test_sets(pieces: set[int], start: int) -> None:
     bits = bits_of(pieces)
@@ -35,6 +36,7 @@ def test_sets(pieces: set[int], start: int) -> None:
     assert list(each(span(start, 3))) == [start, start + 1, start + 2]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(SETS, max_size=12), st.data())
 def test_counters_count(sets: list[set[int]], data: st.DataObject) -> None:
     counter, tally, kept = Counter(), Tally[int](), []
@@ -57,6 +59,7 @@ def test_counters_count(sets: list[set[int]], data: st.DataObject) -> None:
     assert counter.held == 0
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 3000), st.integers(1, 64), st.integers(1, 20))
 def test_shares_divide_all_pieces_and_move_little(pieces: int, stripe: int, count: int) -> None:
     shares, nodes = Shares(pieces, stripe), [f"n{n}" for n in range(count)]
@@ -78,12 +81,14 @@ LEASES = st.builds(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(LEASES, LEASES)
 def test_of_two_leases_one_is_stronger(one: Lease, other: Lease) -> None:
     same = one.epoch == other.epoch and one.holder == other.holder and one.first == other.first
     assert stronger(one, other) + stronger(other, one) == (0 if same else 1)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(LEASES, st.booleans()), max_size=30), st.integers(0, 30))
 def test_a_new_lease_is_stronger_than_all_that_were_told(told: list[tuple[Lease, bool]], first: int) -> None:
     book = LeaseBook("me")

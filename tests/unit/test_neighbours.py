@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fal_scheduler.core.neighbours import NEIGHBOURS_MEANT, Neighbour, SwarmMember, SwarmView
@@ -43,6 +43,7 @@ def reached(links: dict[str, tuple[Neighbour, ...]], start: str, usable: Callabl
     return seen
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(MEMBERS, max_size=60, unique_by=lambda x: x.node_id), st.data())
 def test_links_are_symmetric_connected_and_independent_of_the_order(
     members: list[SwarmMember], data: st.DataObject
@@ -67,6 +68,7 @@ def test_whoever_must_be_told_is_named_as_a_swarm_grows_and_shrinks() -> None:
     check_told([*changes, *((False, member) for _, member in changes[::-1])])
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.booleans(), MEMBERS), max_size=30))
 def test_whoever_must_be_told_is_named(changes: list[tuple[bool, SwarmMember]]) -> None:
     check_told(changes)
@@ -84,6 +86,7 @@ def check_told(changes: list[tuple[bool, SwarmMember]]) -> None:
         assert len(view.seeds) == 0 or view.seeds <= nodes
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(MEMBERS, min_size=2, max_size=40, unique_by=lambda x: x.node_id))
 def test_leaving_undoes_joining(members: list[SwarmMember]) -> None:
     nodes = [x.node_id for x in members]
