@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -52,7 +52,10 @@ class Phase(StrEnum):
 class Transfer:
     """See the module's docstring. `part` is open and stays so; `digest_named`: manifest digest that was asked for."""
 
-    def __init__(self, part: DiskPart, model: str, tools: Tools, *, digest_named: str = "") -> None:
+    def __init__(
+        self, part: DiskPart, model: str, tools: Tools, *, digest_named: str = "", came: tuple[int, int] = (0, 0)
+    ) -> None:
+        """`came`: bytes that origin and peers have sent of it before."""
         self.model = model
         self.phase = Phase.QUEUED
         self.path: Path | None = None
@@ -61,7 +64,7 @@ class Transfer:
         self.claims = ClaimBook(tools.claims_folder / part.artifact.id, part.artifact.layout.count)
         self.raw = part
         self.part = VouchedPart(part, self.claims)
-        self.tally = Tally(part.artifact, part.have, tools.clock.monotonic_s, tools.totals)
+        self.tally = Tally(part.artifact, part.have, tools.clock.monotonic_s, tools.totals, came)
         self._tools = tools
         # The scheduler names the whole content by it, through the agent: as good as a signature.
         self._known_by_digest = bool(digest_named) and digest_named == told_digest(part.artifact)
@@ -141,7 +144,7 @@ class Transfer:
         """Tell operators who vouched for what is wrong."""
         blamed: dict[str, int] = {}
         for each in lost:
-            claim = self.claims.get(each.piece)
+            claim = self.claims.get(each.piece, each.digest or None)
             signer = claim.signer if claim is not None else each.source or self._tools.place().node_id
             blamed[signer] = blamed.get(signer, 0) + 1
         for signer, count in blamed.items():
@@ -201,8 +204,7 @@ class Transfer:
         """A piece is here: count it, tell readers and peers."""
         self.tally.arrived(piece, from_origin=source == ORIGIN)
         self._tools.mount.arrived(self.id, piece)
-        told = claims or [c for c in (self.claims.get(piece),) if c is not None]
-        self._tools.peers.tell_have(self.id, [piece], told)
+        self._tools.peers.tell_have(self.id, [piece], claims or self._vouched([piece]))
         if claims:
             self._tools.news.claims(self.id, claims)
         self._tools.news.changed(self.id, at_once=False)
@@ -212,7 +214,18 @@ class Transfer:
         signer = self._tools.signer()
         if self.artifact.attested or signer is None:
             return []
-        return self.claims.take([signer.claim(self.id, piece, digest)])
+        first = self.claims.get(piece)
+        if first is not None and first.digest != digest:
+            message = f"piece {piece} of {self.model}: {first.signer} vouches for other bytes than this node read"
+            self._tools.news.event("CLAIMS_DIFFER", first.signer, message)
+        return self.claims.take([signer.claim(self.id, piece, digest)], own=True)
+
+    def _vouched(self, pieces: Iterable[int]) -> list[Claim]:
+        """Claims for what is here, not for what else was said of these pieces."""
+        if self.artifact.attested:
+            return []
+        found = (self.claims.get(piece, self.part.digest_of(piece)) for piece in pieces)
+        return [claim for claim in found if claim is not None]
 
     def tell(self) -> None:
         """Its state is another."""
@@ -223,9 +236,9 @@ class Transfer:
     # ---- inside
 
     async def _run(self) -> Path:
-        self._vouch_for_old()
         self._hashing = asyncio.create_task(self._hash_behind(), name=f"hash {self.id[:12]}")
         try:
+            await asyncio.to_thread(self._vouch_for_old)
             while True:
                 await self._fetch()
                 if await self._known():
@@ -301,7 +314,7 @@ class Transfer:
     async def _tell_attestation(self, sha256: list[bytes]) -> None:
         """Tell the scheduler what is here, wait until it has attested it. CORRUPT: it is not what was published."""
         digests = [self.part.digest_of(piece) or b"" for piece in range(self.artifact.layout.count)]
-        claims = {claim.piece: claim for claim in self.claims.all()}
+        claims = {piece: c for piece, digest in enumerate(digests) if (c := self.claims.get(piece, digest)) is not None}
         message = attestation_of(self.artifact, sha256, digests, claims, self._tools.place().node_id)
         self._set(Phase.UNATTESTED)
         self._attestation = message
@@ -315,6 +328,7 @@ class Transfer:
 
     async def _finish(self) -> Path:
         known = None if self.artifact.attested else await self._attest_by_digest()
+        await asyncio.to_thread(self._tools.store.catalog.set_came, {self.id: self.tally.came})
         return await asyncio.to_thread(self._tools.store.finish, self.id, sha256=known)
 
     async def _attest_by_digest(self) -> list[bytes]:
@@ -363,13 +377,15 @@ class Transfer:
         self.tell()
 
     def _vouch_for_old(self) -> None:
-        """Pieces of an earlier process whose claims were lost: this node says what it has."""
+        """Pieces of an earlier process whose claims were lost: this node says what it has. Blocks."""
         signer = self._tools.signer()
         if self.artifact.attested or signer is None:
             return
-        known = {claim.piece for claim in self.claims.all()}
-        old = [(piece, self.part.digest_of(piece)) for piece in self.part.have if piece not in known]
-        self.claims.take(signer.claim(self.id, piece, digest) for piece, digest in old if digest is not None)
+        for piece in self.part.have:
+            digest = self.part.digest_of(piece)
+            if digest is not None and self.claims.get(piece, digest) is None:
+                with contextlib.suppress(OSError):  # a full disk: it stays unclaimed until it is attested
+                    self.claims.take([signer.claim(self.id, piece, digest)], own=True)
 
     def _check_claim(self, claim: Claim) -> None:
         mine = self.part.digest_of(claim.piece)

@@ -1,6 +1,7 @@
 """A part whose pieces from peers are checked even before anybody attested them: against the claim of who read them.
 
-Invariant: a peer's bytes are written only where an attested digest or a signed claim says what they must be.
+Invariant: a peer's bytes are written only where an attested digest or a signed claim says what they must be. It is the
+claim that this peer passed on: what another one said of the piece is not its fault.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class VouchedPart:
     def writer(self, piece: int, *, source: str, expect: bytes | None = None) -> PieceWriter | None:
         if source == ORIGIN or self._part.artifact.attested:
             return self._part.writer(piece, source=source)
-        claim = self._claims.get(piece)
-        digest = claim.digest if claim is not None else expect
-        return self._part.writer(piece, source=source, expect=digest) if digest is not None else None
+        if expect is None and (claim := self._claims.get(piece)) is not None:
+            expect = claim.digest
+        return self._part.writer(piece, source=source, expect=expect) if expect is not None else None
 
     def locate(self, piece: int) -> tuple[int, int, int] | None:
         return self._part.locate(piece)

@@ -17,7 +17,7 @@ from fal_contract.artifact import Artifact, to_manifest
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import SMALL_ARTIFACT_BYTES
 from fal_contract.v1 import state_pb2
-from fal_fsd import attest
+from fal_fsd import attest, claims
 from fal_fsd.claims import ClaimBook
 from fal_fsd.core.messages import ORIGIN, Claim, Lease
 from fal_fsd.frontier import Frontier
@@ -73,20 +73,31 @@ def test_turns_go_by_reader_then_runner_then_age_and_small_ones_have_their_own()
     asyncio.run(main())
 
 
-def test_claims_survive_the_first_counts_and_a_torn_end_is_cut(tmp_path: Path) -> None:
+def test_claims_survive_contradictions_too_and_a_torn_end_is_cut(tmp_path: Path) -> None:
     book = ClaimBook(tmp_path / "c", 10)
     one, two = Claim(1, b"a" * 32, "n1", b"s"), Claim(2, b"b" * 32, "n2", b"t")
     other = Claim(1, b"c" * 32, "n3", b"u")
-    assert book.take([one, two, other, Claim(10, b"d" * 32, "n1", b"")]) == [one, two]
+    assert book.take([one, two, other, one, Claim(10, b"d" * 32, "n1", b"")]) == [one, two, other]
+    assert (book.get(1), book.get(1, other.digest), book.get(1, b"e" * 32)) == (one, other, None)
     with (tmp_path / "c").open("ab") as out:
         out.write(b"\x50\x00\x00\x00torn")
     again = ClaimBook(tmp_path / "c", 10)
-    assert again.all() == [one, two]
+    assert again.all() == [one, other, two]
     again.drop([1])
     assert again.take([other]) == [other]
     assert ClaimBook(tmp_path / "c", 10).all() == [other, two]
     again.clear()
     assert ClaimBook(tmp_path / "c", 10).all() == []
+
+
+def test_liars_fill_no_book_and_push_out_nobodys_own_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "OTHERS_MAX", 3)
+    book = ClaimBook(tmp_path / "c", 10)
+    lies = [Claim(0, bytes([n]) * 32, "liar", b"") for n in range(9)]
+    assert book.take(lies) == lies[:4]
+    mine = Claim(0, b"m" * 32, "me", b"")
+    assert book.take([mine], own=True) == [mine]
+    assert ClaimBook(tmp_path / "c", 10).get(0, mine.digest) == mine
 
 
 @settings(deadline=None, max_examples=25)

@@ -114,16 +114,20 @@ class Claimed:
         self._odd: dict[int, bytes] = {}
 
     def note(self, piece: int, digest: bytes) -> None:
-        """It claims this. Raises BadClaim for a piece that does not exist, or too many odd ones."""
+        """It claims this. Raises BadClaim for a piece that does not exist.
+
+        Of odd ones that are too many nothing is kept, so that their pieces are not taken: who spoke first may lie.
+        """
         if piece >= self._same.size:
             raise BadClaim(f"it claims piece {piece} of {self._same.size}")
         if self._common.setdefault(piece, digest) == digest:
             self._odd.pop(piece, None)
             self._same.add(piece)
             return
-        self._odd[piece] = digest
-        if len(self._odd) > ODD_MAX:
-            raise BadClaim("its claims contradict all others")
+        if piece in self._odd or len(self._odd) < ODD_MAX:
+            self._odd[piece] = digest
+        else:
+            self._same.discard(piece)
 
     def digest(self, piece: int) -> bytes | None:
         """What it last said of a piece."""
