@@ -12,7 +12,7 @@ T* = max(F / B_origin, F / B_node) + ceil(log2 N) · c / B_node.
 Reached in simulation (tests/sim/test_swarm.py), wall ÷ max(F / B_origin, F / B_node), 8 nodes, 480 pieces: 1.05 with
 equal links, 1.06 with one uplink at a quarter, 1.05 with a lease holder killed; origin bytes ÷ F 1.000, 1.001 with the
 kill. What is above 1 is a lag: pieces between the origin and the last node. It is a number of pieces (about 20 of 8
-nodes, 100 of 1,000), so it weighs less the more pieces there are.
+nodes, 80 of 1,000 in 4 regions), so it weighs less the more pieces there are.
 """
 
 from __future__ import annotations
