@@ -46,8 +46,8 @@ async def begin(leader: Leadership, request: cluster_pb2.BeginPushRequest, actor
         request.id, artifact.kind, artifact.uri, bytes=artifact.bytes_total, files=len(artifact.files),
         artifact_id=artifact.id, resolved_uri=artifact.uri, allow_pickle=request.allow_pickle,
     )  # fmt: skip
+    await leader.models.keep_pushed(artifact)  # first: a node with an older wish for the name asks for it at once
     await leader.engine.submit(AddModel(model, actor))
-    await leader.models.keep_pushed(artifact)
     caller = f"{actor}+{artifact.id[:PUSH_CALLER_CHARS]}"
     reply = cluster_pb2.BeginPushReply(artifact_id=artifact.id, caller=caller)
     if _ready(leader, artifact.id):
