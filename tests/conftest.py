@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from node_leftovers import left_below, own_namespaces
+
 _COUNTS: dict[str, tuple[int, int]] = {}
+
+_END_S = 10.0
 
 # Files that take longest, longest first, so that no worker is left alone with one of them at the end.
 _LONGEST_FIRST = (
@@ -89,6 +95,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(f"scaled counts (base seed {config.getoption('--seed')})")
         for nodeid, (run, full) in sorted(_COUNTS.items()):
             terminalreporter.write_line(f"{run:>5} of {full:<5} {nodeid}")
+
+
+@pytest.fixture(scope="session")
+def kept_folders() -> set[Path]:
+    """Folders of what lives longer than one file of tests; who made it also sees to its end."""
+    return set()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_left(tmp_path_factory: pytest.TempPathFactory, kept_folders: set[Path]) -> Iterator[None]:
+    """A file of tests ends its processes and threads, and unmounts what it mounted."""
+    folder, before = tmp_path_factory.getbasetemp(), set(threading.enumerate())
+    yield
+    until_s = time.monotonic() + _END_S
+    while left := [*left_below(folder, but=kept_folders), *own_namespaces(), *_new_threads(before)]:
+        if time.monotonic() > until_s:
+            pytest.fail(f"still on this machine: {left}")
+        time.sleep(0.05)  # what was told to end needs a moment, and nothing tells when it did
+
+
+def _new_threads(before: set[threading.Thread]) -> list[str]:
+    """Threads that began since; gRPC's and those of xdist live as long as the process."""
+    new = set(threading.enumerate()) - before
+    return [f"thread {thread.name}" for thread in new if thread.is_alive() and not thread.daemon]
 
 
 @pytest.fixture(scope="session", autouse=True)

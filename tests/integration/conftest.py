@@ -30,9 +30,13 @@ def agent_cgroup() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def shared_cluster(tmp_path_factory: pytest.TempPathFactory, agent_cgroup: str) -> Iterator[Cluster]:
+def shared_cluster(
+    tmp_path_factory: pytest.TempPathFactory, agent_cgroup: str, kept_folders: set[Path]
+) -> Iterator[Cluster]:
     """Two machines: `box` with containers, its agent in a cgroup of its own, and `lap` with plain processes."""
-    with cluster(tmp_path_factory.mktemp("e")) as made:
+    folder = tmp_path_factory.mktemp("e")
+    kept_folders.add(folder)
+    with cluster(folder) as made:
         made.add_node("box", cgroup=agent_cgroup)
         made.add_node("lap", driver="process")
         yield made

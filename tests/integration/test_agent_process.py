@@ -244,7 +244,7 @@ def test_a_start_that_cannot_work_says_why(root: Path) -> None:
         assert "error: another agent runs in" in s.log()
 
     play(root, scenario)
-    agent = [sys.executable, "-m", "fal_agent.main", "run", "--state-dir"]
+    agent = [sys.executable, "-m", "fal_agent.main", "run", "--driver", "process", "--state-dir"]
     for flags, words in (
         ([str(root / "x"), "--schedulers", "127.0.0.1:1"], "no identity"),
         ([str(root / "x"), "--schedulers", "nowhere"], "is not host:port"),
