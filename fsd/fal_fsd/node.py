@@ -30,6 +30,7 @@ from fal_fsd.transfer import Phase, Transfer
 from fal_fsd.transfers import Transfers
 from fal_fsd.wishes import WISH_OWNER, Wishes
 
+ATTEST_AGAIN_S: Final = 30.0
 _RETRY_S: Final = 5.0
 _log = get_logger("fsd.node")
 
@@ -81,7 +82,8 @@ class CacheNode:
                 for artifact_id in self.transfers.unwanted():
                     await self.transfers.let_go(artifact_id)
                 await asyncio.to_thread(self.store.evict, 0)
-                await self._ask_peers_for_manifests()
+                await self.transfers.keep_counts()
+                await self._seek_attestations()
                 self._tell_unreachable()
             except (FalError, OSError) as exc:
                 _log.warning("tending_failed", error=str(exc))
@@ -386,11 +388,15 @@ class CacheNode:
                 error = error or exc
         raise error or FalError(Code.NOT_FOUND, "the artifact has no name", remedy="Name the artifact.")
 
-    async def _ask_peers_for_manifests(self) -> None:
-        """The scheduler is away, or missed it: a peer may hold what the CA signed meanwhile."""
+    async def _seek_attestations(self) -> None:
+        """Somebody signed it meanwhile, perhaps: a word may be lost on the way up or down, or the scheduler be away."""
         for transfer in self.transfers.active():
             if transfer.phase is not Phase.UNATTESTED:
                 continue
+            if transfer.remind(ATTEST_AGAIN_S):
+                with suppress(FalError):  # not signed yet, or nobody is there
+                    await self._attested(await self.around.manifest(transfer.id))
+                    continue
             for node_id in transfer.fetching.connected:
                 with suppress(FalError):
                     raw = await self.around.peers.fetch_manifest(node_id, transfer.id)

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fal_contract.errors import FalError
+from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity, write_durably
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2, fsd_pb2, state_pb2, weights_pb2
@@ -103,7 +103,7 @@ class Surroundings:
         self.unreachable: Callable[[], Iterable[str]] = tuple
         self.link_rates: Callable[[], Iterable[weights_pb2.LinkRate]] = tuple
         self.peers_up: Callable[[], int] = lambda: 0
-        self.manifest: Callable[[str], Awaitable[state_pb2.ModelManifest]]
+        self.manifest: Callable[[str], Awaitable[state_pb2.ModelManifest]] = _no_scheduler
         self.memory = memory
 
     # ---- identity
@@ -145,6 +145,10 @@ class Surroundings:
         except (OSError, ValueError, TypeError):
             return Place(self.node_id)
         return known if known.node_id == self.node_id else Place(self.node_id)
+
+
+async def _no_scheduler(id_: str) -> state_pb2.ModelManifest:
+    raise FalError(Code.UNAVAILABLE, "no scheduler is set", remedy="Send the manifest along, or name a scheduler.")
 
 
 def _boot_id() -> str:

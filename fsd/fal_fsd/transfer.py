@@ -76,6 +76,7 @@ class Transfer:
         self._full = ""
         self._refused: FalError | None = None
         self._attestation: weights_pb2.Attestation | None = None
+        self._attested_told_s = 0.0
         self._mounting: asyncio.Task[None] | None = None
         self._hashing: asyncio.Task[None] | None = None
         if part.artifact.attested:
@@ -139,6 +140,18 @@ class Transfer:
         self.claims.clear()
         self._attested.set()
         self.tell()
+        if lost and self._mounting is not None:
+            self.spoilt(len(lost))
+
+    def spoilt(self, pieces: int) -> None:
+        """Containers could read pieces that are not what was attested: whoever waits hears of it, and stops them."""
+        self._end_with(
+            FalError(
+                Code.CORRUPT,
+                f"{pieces} pieces of {self.model} could be read before anybody had attested them, and were wrong",
+                remedy="Containers that read them are not to be trusted; the next staging brings the right ones.",
+            )
+        )
 
     def _blame(self, lost: Sequence[Discarded]) -> None:
         """Tell operators who vouched for what is wrong."""
@@ -156,7 +169,17 @@ class Transfer:
         mine = [claim for claim in self.claims.all() if claim.signer == self._tools.place().node_id]
         self._tools.news.claims(self.id, mine)
         if self._attestation is not None:
+            self._attested_told_s = self._tools.clock.monotonic_s()
             self._tools.news.attestation(self._attestation)
+
+    def remind(self, after_s: float) -> bool:
+        """Tell the attestation again when nothing came of it for so long: it, or the answer, may have been lost."""
+        now_s = self._tools.clock.monotonic_s()
+        if self._attestation is None or now_s - self._attested_told_s < after_s:
+            return False
+        self._attested_told_s = now_s
+        self._tools.news.attestation(self._attestation)
+        return True
 
     def told_lost(self, pieces: Sequence[int]) -> None:
         """They are missing again: the disk has other bytes."""
@@ -183,9 +206,12 @@ class Transfer:
 
     def refuse(self, reason: str) -> None:
         """It was withdrawn: whoever waits for it is told so."""
-        self._refused = FalError(
-            Code.FAILED_PRECONDITION, f"{self.model} was withdrawn: {reason}", remedy="Use another model."
+        self._end_with(
+            FalError(Code.FAILED_PRECONDITION, f"{self.model} was withdrawn: {reason}", remedy="Use another model.")
         )
+
+    def _end_with(self, error: FalError) -> None:
+        self._refused = error
         self.task.cancel()
 
     async def stop(self, *, keep_mount: bool = False) -> None:
@@ -248,6 +274,7 @@ class Transfer:
         except asyncio.CancelledError:
             self._set(Phase.FAILED)
             if self._refused is not None:
+                self._tools.mount.fail(self.id, str(self._refused))
                 raise self._refused from None
             raise
         except FalError as exc:
@@ -317,7 +344,7 @@ class Transfer:
         claims = {piece: c for piece, digest in enumerate(digests) if (c := self.claims.get(piece, digest)) is not None}
         message = attestation_of(self.artifact, sha256, digests, claims, self._tools.place().node_id)
         self._set(Phase.UNATTESTED)
-        self._attestation = message
+        self._attestation, self._attested_told_s = message, self._tools.clock.monotonic_s()
         self._tools.news.attestation(message)
         if message.failure:
             paths = [file.path for file in self.artifact.files]

@@ -137,6 +137,8 @@ class Transfers:
         if artifact_id in self.taken_over:
             self.taken_over.discard(artifact_id)
             transfer.open_mount()
+            if part.discarded:
+                self._loop.call_soon(transfer.spoilt, len(part.discarded))  # once its task has begun
         if (readers := self._readers.get(artifact_id)) is not None:
             transfer.wanted(sorted(readers), True)
         if (members := self._members.get(artifact_id)) is not None:
