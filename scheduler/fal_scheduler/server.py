@@ -177,8 +177,7 @@ class Scheduler:
 
     async def _grpc_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=[self._guard], options=SERVER_OPTIONS)
-        # Pushes and the compile cache come later; until then they answer UNIMPLEMENTED.
-        add_ClusterServicer_to_server(ClusterService(self._current), server)  # type: ignore[abstract]
+        add_ClusterServicer_to_server(ClusterService(self._current), server)
         add_AgentServiceServicer_to_server(AgentService(self._current), server)
         add_ServingServicer_to_server(ServingService(self._current), server)
         add_CacheServiceServicer_to_server(CacheService(self._current), server)
