@@ -82,7 +82,6 @@ class CacheNode:
                 for artifact_id in self.transfers.unwanted():
                     await self.transfers.let_go(artifact_id)
                 await asyncio.to_thread(self.store.evict, 0)
-                await self.transfers.keep_counts()
                 await self._seek_attestations()
                 self._tell_unreachable()
             except (FalError, OSError) as exc:
