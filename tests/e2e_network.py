@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -25,6 +26,8 @@ ROUTER, CORE = "router", "core"
 CORE_ADDRESS = "10.77.0.1"
 MTU = 1400
 IDLE_CUT_S = 30
+BURST_BYTES = 64 << 10
+_QUEUE_MS = 100
 
 
 class Network:
@@ -81,6 +84,22 @@ class Network:
         for key, value in (("timeout_established", IDLE_CUT_S), ("loose", 0)):
             self.inside(ROUTER, "sysctl", "-qw", f"net.netfilter.nf_conntrack_tcp_{key}={value}")
         return address
+
+    def shape(self, name: str, *, up_bytes_s: float, down_bytes_s: float) -> None:
+        """Bound what the namespace sends and receives, in bytes per second with the heads of packets; again: anew.
+
+        Packets leave in bundles of half a burst, as network cards take them: one by one they only cost CPU.
+        """
+        bundle = "gso_max_size", str(BURST_BYTES // 2)
+        _run("ip", "-n", self.file(name).name, "link", "set", "dev", "eth0", *bundle)
+        words = ("qdisc", "replace", "dev"), ("root", "tbf", "burst", str(BURST_BYTES), "latency", f"{_QUEUE_MS}ms")
+        for namespace, device, rate in ((name, "eth0", up_bytes_s), (ROUTER, f"to-{name}", down_bytes_s)):
+            _run("tc", "-n", self.file(namespace).name, *words[0], device, *words[1], "rate", f"{round(rate * 8)}bit")
+
+    def sent_bytes(self, name: str) -> int:
+        """What the namespace has sent so far, with the heads of packets."""
+        told = json.loads(_run("ip", "-n", self.file(name).name, "-s", "-j", "link", "show", "eth0"))
+        return int(told[0]["stats64"]["tx"]["bytes"])
 
     def cut(self, name: str) -> None:
         """Pull the plug: the router's end of the link goes down."""

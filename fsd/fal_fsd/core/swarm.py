@@ -135,6 +135,8 @@ class Swarm:
             return
         self._gone(source)
         self._reading.leases.holder_gone(source)
+        if self._banned.get(source, now_s) > now_s:
+            return  # more of what was on its way when it was dropped
         self._banned[source] = now_s + self._policy.banned_s
         self._pending.append(DropPeer(source, f"it sent piece {piece} with wrong bytes"))
 
