@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 
@@ -13,33 +10,7 @@ from fal_contract.clock import ManualClock
 from fal_contract.errors import Code, FalError
 from fal_runtime.driver import ContainerSpec, Phase
 from fal_runtime.fake import FakeDriver, Machine, Script
-
-
-class JumpSelector(selectors.SelectSelector):
-    """Never waits: moves virtual time to the next timer instead."""
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise RuntimeError("deadlock: every task waits and no timer is set")
-        self.now_s += max(timeout, 0.0)
-        return super().select(0)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jump = JumpSelector()
-        super().__init__(self._jump)
-
-    def time(self) -> float:
-        return self._jump.now_s
-
-
-def run(main: Coroutine[Any, Any, float]) -> float:
-    """The virtual seconds that `main` says it took."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(main)
+from virtual_time import run_virtually
 
 
 def driver_of(**scripts: Script) -> FakeDriver:
@@ -58,7 +29,7 @@ def test_exit_after_hours_takes_virtual_hours() -> None:
         assert (await driver.wait("slow")).exit_code == 5
         return asyncio.get_running_loop().time()
 
-    assert run(main()) == pytest.approx(7200.0, abs=1.0)
+    assert run_virtually(main()) == pytest.approx(7200.0, abs=1.0)
 
 
 def test_stop_waits_the_grace_for_the_stubborn_only() -> None:
@@ -70,7 +41,7 @@ def test_stop_waits_the_grace_for_the_stubborn_only() -> None:
         assert (await driver.stop("stubborn", grace_s=600.0)).exit_code == 137
         return asyncio.get_running_loop().time()
 
-    assert run(main()) == pytest.approx(600.0, abs=1.0)
+    assert run_virtually(main()) == pytest.approx(600.0, abs=1.0)
 
 
 def test_refusals_and_delays() -> None:
@@ -92,7 +63,7 @@ def test_refusals_and_delays() -> None:
         await up(driver, "late")
         return asyncio.get_running_loop().time()
 
-    assert run(main()) == pytest.approx(120.0, abs=1.0)
+    assert run_virtually(main()) == pytest.approx(120.0, abs=1.0)
 
 
 def test_a_restarted_agent_sees_the_same_machine_until_power_is_lost() -> None:
@@ -110,7 +81,7 @@ def test_a_restarted_agent_sees_the_same_machine_until_power_is_lost() -> None:
         assert await again.list() == []
         return 0.0
 
-    run(main())
+    run_virtually(main())
 
 
 def test_whoever_waits_for_a_container_that_is_removed_is_told() -> None:
@@ -125,7 +96,7 @@ def test_whoever_waits_for_a_container_that_is_removed_is_told() -> None:
         assert caught.value.code is Code.NOT_FOUND
         return 0.0
 
-    run(main())
+    run_virtually(main())
 
 
 def test_the_log_keeps_its_last_lines() -> None:
@@ -138,4 +109,4 @@ def test_the_log_keeps_its_last_lines() -> None:
         assert lines == [str(n) for n in range(2000, 3000)]
         return 0.0
 
-    run(main())
+    run_virtually(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
 from collections.abc import Coroutine
 from random import Random
 from typing import Any
@@ -14,34 +13,9 @@ from fal_contract.errors import Code, FalError
 from fal_scheduler.store.faults import Fault, FaultKind, FaultStore, random_script
 from fal_scheduler.store.interface import Guard, Write
 from fal_scheduler.store.memory import MemoryBackend, MemoryStore
+from virtual_time import run_virtually
 
 TTL_S = 9.0
-
-
-class _JumpSelector(selectors.SelectSelector):
-    """Never waits: moves time to the next timer instead."""
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise RuntimeError("deadlock: every task waits and no timer is set")
-        self.now_s += max(timeout, 0.0)
-        return super().select(0)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jump = _JumpSelector()
-        super().__init__(self._jump)
-
-    def time(self) -> float:
-        return self._jump.now_s
-
-
-def play(scenario: Coroutine[Any, Any, Any]) -> Any:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(scenario)
 
 
 def now_s() -> float:
@@ -71,7 +45,7 @@ def test_a_renewed_lease_lasts_and_a_crashed_leaders_runs_out() -> None:
         assert await code_of(one.commit(guard, [Write("a", b"2")])) is Code.NOT_LEADER
         await two.close()
 
-    play(main())
+    run_virtually(main())
 
 
 def test_a_leader_that_is_cut_off_is_lost_before_the_next_one_leads() -> None:
@@ -93,7 +67,7 @@ def test_a_leader_that_is_cut_off_is_lost_before_the_next_one_leads() -> None:
         assert backend.records == {"b": b"1"}
         await two.close()
 
-    play(main())
+    run_virtually(main())
 
 
 def test_leaders_follow_in_the_order_in_which_they_came() -> None:
@@ -113,7 +87,7 @@ def test_leaders_follow_in_the_order_in_which_they_came() -> None:
                 tasks.create_task(lead(name))
         return order
 
-    assert play(main()) == play(main()) == ["a:1", "b:2", "c:3", "d:4", "e:5"]
+    assert run_virtually(main()) == run_virtually(main()) == ["a:1", "b:2", "c:3", "d:4", "e:5"]
 
 
 def test_a_copy_is_an_older_store() -> None:
@@ -130,7 +104,7 @@ def test_a_copy_is_an_older_store() -> None:
         assert (await copy.campaign("two", term_min=10)).term == 10
         await copy.close()
 
-    play(main())
+    run_virtually(main())
 
 
 def test_a_stall_takes_its_time_and_hooks_crash_at_their_point() -> None:
@@ -160,7 +134,7 @@ def test_a_stall_takes_its_time_and_hooks_crash_at_their_point() -> None:
         assert (backend.revision, backend.records) == (2, {"a": b"3"})
         await store.close()
 
-    play(main())
+    run_virtually(main())
 
 
 def test_a_seed_draws_the_same_faults_and_every_kind() -> None:
@@ -194,4 +168,4 @@ def test_under_random_faults_the_store_holds_what_the_answers_allow(seed: int) -
             assert (loaded.records.get("a", b""), loaded.revision) == (expected, revision)
         await store.close()
 
-    play(main())
+    run_virtually(main())
