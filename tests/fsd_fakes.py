@@ -325,6 +325,7 @@ class FakePeers:
         self.withdrawn: list[tuple[str, str, int]] = []
         self.dropped: dict[str, str] = {}
         self.silent = False
+        self.scheduled = True
         self.trusted_network = False
         self.place = Place(node_id)
         self.manifests: dict[str, bytes] = {}
@@ -343,6 +344,9 @@ class FakePeers:
 
     def set_members(self, artifact_id: str, members: Sequence[PeerAddress]) -> None:
         self.members[artifact_id] = tuple(members)
+
+    def set_scheduled(self, scheduled: bool) -> None:
+        self.scheduled = scheduled
 
     def set_trusted_network(self, trusted: bool) -> None:
         self.trusted_network = trusted

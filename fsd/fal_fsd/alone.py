@@ -38,6 +38,9 @@ class NoPeers:
     def set_members(self, artifact_id: str, members: Sequence[PeerAddress]) -> None:
         """Nobody to dial without an identity."""
 
+    def set_scheduled(self, scheduled: bool) -> None:
+        """No tickets."""
+
     def set_trusted_network(self, trusted: bool) -> None:
         """There is no port."""
 

@@ -199,6 +199,7 @@ class CacheNode:
 
     def disconnected(self) -> None:
         self.news.ended()
+        self.around.peers.set_scheduled(False)
 
     async def take(self) -> Sequence[weights_pb2.CacheUp]:
         messages = self.news.take_messages()

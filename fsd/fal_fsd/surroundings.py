@@ -38,6 +38,8 @@ class PeerSide(Peers, Protocol):
 
     def set_members(self, artifact_id: str, members: Sequence[PeerAddress]) -> None: ...
 
+    def set_scheduled(self, scheduled: bool) -> None: ...
+
     def set_trusted_network(self, trusted: bool) -> None: ...
 
     def set_place(self, place: Place) -> None: ...
@@ -117,6 +119,7 @@ class Surroundings:
     def welcome(self, message: weights_pb2.CacheWelcome) -> None:
         """Keys of tickets, and where this node is."""
         self.peers.set_ticket_keys(list(message.ticket_keys))
+        self.peers.set_scheduled(True)
         self.peers.set_trusted_network(message.trusted_network)
         place = Place(self.node_id, message.pool, message.region, message.zone)
         if place != self.place:

@@ -248,6 +248,25 @@ def _hello(artifact_id: str, shown: bytes) -> Any:
 
 
 @on_loop
+async def test_without_a_scheduler_an_old_ticket_ends_nothing_that_stands() -> None:
+    async with rig(ARTIFACT, CONTENTS) as world:
+        a = await world.add("a", None)
+        raw = RawPeer.dial(a.port)
+        try:
+            await asyncio.to_thread(raw.greet, world, a)
+            await asyncio.to_thread(raw.join, world, bytes(Bitmap(COUNT)))
+            await a.events.until(lambda e: e.named("peer_up", "raw"))
+            a.net.set_scheduled(False)
+            world.clock.skew(3601.0)
+            a.net.tick()
+            a.net.set_scheduled(True)  # a moment ago: the peer has yet to be told its new ticket
+            a.net.tick()
+            assert a.events.named("peer_down") == []
+        finally:
+            raw.close()
+
+
+@on_loop
 async def test_what_only_an_expired_ticket_allowed_ends() -> None:
     async with rig(ARTIFACT, CONTENTS) as world:
         a = await world.add("a", None)

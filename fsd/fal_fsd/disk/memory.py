@@ -27,7 +27,7 @@ _REPLY_BYTES_MAX: Final = 64 << 10
 
 
 class MemoryTier:
-    """Blocks, thread-safe; one request at a time. `bytes_max` 0: there is no such tier.
+    """Blocks (but for what is only asked), thread-safe; one request at a time. `bytes_max` 0: there is no such tier.
 
     `command`: what the locker's interpreter is started with, for tests.
     """
@@ -54,14 +54,21 @@ class MemoryTier:
 
     @property
     def bytes_locked(self) -> int:
-        """Of all artifacts."""
-        return sum(self._locked.values())
+        """Of all artifacts. Does not wait, as `bytes_of`."""
+        self._look()
+        return sum(list(self._locked.values()))
 
     def bytes_of(self, id: str) -> int:
-        """Locked bytes of an artifact."""
-        with self._mutex:
-            self._notice_death()
-            return self._locked.get(id, 0)
+        """Locked bytes of an artifact. Never waits for a request that is under way, which may take minutes."""
+        self._look()
+        return self._locked.get(id, 0)
+
+    def _look(self) -> None:
+        if self._mutex.acquire(blocking=False):
+            try:
+                self._notice_death()
+            finally:
+                self._mutex.release()
 
     def lock(self, id: str, paths: Sequence[Path], *, fresh: bool = False) -> int:
         """Bring these finished files into memory and keep them; the bytes. Idempotent.
@@ -80,9 +87,10 @@ class MemoryTier:
             self._notice_death()
             if id in self._locked:
                 return self._locked[id]
-            if self.bytes_locked + size > self.bytes_max:
+            taken = sum(self._locked.values())
+            if taken + size > self.bytes_max:
                 raise _refused(
-                    f"{size} bytes do not fit into the memory tier, {self.bytes_locked} of {self.bytes_max} are taken"
+                    f"{size} bytes do not fit into the memory tier, {taken} of {self.bytes_max} are taken"
                 )
             request = {"op": "lock", "id": id, "paths": [str(path) for path in paths], "drop": not fresh}
             reply = self._ask(request, size)

@@ -49,6 +49,7 @@ PING_S: Final = 10.0
 SILENCE_MAX_S: Final = 25.0
 LAST_WORD_S: Final = 1.0  # to read why it ends
 TICK_S: Final = 0.5
+RENEWAL_S: Final = 120.0  # in which peers are told new tickets once a scheduler is back
 METERS_MAX: Final = 1024
 ENDED_KEPT: Final = 8
 _LOG = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class PeerNet:
         self._empty = asyncio.Event()
         self._started = self._closing = False
         self._cert_pem = b""
+        self._renewed_from_s: float | None = float("-inf")
         self._sent_before = 0
         self._received_before = 0
 
@@ -208,6 +210,11 @@ class PeerNet:
         self._place = place
         for connection in self._live.values():
             self._classify(connection)
+
+    def set_scheduled(self, scheduled: bool) -> None:
+        """Whether somebody renews tickets; while not, and a moment after, what stands does not end for an old one."""
+        if not scheduled or self._renewed_from_s is None:
+            self._renewed_from_s = self._clock.monotonic_s() + RENEWAL_S if scheduled else None
 
     def set_members(self, artifact_id: str, members: Sequence[PeerAddress]) -> None:
         """Who is in this swarm, as a whole; who can be dialled is, once we have joined it."""
@@ -378,7 +385,8 @@ class PeerNet:
             connection.last_sent_s = now_s
             connection.send(Ping())
         self._swarming.attested(connection)
-        self._swarming.expire(connection, wall_s)
+        if self._renewed_from_s is not None and now_s >= self._renewed_from_s:
+            self._swarming.expire(connection, wall_s)
 
     def _dial_due(self, now_s: float) -> None:
         parts = self._hub.parts
