@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
@@ -33,9 +35,12 @@ PIECE = 4 << 20
 WAIT_S = 60.0
 
 
-def contents_of(*sizes: int, seed: int = 1) -> dict[str, bytes]:
-    """Files of these sizes with random bytes, by path."""
-    rng = random.Random(seed)
+_seeds = itertools.count()
+
+
+def contents_of(*sizes: int) -> dict[str, bytes]:
+    """Files of these sizes, by path, with random bytes that no other call gives: caches share files by content."""
+    rng = random.Random(next(_seeds))
     return {f"file-{n}.safetensors": rng.randbytes(size) for n, size in enumerate(sizes)}
 
 
@@ -125,6 +130,8 @@ class Chain:
         self.scheduler = process
         self.stub = stub
         self.nodes: dict[str, Node] = {}
+        self.secrets = root / "credentials.toml"
+        self.given = ["--credentials-file", str(self.secrets)]
 
     async def node(self, name: str, *arguments: str, address: str = "lan=127.0.0.1") -> Node:
         """A node that joined, its cache running; without mounts unless `arguments` say so."""
@@ -159,6 +166,10 @@ class Chain:
         """Until it is READY there."""
         return await self.nodes[node].client.stage(asked(model), owner)
 
+    async def restart_scheduler(self) -> None:
+        """After `scheduler.end`; its ports stay the same."""
+        self.scheduler = await asyncio.to_thread(Process, self.scheduler.data, *self.given)
+
     async def where(self, name: str) -> dict[str, cluster_pb2.ModelOnNode]:
         """`weights where`, by node name."""
         with fal_errors():
@@ -174,7 +185,7 @@ class Chain:
     async def until(self, done: Callable[[], Awaitable[Any]], *, within_s: float = WAIT_S) -> Any:
         """Poll until it gives something; that."""
         async with asyncio.timeout(within_s):
-            while not (found := await done()):
+            while not (found := await done()):  # noqa: ASYNC110 - asked of other processes
                 await asyncio.sleep(0.05)
         return found
 
@@ -211,6 +222,31 @@ async def chain(folder: Path, names: str = "", *, credentials: str | None = None
             finally:
                 for node in made.nodes.values():
                     await node.close()
+                if made.scheduler is not process and made.scheduler.popen.poll() is None:
+                    made.scheduler.end(signal.SIGKILL)
+
+
+class Shared:
+    """A chain that a file's tests share, on a loop of its own: starting one takes seconds."""
+
+    def __init__(self, folder: Path, names: str) -> None:
+        self._runner = asyncio.Runner()
+        self._context = chain(folder, names, credentials="")
+        self.chain = self._runner.run(self._context.__aenter__())
+
+    def run(self, test: Callable[[Chain], Awaitable[None]], *, within_s: float = 90.0) -> None:
+        """One test, with a bound; the credentials file is empty before it."""
+
+        async def bounded() -> None:
+            write_secret(self.chain.secrets, "")
+            async with asyncio.timeout(within_s):
+                await test(self.chain)
+
+        self._runner.run(bounded())
+
+    def close(self) -> None:
+        self._runner.run(self._context.__aexit__(None, None, None))
+        self._runner.close()
 
 
 def write_secret(file: Path, text: str) -> None:

@@ -75,13 +75,14 @@ class CacheNode:
         self.news.close()
 
     async def tend(self, interval_s: float) -> None:
-        """Until cancelled: pins that expired, room on the disk, manifests that peers may have."""
+        """Until cancelled: pins that expired, room on the disk, what came from where, manifests that peers may have."""
         while True:
             await asyncio.sleep(interval_s)
             try:
                 for artifact_id in self.transfers.unwanted():
                     await self.transfers.let_go(artifact_id)
                 await asyncio.to_thread(self.store.evict, 0)
+                await self.transfers.keep_counts()
                 await self._seek_attestations()
                 self._tell_unreachable()
             except (FalError, OSError) as exc:

@@ -58,9 +58,10 @@ class NodeCache(fsd_pb2_grpc.NodeCacheServicer):
         """Progress from time to time and whenever the state changes; ends ready or with the transfer's error."""
         allowed = request.artifact.allow_provisional
         while not transfer.task.done():
-            if request.in_flight and (allowed or transfer.artifact.attested):
+            readable = request.in_flight and (allowed or transfer.artifact.attested)
+            if readable:
                 transfer.open_mount()
-            yield _progress(transfer, in_flight=request.in_flight)
+            yield _progress(transfer, in_flight=readable)  # another stager's app may read what this one's may not
             await transfer.changed(_PROGRESS_S)
         if transfer.task.cancelled():
             raise FalError(Code.UNAVAILABLE, "the staging was ended", remedy="It is asked again.")

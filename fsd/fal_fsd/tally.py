@@ -66,9 +66,16 @@ class _Origin:
 
 
 class Tally:
-    """`have`: what is here at the start."""
+    """`have`: what is here at the start; `came`: bytes that origin and peers have sent until then."""
 
-    def __init__(self, artifact: Artifact, have: Bitmap, now_s: Callable[[], float], totals: Totals) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        have: Bitmap,
+        now_s: Callable[[], float],
+        totals: Totals,
+        came: tuple[int, int] = (0, 0),
+    ) -> None:
         self._layout = artifact.layout
         self._have = have
         self._now_s = now_s
@@ -78,8 +85,12 @@ class Tally:
         self._moved = asyncio.Event()
         self.bytes_total = artifact.bytes_total
         self.bytes_done = sum(self._layout.length(piece) for piece in have)
-        self.bytes_from_origin = 0
-        self.bytes_from_peers = 0
+        self.bytes_from_origin, self.bytes_from_peers = came
+
+    @property
+    def came(self) -> tuple[int, int]:
+        """Bytes from the origin and from peers, since the artifact came here."""
+        return self.bytes_from_origin, self.bytes_from_peers
 
     @property
     def complete(self) -> bool:

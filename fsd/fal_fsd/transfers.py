@@ -43,6 +43,7 @@ class Transfers:
         self.taken_over: set[str] = set()  # unfinished mounts of the process before, whose readers wait
         self._served: dict[str, DiskPart] = {}
         self._ending: set[asyncio.Task[None]] = set()
+        self._counts: dict[str, tuple[int, int]] = {}  # as they were made durable last
 
     def bind(self, tools: Tools) -> None:
         """Before anything else, on the loop: the tools need this as the receiver of events."""
@@ -107,7 +108,8 @@ class Transfers:
                 if path is not None:
                     return path
                 part = await asyncio.to_thread(self._store.open_part, artifact, model=model, owner=owner)
-                transfer = self._start(part, model, digest_named)
+                came = await asyncio.to_thread(self._store.catalog.came_of, artifact.id)
+                transfer = self._start(part, model, digest_named, came)
             else:
                 if owner:
                     await asyncio.to_thread(self._store.pin, artifact.id, owner)
@@ -130,10 +132,10 @@ class Transfers:
         self._tell_later(lambda: self.tools.news.event("CORRUPT_FILE", model or artifact.id, message))
         return None
 
-    def _start(self, part: DiskPart, model: str, digest_named: str) -> Transfer:
+    def _start(self, part: DiskPart, model: str, digest_named: str, came: tuple[int, int]) -> Transfer:
         artifact_id = part.artifact.id
         self._served.pop(artifact_id, None)
-        transfer = self._active[artifact_id] = Transfer(part, model, self.tools, digest_named=digest_named)
+        transfer = self._active[artifact_id] = Transfer(part, model, self.tools, digest_named=digest_named, came=came)
         if artifact_id in self.taken_over:
             self.taken_over.discard(artifact_id)
             transfer.open_mount()
@@ -237,9 +239,18 @@ class Transfers:
         if (transfer := self._active.get(artifact_id)) is not None:
             transfer.wanted(pieces, waiting)
 
+    async def keep_counts(self) -> None:
+        """Make durable how much came from where."""
+        counts = {transfer.id: transfer.tally.came for transfer in self._active.values()}
+        if counts != self._counts:
+            await asyncio.to_thread(self._store.catalog.set_came, counts)
+            self._counts = counts
+
     async def close(self) -> None:
         """End all; what is durable is taken up after the next start."""
         transfers = list(self._active.values())
+        with contextlib.suppress(FalError):
+            await self.keep_counts()
         await asyncio.gather(*(transfer.stop(keep_mount=True) for transfer in transfers), return_exceptions=True)
         while self._ending:
             await asyncio.gather(*self._ending, return_exceptions=True)

@@ -27,6 +27,8 @@ def _view(record: CachedRecord, transfer: Transfer | None, bytes_memory: int) ->
         bytes_disk=record.bytes_disk,
         bytes_memory=bytes_memory,
         kind=record.kind,
+        bytes_from_origin=record.bytes_from_origin,
+        bytes_from_peers=record.bytes_from_peers,
     )
     if transfer is not None and not record.ready:
         told.wanted = transfer.phase is not Phase.FAILED

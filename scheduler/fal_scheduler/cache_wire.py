@@ -62,8 +62,8 @@ def _holding(told: fsd_pb2.CachedArtifact, catalog: Catalog) -> Holding:
         model=intern(told.model[:_TEXT_CHARS_MAX]),
         kind=intern(told.kind[:_TEXT_CHARS_MAX]),
         rate_bytes_s=told.rate_bytes_s,
-        bytes_from_origin=told.bytes_from_origin,
-        bytes_from_peers=told.bytes_from_peers,
+        bytes_from_origin=size if told.bytes_from_origin == size else told.bytes_from_origin,
+        bytes_from_peers=size if told.bytes_from_peers == size else told.bytes_from_peers,
         waits_for=told.waits_for[:_TEXT_CHARS_MAX],
         pinned_by=tuple(told.pinned_by[:16]),
     )

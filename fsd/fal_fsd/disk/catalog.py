@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,11 @@ CREATE TABLE holds (artifact TEXT NOT NULL, sha256 TEXT NOT NULL, PRIMARY KEY (a
 CREATE INDEX holds_sha256 ON holds (sha256);
 CREATE TABLE revoked (id TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = 1;
+"""
+# Beside version 1, which does not miss it.
+_LATER: Final = """
+CREATE TABLE IF NOT EXISTS came (
+    artifact TEXT PRIMARY KEY, origin INTEGER NOT NULL, peers INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -191,8 +196,28 @@ class Catalog:
         """With its names, pins and holds."""
         with self.transaction() as db:
             db.execute("DELETE FROM artifact WHERE id = ?", (id,))
-            for table in ("name", "pin", "holds"):
+            for table in ("name", "pin", "holds", "came"):
                 db.execute(f"DELETE FROM {table} WHERE artifact = ?", (id,))
+
+    def came(self) -> dict[str, tuple[int, int]]:
+        """Bytes of each artifact that the origin and that peers sent, since it came here."""
+        with self._lock:
+            rows = self._db.execute("SELECT artifact, origin, peers FROM came").fetchall()
+        return {id: (origin, peers) for id, origin, peers in rows}
+
+    def came_of(self, id: str) -> tuple[int, int]:
+        """As above, of one."""
+        with self._lock:
+            row = self._db.execute("SELECT origin, peers FROM came WHERE artifact = ?", (id,)).fetchone()
+        return (0, 0) if row is None else (int(row[0]), int(row[1]))
+
+    def set_came(self, counts: Mapping[str, tuple[int, int]]) -> None:
+        """These are it now. What is not known here is passed over."""
+        with self.transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO came SELECT id, ?, ? FROM artifact WHERE id = ?",
+                [(origin, peers, id) for id, (origin, peers) in counts.items()],
+            )
 
     # ---- pins
 
@@ -318,6 +343,7 @@ def _open(path: Path) -> sqlite3.Connection:
             )
         elif (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(found)
+        db.executescript(_LATER)
     except sqlite3.DatabaseError as exc:
         db.close()
         raise FalError(

@@ -49,6 +49,8 @@ class CachedRecord:
     hits: int
     used_s: float
     seconds_back: float
+    bytes_from_origin: int = 0  # since it came here
+    bytes_from_peers: int = 0
 
 
 class DiskStore:
@@ -317,7 +319,7 @@ class DiskStore:
     def artifacts(self) -> list[CachedRecord]:
         """All that are here or on their way, by artifact id."""
         with self.mutex:
-            pins, names = self.pins.all(), self.catalog.names()
+            pins, names, came = self.pins.all(), self.catalog.names(), self.catalog.came()
             return [
                 CachedRecord(
                     id=row.id, manifest_digest=row.digest, kind=row.kind, models=tuple(names.get(row.id, ())),
@@ -325,6 +327,7 @@ class DiskStore:
                     bytes_disk=row.bytes_total if row.state == READY else self.bytes_here(row.id),
                     ready=row.state == READY, revoked=row.state == REVOKED, pinned_by=tuple(pins.get(row.id, ())),
                     hits=row.hits + self._hits.get(row.id, 0), used_s=row.used_at_s, seconds_back=row.seconds_back,
+                    bytes_from_origin=came.get(row.id, (0, 0))[0], bytes_from_peers=came.get(row.id, (0, 0))[1],
                 )
                 for row in self.catalog.rows()
             ]  # fmt: skip
