@@ -26,11 +26,13 @@ def contents_of(*sizes: int, seed: int = 1) -> dict[str, bytes]:
     return {f"file-{n}.safetensors": rng.randbytes(size) for n, size in enumerate(sizes)}
 
 
-async def listed(origin: HttpOrigin, *, sha256: bool = False) -> Artifact:
+async def listed(
+    origin: HttpOrigin, *, sha256: bool = False, piece_bytes: int = PIECE, credentials: Credentials | None = None
+) -> Artifact:
     """As the scheduler lists a folder of this server; no content is known."""
     origin.put_list(sha256=sha256)
-    found = await list_origin(origin.url, credentials=Credentials.load(None, {}))
-    return Artifact(listing_id(found.uri, found.files), "model", found.uri, PIECE, found.files)
+    found = await list_origin(origin.url, credentials=credentials or Credentials.load(None, {}))
+    return Artifact(listing_id(found.uri, found.files), "model", found.uri, piece_bytes, found.files)
 
 
 def content_of(bare: Artifact, contents: Mapping[str, bytes]) -> Artifact:
@@ -40,9 +42,11 @@ def content_of(bare: Artifact, contents: Mapping[str, bytes]) -> Artifact:
     return replace(whole, id=bare.id, files=files)
 
 
-async def attested(scheduler: FakeCacheScheduler, origin: HttpOrigin, contents: Mapping[str, bytes]) -> Artifact:
-    """Listed and signed."""
-    return scheduler.signed(content_of(await listed(origin), contents))
+async def attested(
+    scheduler: FakeCacheScheduler, origin: HttpOrigin, contents: Mapping[str, bytes], **how: Any
+) -> Artifact:
+    """Listed and signed. `how`: see `listed`."""
+    return scheduler.signed(content_of(await listed(origin, **how), contents))
 
 
 def flipped(data: bytes, at: int) -> bytes:

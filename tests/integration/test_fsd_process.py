@@ -5,47 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import socket
 import subprocess
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fake_cache_scheduler import FakeCacheScheduler
-from fal_contract.artifact import Artifact, listing_id
 from fal_contract.clock import SystemClock
 from fal_fsd.client import CacheClient
 from fal_fsd.mount import keeper, kernel
-from fal_fsd.origin import Credentials, list_origin
-from fsd_fakes import artifact_of
+from fal_fsd.origin import Credentials
+from fsd_cluster import attested, contents_of
 from fsd_rig import answered, message_of, running, start_process, tree
 from origin_servers import Faults, HttpOrigin, make_authority
 
 PIECE = 256 << 10
-
-
-def contents_of(size: int) -> dict[str, bytes]:
-    return {"weights.safetensors": random.Random(3).randbytes(size)}
-
-
-async def known_of(
-    scheduler: FakeCacheScheduler,
-    origin: HttpOrigin,
-    contents: dict[str, bytes],
-    credentials: Credentials | None = None,
-) -> Artifact:
-    """Listed, hashed and signed."""
-    origin.put_list()
-    found = await list_origin(origin.url, credentials=credentials or Credentials.load(None, {}))
-    whole = artifact_of(contents, piece_bytes=PIECE, uri=found.uri)
-    files = tuple(replace(f, version=b.version) for f, b in zip(whole.files, found.files, strict=True))
-    return scheduler.signed(replace(whole, id=listing_id(found.uri, found.files), files=files))
 
 
 class Process:
@@ -107,7 +86,7 @@ def test_killed_on_its_way_it_goes_on_by_itself_with_what_it_had(tmp_path: Path)
 
         async def main() -> None:
             async with scheduler_and_process(tmp_path, "--mount", "off") as (scheduler, fsd):
-                known = await known_of(scheduler, origin, contents)
+                known = await attested(scheduler, origin, contents, piece_bytes=PIECE)
                 staging = asyncio.create_task(fsd.client.stage(message_of(known), "runner-1"))
                 await scheduler.until(
                     lambda: known.id in (seen := scheduler.nodes["n1"].seen) and seen[known.id].bytes_disk >= 4 * PIECE
@@ -142,7 +121,7 @@ def test_its_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
         async def main() -> None:
             async with scheduler_and_process(tmp_path, "--mount", "off") as (scheduler, fsd):
-                known = await known_of(scheduler, origin, contents)
+                known = await attested(scheduler, origin, contents, piece_bytes=PIECE)
                 await fsd.client.stage(message_of(known), "r")
                 assert fsd.rss_bytes() <= 150 << 20
 
@@ -158,7 +137,7 @@ def test_metrics_tell_what_came_from_where(tmp_path: Path) -> None:
                 port = free.getsockname()[1]
             arguments = ("--mount", "off", "--metrics-port", str(port))
             async with scheduler_and_process(tmp_path, *arguments) as (scheduler, fsd):
-                known = await known_of(scheduler, origin, contents)
+                known = await attested(scheduler, origin, contents, piece_bytes=PIECE)
                 await fsd.client.stage(message_of(known), "r")
                 url = f"http://127.0.0.1:{port}"
                 text = await asyncio.to_thread(lambda: urllib.request.urlopen(f"{url}/metrics", timeout=10).read())
@@ -186,7 +165,9 @@ def test_an_origin_behind_a_private_ca(tmp_path: Path) -> None:
             given = {"schedulers": [scheduler.address], "identity": scheduler.identity("n1"), "credentials_file": file}
             try:
                 async with running(tmp_path, **given) as rig:
-                    known = await known_of(scheduler, origin, contents, Credentials.load(file, {}))
+                    known = await attested(
+                        scheduler, origin, contents, piece_bytes=PIECE, credentials=Credentials.load(file, {})
+                    )
                     assert tree(await rig.client.stage(message_of(known), "r")) == contents
             finally:
                 await scheduler.stop()
@@ -208,11 +189,11 @@ def test_a_reader_of_an_unfinished_file_survives_kill_9(tmp_path: Path) -> None:
 
         async def main() -> None:
             async with scheduler_and_process(tmp_path) as (scheduler, fsd):
-                known = await known_of(scheduler, origin, contents)
+                known = await attested(scheduler, origin, contents, piece_bytes=PIECE)
                 path, ready = await fsd.client.view(message_of(known), "r")
                 assert not ready
                 reader = await asyncio.create_subprocess_exec(
-                    "python3", "-c", READER, str(path / "weights.safetensors"), stdout=subprocess.PIPE
+                    "python3", "-c", READER, str(path / "file-0.safetensors"), stdout=subprocess.PIPE
                 )
                 reading = asyncio.create_task(reader.communicate())
                 try:
@@ -222,7 +203,7 @@ def test_a_reader_of_an_unfinished_file_survives_kill_9(tmp_path: Path) -> None:
                     origin.faults.stall_after = -1
                     origin.faults.go.set()
                     out, _ = await reading
-                    assert out == contents["weights.safetensors"]
+                    assert out == contents["file-0.safetensors"]
                     whole = await fsd.client.stage(message_of(known), "r")
                     assert tree(whole) == contents
                     assert (await fsd.client.status()).capabilities["fuse"] == "yes"
