@@ -122,7 +122,7 @@ class Transfers:
         """The folder, when everything is here and still what it was; in a thread."""
         path = self._store.path_of(artifact.id)
         if path is None:
-            return self._store.adopt(artifact, model=model, owner=owner)
+            return self._adopt(artifact, model, owner)
         if owner:
             self._store.pin(artifact.id, owner)
         bad = self._store.first_use_check(artifact.id)
@@ -131,6 +131,15 @@ class Transfers:
         message = f"{len(bad)} pieces of {model or artifact.id[:12]} on this disk are not what was attested"
         self._tell_later(lambda: self.tools.news.event("CORRUPT_FILE", model or artifact.id, message))
         return None
+
+    def _adopt(self, artifact: Artifact, model: str, owner: str) -> Path | None:
+        """The same content is here under another name: READY, told and served at once; in a thread."""
+        path = self._store.adopt(artifact, model=model, owner=owner)
+        if path is not None:
+            part = self._store.open_part(artifact, model=model)
+            self._tell_later(lambda: self.serve(part))
+            self._tell_later(lambda: self.tools.news.changed(artifact.id, at_once=True))
+        return path
 
     def _start(self, part: DiskPart, model: str, digest_named: str, came: tuple[int, int]) -> Transfer:
         artifact_id = part.artifact.id

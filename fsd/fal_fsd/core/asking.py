@@ -78,7 +78,7 @@ class Sole:
 
     def slow(self, source: Source, typical: float) -> bool:
         """Whether its pieces are shared out."""
-        return 0 < source.rate * self._policy.slow_factor < typical
+        return not source.pushes and 0 < source.rate * self._policy.slow_factor < typical
 
     def ripe(self, source: Source, bits: int, now_s: float) -> tuple[int, int]:
         """Of `bits` those for which this node may ask a slow `source`, and those that nobody else brings."""

@@ -41,6 +41,11 @@ class Source:
     def node_id(self) -> str:
         return self.place.node_id
 
+    @property
+    def pushes(self) -> bool:
+        """It is an operator who pushes."""
+        return _pushes(self.node_id)
+
     def measured(self, length: float, seconds: float) -> None:
         """So many bytes took so long; a stall is none in some time."""
         self._bytes = self._bytes * _FADE + length
@@ -186,8 +191,8 @@ class Sources:
         return [source for source in self if source.bits >> piece & 1]
 
     def _distance(self, place: Place, *, known: bool) -> int:
-        if "/" in place.node_id:
-            return 1  # an operator who pushes (`ROLE/NAME`): nobody else brings what it has
+        if _pushes(place.node_id):
+            return 1
         if not known and self._told and self.me.region:
             return 2  # until the scheduler tells: no bytes cross a region by mistake
         if known and place.region != self.me.region:
@@ -197,6 +202,11 @@ class Sources:
     def _count(self, source: Source, by: int) -> None:
         for counter in (self.everywhere, self.inside)[: 2 if source.distance <= NEAR else 1]:
             (counter.add if by > 0 else counter.remove)(source.bits)
+
+
+def _pushes(node_id: str) -> bool:
+    """An operator (`ROLE/NAME+…`) is connected to this node alone: nobody else brings what it has."""
+    return "/" in node_id
 
 
 __all__ = ["NEAR", "RATE_GUESS", "Source", "Sources"]
