@@ -32,6 +32,8 @@ from fal_fsd.wishes import WISH_OWNER, Wishes
 
 ATTEST_AGAIN_S: Final = 30.0
 _RETRY_S: Final = 5.0
+_REPAIR_OWNER: Final = "repair"  # nobody else may want it, and it is worth bringing all the same
+_REPAIR_MAX_S: Final = 3600.0
 _log = get_logger("fsd.node")
 
 
@@ -320,7 +322,10 @@ class CacheNode:
         self._repairing.add(artifact_id)
         try:
             self.news.event("CORRUPT_FILE", artifact_id, f"{pieces} pieces on this disk are not what was attested")
+            until_s = self.store.clock.wall_s() + _REPAIR_MAX_S
+            await asyncio.to_thread(self.store.pin, artifact_id, _REPAIR_OWNER, expires_at_s=until_s)
             await self._go_on(artifact, "", repaired=True)
+            await self.unpin(_REPAIR_OWNER, artifact_id)
         finally:
             self._repairing.discard(artifact_id)
 

@@ -11,7 +11,7 @@ import pytest
 
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import agent_pb2, fsd_pb2, weights_pb2
-from fal_fsd import fetching
+from fal_fsd import assembly, fetching
 from fsd_cluster import PIECE, attested, cluster, content_of, contents_of, flipped, listed, run
 from fsd_rig import message_of, tree
 from origin_servers import Faults, HttpOrigin
@@ -209,7 +209,11 @@ def test_wishes_drops_and_revocation(tmp_path: Path) -> None:
         run(main())
 
 
-def test_verify_finds_a_flipped_byte_and_a_peer_repairs_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pinned", [True, False])
+def test_verify_finds_a_flipped_byte_and_a_peer_repairs_it(
+    tmp_path: Path, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "TEND_S", 0.05)  # what nobody wants is ended soon
     contents = contents_of(5 * PIECE)
     with HttpOrigin(contents) as origin:
 
@@ -219,6 +223,8 @@ def test_verify_finds_a_flipped_byte_and_a_peer_repairs_it(tmp_path: Path) -> No
                 known = await attested(s, origin, contents)
                 paths = [await c.stage(name, message_of(known)) for name in c.rigs]
                 origin.faults.answers += [(404, {}, "gone")] * 1000
+                if not pinned:
+                    await c.rigs["n1"].client.unpin("r")
                 file = paths[0] / "file-0.safetensors"
                 file.chmod(0o644)
                 with file.open("r+b") as out:

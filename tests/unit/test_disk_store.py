@@ -521,6 +521,22 @@ def test_what_is_withdrawn_goes_at_once_or_when_unpinned(tmp_path: Path) -> None
     store.close()
 
 
+def test_withdrawing_one_name_leaves_the_tree_to_another_of_the_same_content(store: DiskStore) -> None:
+    one = stage(store, FILES, owner="r")
+    other = artifact_of(FILES, uri="s3://elsewhere/m")
+    path = store.adopt(other, model="u/m")
+    assert path is not None
+    assert not store.drop(one.id, force=True, reason="licence withdrawn")
+    assert store.path_of(other.id) == path
+    assert tree_of(path) == FILES
+    assert store.unpin("r") == [one.id]
+    assert tree_of(path) == FILES
+    assert store.verify(other.id, NEVER) == []
+    store.drop(other.manifest_digest, force=True, reason="everywhere")
+    assert not path.exists()
+    assert store.artifacts() == []
+
+
 def test_what_was_never_here_can_be_withdrawn(store: DiskStore) -> None:
     artifact = artifact_of(FILES)
     assert store.drop(artifact.manifest_digest, force=True, reason="gone")

@@ -38,7 +38,8 @@ def _withdraw(store: DiskStore, id: str) -> None:
     if part is not None:
         part.mark_gone("was withdrawn")
     tree = store.layout.tree(row.digest)
-    if row.state == READY and tree.is_dir():
+    others = [x for x in store.catalog.resolve(row.digest) if x != id] if row.digest else []
+    if row.state == READY and tree.is_dir() and not any(room.is_ready(store, x) for x in others):
         # Files stay for those who have it bound, under a name that nobody is told.
         tree.chmod(0o755)
         os.rename(tree, store.layout.trash / id)

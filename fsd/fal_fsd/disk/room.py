@@ -133,13 +133,14 @@ def release(store: DiskStore, row: Row, trash: list[Path]) -> None:
     paths = [layout.blob(sha) for sha in catalog.release(row.id)]
     for path in paths:
         catalog.drop_blob(path.name)
-    if row.state == READY and not any(_ready(store, x) for x in others):
+    if row.state == READY and not any(is_ready(store, x) for x in others):
         paths.append(layout.tree(row.digest))
     for path in paths:
         moved = layout.to_trash(path)
         trash += [moved] if moved else []
 
 
-def _ready(store: DiskStore, id: str) -> bool:
+def is_ready(store: DiskStore, id: str) -> bool:
+    """Whether its tree is there, by the catalog."""
     row = store.catalog.get(id)
     return row is not None and row.state == READY
