@@ -176,6 +176,7 @@ def test_a_folder_that_is_not_what_was_registered(store: DiskStore, tmp_path: Pa
     with pytest.raises(FalError, match=r"a/model\.bin") as raised:
         store.copy_in(part, folder, NEVER)
     assert raised.value.code == Code.CORRUPT
+    (folder / "a/model.bin").unlink()  # an ordinary user could not write to it any more
     (folder / "a/model.bin").write_bytes(b"short")
     with pytest.raises(FalError) as raised:
         store.copy_in(part, folder, NEVER)
