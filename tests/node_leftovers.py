@@ -48,10 +48,10 @@ def left_below(folder: Path, *, but: Collection[Path] = ()) -> list[str]:
     return words + [word for state_dir in _state_dirs(folder) if ours(f"{state_dir}/") for word in left_of(state_dir)]
 
 
-def _state_dirs(folder: Path) -> Iterator[Path]:
-    """Of the agents that ran below a folder: rigs do not nest them deeper than three."""
-    for pattern in ("*/c", "*/*/c", "*/*/*/c"):
-        yield from (found.parent for found in folder.glob(pattern) if (found.parent / "lock").exists())
+def _state_dirs(folder: Path) -> set[Path]:
+    """Of the agents that ran below a folder: rigs do not nest them deeper than three. pytest makes links too."""
+    found = (path.parent for pattern in ("*/c", "*/*/c", "*/*/*/c") for path in folder.glob(pattern))
+    return {path.resolve() for path in found if (path / "lock").exists()}
 
 
 def own_namespaces() -> list[str]:
