@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Final
 
 from fal_contract.clock import Clock
@@ -20,6 +21,7 @@ from fal_fsd.claims import to_wire
 from fal_fsd.core.messages import Claim
 
 _CLAIMS_PER_MESSAGE: Final = 4096  # about 700 KiB, within one message
+_ARTIFACTS_PER_MESSAGE: Final = 4096  # about 1 MiB
 _SCHEDULER_PATIENCE_S: Final = 10.0
 _log = get_logger("fsd.news")
 
@@ -108,9 +110,12 @@ class News:
         return messages
 
     def take_report(self) -> tuple[set[str], list[weights_pb2.CacheEvent]]:
-        """Artifacts that have changed, and events; both count as told."""
+        """Artifacts that have changed, and events; both count as told. As many as fit into a message; then the rest."""
         self.waiting.clear()
-        dirty, self._dirty = self._dirty, set()
+        dirty = set(islice(self._dirty, _ARTIFACTS_PER_MESSAGE))
+        self._dirty -= dirty
+        if self._dirty:
+            self.wake()
         events = list(self._events)
         self._events.clear()
         return dirty, events

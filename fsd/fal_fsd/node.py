@@ -15,22 +15,23 @@ from typing import Any, Final
 
 from fal_contract.artifact import Artifact, to_manifest
 from fal_contract.errors import Code, FalError
+from fal_contract.limits import MESSAGE_BYTES_MAX
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2, fsd_pb2, state_pb2, weights_pb2
 from fal_contract.versions import WIRE_MAX, WIRE_MIN, software
 from fal_fsd import attest, views
-from fal_fsd.core.messages import Member
 from fal_fsd.disk.reading import Cancelled
 from fal_fsd.disk.store import CachedRecord, DiskStore
 from fal_fsd.news import News
 from fal_fsd.origin import parse_uri
-from fal_fsd.peers.address import PeerAddress, peer_addresses
+from fal_fsd.peers.address import members_of, peer_addresses
 from fal_fsd.surroundings import Surroundings
 from fal_fsd.transfer import Phase, Transfer
 from fal_fsd.transfers import Transfers
 from fal_fsd.wishes import WISH_OWNER, Wishes
 
 ATTEST_AGAIN_S: Final = 30.0
+_HELLO_BYTES_MAX: Final = MESSAGE_BYTES_MAX - (256 << 10)  # for artifacts; what else it tells is small
 _RETRY_S: Final = 5.0
 _REPAIR_OWNER: Final = "repair"  # nobody else may want it, and it is worth bringing all the same
 _REPAIR_MAX_S: Final = 3600.0
@@ -174,6 +175,9 @@ class CacheNode:
 
     async def hello(self) -> weights_pb2.CacheHello:
         self.news.telling_all()
+        told, later = views.that_fit(await self.view(), _HELLO_BYTES_MAX)
+        for artifact_id in later:
+            self.news.changed(artifact_id, at_once=True)
         return weights_pb2.CacheHello(
             versions=agent_pb2.Versions(min=WIRE_MIN, max=WIRE_MAX, software=software()),
             node_id=self.around.node_id,
@@ -181,8 +185,7 @@ class CacheNode:
             cache_id=self.around.cache_id,
             endpoints=self.around.endpoints(),
             status=await self.status(),
-            artifacts=(told := await self.view()),
-            manifests=[view.manifest_digest for view in told if view.manifest_digest],
+            artifacts=told,
         )
 
     def welcome(self, message: weights_pb2.CacheWelcome) -> None:
@@ -257,8 +260,9 @@ class CacheNode:
         self._swarm_revisions[message.artifact_id] = message.revision
         addresses = peer_addresses(message)
         self.around.peers.set_members(message.artifact_id, addresses)
+        members = members_of(message, addresses)
         self.transfers.members_told(
-            message.artifact_id, _members(message, addresses), seed=message.seed, region_members=message.region_members
+            message.artifact_id, members, seed=message.seed, region_members=message.region_members
         )
 
     # ---- wishes.WishSide
@@ -437,13 +441,6 @@ class CacheNode:
 
 def _name(record: CachedRecord) -> str:
     return record.models[0] if record.models else record.id[:12]
-
-
-def _members(message: weights_pb2.Swarm, addresses: Sequence[PeerAddress]) -> list[Member]:
-    return [
-        Member(address.place, seed=told.seed, complete=told.complete)
-        for told, address in zip(message.members, addresses, strict=True)
-    ]
 
 
 __all__ = ["WISH_OWNER", "CacheNode"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Final
 
 from fal_contract.v1 import fsd_pb2
 from fal_fsd.disk.store import CachedRecord
 from fal_fsd.transfer import Phase, Transfer
+
+_FIELD_BYTES: Final = 6  # of the message around it
 
 
 def artifacts(
@@ -14,6 +17,16 @@ def artifacts(
 ) -> list[fsd_pb2.CachedArtifact]:
     """One an artifact, in the records' order."""
     return [_view(record, active.get(record.id), bytes_locked(record.id)) for record in records]
+
+
+def that_fit(told: Iterable[fsd_pb2.CachedArtifact], bytes_max: int) -> tuple[list[fsd_pb2.CachedArtifact], list[str]]:
+    """As many as one message of so many bytes holds, those that somebody uses first; artifact ids of the others."""
+    first: list[fsd_pb2.CachedArtifact] = []
+    rest: list[str] = []
+    for view in sorted(told, key=lambda view: (not view.pinned_by, not view.wanted, not view.ready)):
+        bytes_max -= view.ByteSize() + _FIELD_BYTES
+        first.append(view) if bytes_max >= 0 else rest.append(view.artifact_id)
+    return first, rest
 
 
 def _view(record: CachedRecord, transfer: Transfer | None, bytes_memory: int) -> fsd_pb2.CachedArtifact:
@@ -40,4 +53,4 @@ def _view(record: CachedRecord, transfer: Transfer | None, bytes_memory: int) ->
     return told
 
 
-__all__ = ["artifacts"]
+__all__ = ["artifacts", "that_fit"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fal_contract.v1 import weights_pb2
-from fal_fsd.core.messages import Place
+from fal_fsd.core.messages import Member, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,4 +36,12 @@ def peer_addresses(message: weights_pb2.Swarm) -> list[PeerAddress]:
     ]
 
 
-__all__ = ["PeerAddress", "peer_addresses"]
+def members_of(message: weights_pb2.Swarm, addresses: Sequence[PeerAddress]) -> list[Member]:
+    """The same as `core.swarm` takes them; `addresses`: what `peer_addresses` made of the message."""
+    return [
+        Member(address.place, seed=told.seed, complete=told.complete)
+        for told, address in zip(message.members, addresses, strict=True)
+    ]
+
+
+__all__ = ["PeerAddress", "members_of", "peer_addresses"]
