@@ -22,6 +22,7 @@ from fal_contract.limits import MODEL_FILES_MAX
 from fal_contract.model_manifest import manifest_digest
 from fal_contract.pieces import piece_bytes_of
 from fal_contract.v1 import fsd_pb2
+from fal_fsd.disk.reading import Cancelled
 
 if TYPE_CHECKING:
     from fal_fsd.node import CacheNode
@@ -105,6 +106,7 @@ def _digests(path: Path, size: int, piece_bytes: int, stop: threading.Event) -> 
 
 def _take_in(node: CacheNode, artifact: Artifact, model: str, folder: Path, owner: str, stop: threading.Event) -> None:
     unsigned = Artifact(artifact.id, artifact.kind, artifact.uri, artifact.piece_bytes, artifact.files)
+    others = node.store.part(artifact.id) is not None
     part = node.store.open_part(unsigned, model=model)
     try:
         node.store.pin(artifact.id, owner)
@@ -113,8 +115,10 @@ def _take_in(node: CacheNode, artifact: Artifact, model: str, folder: Path, owne
         for piece in range(artifact.layout.count):
             if artifact.hashes is not None and part.digest_of(piece) != artifact.hashes[piece]:
                 raise invalid("folder", str(folder), "changed while it was read", remedy="Stop its writer; try again.")
-    except FalError:
+    except (FalError, OSError, Cancelled):
         node.store.unpin(owner, artifact.id)
+        if not others:
+            part.close()  # one that is open is never removed
         node.store.abandon(artifact.id)
         raise
 

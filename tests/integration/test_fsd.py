@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from fal_contract import rpc
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import fsd_pb2
 from fal_fsd.client import CacheClient
@@ -238,5 +239,21 @@ def test_the_process_serves_survives_kill_9_and_ends_in_order(tmp_path: Path) ->
                 process.wait(10)
             process.stderr.close()  # type: ignore[union-attr]
             await client.close()
+
+    run(main())
+
+
+def test_an_ingest_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise FalError(Code.NO_CAPACITY, "the disk is full", remedy="Free space.")
+
+    async def main() -> None:
+        async with running(tmp_path) as rig:
+            monkeypatch.setattr(DiskStore, "copy_in", full)
+            folder = write(tmp_path / "made", {"a": b"x" * 1000})
+            with pytest.raises(FalError, match="disk is full"), rpc.fal_errors():
+                await rig.stub.Ingest(fsd_pb2.IngestRequest(folder=str(folder), model="default/c", owner="build"))
+            assert rig.cache.store.artifacts() == []
+            assert rig.cache.store.room().bytes_used == 0
 
     run(main())
