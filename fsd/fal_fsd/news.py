@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Final
 
 from fal_contract.clock import Clock
-from fal_contract.limits import CACHE_EVENTS_MAX, CACHE_REPORT_S
+from fal_contract.limits import CACHE_EVENTS_MAX, CACHE_REPORT_S, MESSAGE_BYTES_MAX
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import state_pb2, weights_pb2
 from fal_fsd.claims import to_wire
@@ -72,17 +72,23 @@ class News:
             self.wake()
 
     def attestation(self, attestation: weights_pb2.Attestation) -> None:
-        if self.connected:
-            self._messages.append(weights_pb2.CacheUp(attestation=attestation))
-            self.wake()
+        self._put(weights_pb2.CacheUp(attestation=attestation), attestation.artifact_id)
 
     # ---- the stream
 
     def manifest(self, manifest: state_pb2.ModelManifest) -> None:
         """The scheduler wants it, or has never seen it."""
-        if self.connected:
-            self._messages.append(weights_pb2.CacheUp(manifest=manifest))
-            self.wake()
+        self._put(weights_pb2.CacheUp(manifest=manifest), manifest.artifact_id)
+
+    def _put(self, message: weights_pb2.CacheUp, artifact_id: str) -> None:
+        if not self.connected:
+            return
+        if (size := message.ByteSize()) > MESSAGE_BYTES_MAX:  # it would end the session, and the next one, too
+            why = f"what is to be told of it has {size} bytes, a message {MESSAGE_BYTES_MAX}: it has too many pieces"
+            self.event("TOO_LARGE_TO_TELL", artifact_id, why)
+            return
+        self._messages.append(message)
+        self.wake()
 
     def telling_all(self) -> None:
         """Hello is being made: it tells everything up to now. What changes before the welcome is told after it."""

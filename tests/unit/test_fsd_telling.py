@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fal_contract.clock import ManualClock
 from fal_contract.limits import CACHED_ARTIFACTS_PER_NODE_MAX, MESSAGE_BYTES_MAX
-from fal_contract.v1 import fsd_pb2, weights_pb2
+from fal_contract.v1 import fsd_pb2, state_pb2, weights_pb2
 from fal_fsd import views
 from fal_fsd.news import News
 from fal_fsd.node import _HELLO_BYTES_MAX
@@ -39,3 +39,17 @@ def test_what_changed_is_told_in_reports_that_fit_until_all_is_told() -> None:
     assert set().union(*told) == ids
     assert sum(map(len, told)) == len(ids)
     assert max(map(len, told)) * 300 < MESSAGE_BYTES_MAX
+
+
+def test_what_no_message_holds_is_said_and_not_sent() -> None:
+    news = News(ManualClock(), configured=True)
+    news.begun()
+    files = [state_pb2.ModelFile(path="f", blake3=bytes(MESSAGE_BYTES_MAX))]
+    news.attestation(weights_pb2.Attestation(artifact_id="a" * 64, files=files))
+    news.manifest(state_pb2.ModelManifest(artifact_id="b" * 64, files=files))
+    news.attestation(weights_pb2.Attestation(artifact_id="c" * 64))
+    assert [x.attestation.artifact_id for x in news.take_messages()] == ["c" * 64]
+    assert [(x.kind, x.subject) for x in news.take_report()[1]] == [
+        ("TOO_LARGE_TO_TELL", "a" * 64),
+        ("TOO_LARGE_TO_TELL", "b" * 64),
+    ]
