@@ -79,6 +79,21 @@ WRONG: dict[str, list[tuple[str, int, str]]] = {
     "weights verify": [("nothing", 1, "nothing")],
     "weights revoke": [("nothing", 1, "nothing")],
     "weights gc": [("x", 2, "x")],
+    "weights push": [
+        ("/no/such/folder m", 1, "/no/such/folder"),
+        ("CLI Bad_Name", 1, "Bad_Name"),
+        ("CLI m --kind vae", 1, "vae"),
+        ("CLI m --limit soon", 1, "--limit"),
+        ("CLI m --pool nowhere", 1, "nowhere"),
+    ],
+    "cache list": [("--namespace both", 1, "both")],
+    "cache show": [("cluster nothing", 1, "nothing"), ("both nothing", 1, "both")],
+    "cache lookup": [("cluster --fact x", 1, "x"), ("cluster --facts NOT_TOML", 1, "NOT_TOML.toml")],
+    "cache build": [
+        ("cluster --within soon true", 1, "--within"),
+        ("cluster --fact dtype=bf16 true", 1, "engine_image"),
+    ],
+    "cache evict": [("cluster nothing", 1, "nothing"), ("cluster", 2, "key")],
     "node list": [("--pool", 2, "--pool")],
     "node show": [("nothing", 1, "nothing")],
     "node cordon": [("nothing", 1, "nothing")],
@@ -112,7 +127,7 @@ WRONG: dict[str, list[tuple[str, int, str]]] = {
 READING = {
     "app list": "apps", "app show here": "app", "app plan -f GOOD": "plan", "runner list": "runners",
     "runner list --all-teams --node box": "runners", "runner show RUNNER": "runner", "weights list": "models",
-    "weights gc --dry-run": "collected",
+    "weights gc --dry-run": "collected", "cache list": "entries",
     "node list": "nodes", "node show box": "node", "node token list": "tokens", "gpu list": "gpus",
     "gpu list --free": "gpus", "pool list": "pools", "pool show machines": "pool", "status": "status",
     "explain here": "explanation", "explain RUNNER": "explanation", "explain box": "explanation", "events": "events",
@@ -152,7 +167,7 @@ def words(shared_cluster: Cluster, folder: Path) -> Iterator[dict[str, str]]:
     """What capitals in the tables stand for; an app `here` with one runner exists meanwhile."""
     [runner] = shared_cluster.apply("here", driver="process", max_concurrency=2)
     files = {name.partition(".")[0]: str(folder / name) for name in MANIFESTS}
-    yield files | {"RUNNER": runner, "DIR": str(folder / "dev"), "DATA": str(shared_cluster.data)}
+    yield files | {"RUNNER": runner, "DIR": str(folder / "dev"), "CLI": str(folder), "DATA": str(shared_cluster.data)}
     shared_cluster.delete("here")
 
 
