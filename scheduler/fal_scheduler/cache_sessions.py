@@ -167,8 +167,8 @@ class CacheSessions:
             cache_wire.holdings_in(hello.artifacts, self._view.catalog),
             endpoints=cache_wire.endpoints_in(hello.endpoints),
             room=cache_wire.room_in(hello.status),
-            capabilities=dict(hello.status.capabilities),
-            manifests=hello.manifests,
+            capabilities=cache_wire.capabilities_in(hello.status),
+            manifests=cache_wire.manifests_in(hello.manifests),
         )
         self._check_refused(session.node_id)
         return changed
@@ -197,9 +197,9 @@ class CacheSessions:
             holdings=holdings,
             gone=report.gone,
             rates=cache_wire.rates_in(report.links),
-            unreachable=report.unreachable if report.unreachable_told else None,
+            unreachable=cache_wire.peers_in(report.unreachable, self._view.nodes) if report.unreachable_told else None,
             room=cache_wire.room_in(report.status) if has_status else None,
-            capabilities=dict(report.status.capabilities) if has_status else None,
+            capabilities=cache_wire.capabilities_in(report.status) if has_status else None,
         )
         session.gone(set(report.gone))
         for holding in holdings:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from sys import intern
 
 from fal_contract.errors import Code, FalError, invalid
+from fal_contract.limits import CACHED_ARTIFACTS_PER_NODE_MAX
 from fal_contract.model_manifest import check_digest
 from fal_contract.v1 import agent_pb2, fsd_pb2, weights_pb2
 from fal_scheduler.core.catalog import Catalog
@@ -13,6 +14,7 @@ from fal_scheduler.core.records import Model
 from fal_scheduler.core.residency import Holding, Room
 from fal_scheduler.core.told import Endpoint
 
+_CAPABILITIES_MAX = 32
 _TEXT_CHARS_MAX = 200  # of what a node says that holds an artifact up
 
 
@@ -99,6 +101,22 @@ def rates_in(links: Iterable[weights_pb2.LinkRate]) -> Mapping[str, int]:
     return {link.source[:_TEXT_CHARS_MAX]: link.rate_bytes_s for link in links}
 
 
+def peers_in(told: Iterable[str], nodes: Container[str]) -> list[str]:
+    """Node ids, of nodes that there are: a node that lies fills no memory."""
+    return [node_id for node_id in told if node_id in nodes]
+
+
+def manifests_in(told: Sequence[str]) -> Sequence[str]:
+    """Ids of manifests that a node keeps, not more than it may have artifacts."""
+    return told[:CACHED_ARTIFACTS_PER_NODE_MAX]
+
+
+def capabilities_in(status: fsd_pb2.CacheStatus) -> dict[str, str]:
+    """What works on a node, in a few words."""
+    some = sorted(status.capabilities.items())[:_CAPABILITIES_MAX]
+    return {name[:_TEXT_CHARS_MAX]: said[:_TEXT_CHARS_MAX] for name, said in some}
+
+
 def endpoints_in(endpoints: Iterable[agent_pb2.Endpoint]) -> tuple[Endpoint, ...]:
     """At most eight; a machine has one address a network."""
     return tuple(Endpoint(intern(x.network), x.host, x.port) for x in list(endpoints)[:8])
@@ -106,11 +124,14 @@ def endpoints_in(endpoints: Iterable[agent_pb2.Endpoint]) -> tuple[Endpoint, ...
 
 __all__ = [
     "artifact_of",
+    "capabilities_in",
     "endpoints_in",
     "hello_in",
     "holding_out",
     "holdings_in",
     "id_in",
+    "manifests_in",
+    "peers_in",
     "rates_in",
     "room_in",
 ]

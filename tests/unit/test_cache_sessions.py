@@ -645,3 +645,20 @@ def test_reports_of_status_and_a_flood_of_artifacts_are_taken_within_bounds(monk
         assert (node.room.disk_bytes_max, node.capabilities) == (9, {"fuse": "yes"})
 
     cache_test(body)
+
+
+def test_a_cache_that_lies_about_its_peers_fills_no_memory() -> None:
+    async def body(rig: Rig) -> None:
+        rig.model(A)
+        rig.cache("n0").dial(holding(A, SIZE))
+        liar = rig.cache("n1").dial(wanting(A, SIZE))
+        await liar.until(lambda: liar.neighbours(A))
+        status = fsd_pb2.CacheStatus(capabilities={f"{n:05}": "x" * 1000 for n in range(1000)})
+        liar.report(unreachable=["n0", *(f"made-up-{n}" for n in range(10_000))], unreachable_told=True, status=status)
+        await asyncio.sleep(1)
+        told = rig.caches.table.node("n1")
+        assert told is not None
+        assert told.unreachable == {"n0"}
+        assert sum(map(len, told.capabilities.values())) < 10_000
+
+    cache_test(body)
