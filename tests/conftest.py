@@ -24,10 +24,13 @@ _END_S = 10.0
 
 # Files that take longest, longest first, so that no worker is left alone with one of them at the end.
 _LONGEST_FIRST = (
-    "test_worker_real", "test_e2e_life", "test_e2e_falctl", "test_oci_driver", "test_e2e_network",
-    "test_scheduler_process", "test_e2e_kills", "test_driver", "test_agent_process", "test_scheduler_failover",
-    "test_proxy_nat", "test_proxy_process", "test_scheduler_footprint", "test_store_drills", "test_crash_points",
-    "test_simulation", "test_planted_bugs", "test_store_etcd", "test_falctl", "test_data_path",
+    "test_worker_real", "test_e2e_life", "test_e2e_falctl", "test_oci_driver", "test_e2e_network", "test_e2e_caches",
+    "test_scheduler_process", "test_e2e_kills", "test_weights_faults_container", "test_weights_faults_origin",
+    "test_weights_faults_node", "test_driver", "test_agent_process", "test_scheduler_failover", "test_swarm",
+    "test_fsd_swarm_faults", "test_proxy_nat", "test_proxy_process", "test_fsd_process", "test_mount",
+    "test_scheduler_footprint", "test_store_drills", "test_crash_points", "test_disk_kills", "test_peer_faults",
+    "test_fsd_swarm", "test_push", "test_simulation", "test_planted_bugs", "test_store_etcd", "test_falctl",
+    "test_core_world", "test_data_path", "test_swarm_state",
 )  # fmt: skip
 
 
