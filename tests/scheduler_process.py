@@ -49,9 +49,11 @@ class Process:
                 stderr=log,
                 env=environment(),
             )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not (data / "ports.json").exists() or self.ports["pid"] != self.popen.pid:
             if self.popen.poll() is not None or time.monotonic() > deadline:
+                self.popen.kill()
+                self.popen.wait()
                 raise AssertionError(self.log.read_text())
             time.sleep(0.02)
 

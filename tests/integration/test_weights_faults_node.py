@@ -1,4 +1,4 @@
-"""Bad bytes, full disks, withdrawn models, races and a scheduler that is gone, with real caches and a real scheduler."""
+"""Bad bytes, full disks, withdrawn models, races, and a scheduler that is gone: real caches, a real scheduler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import agent_pb2, cluster_pb2, fsd_pb2, state_pb2
+from fal_fsd.disk.store import RESERVE_BYTES
 from fsd_rig import tree
 from origin_servers import HttpOrigin, HubServer
 from weights_rig import PIECE, Chain, Node, Shared, asked, contents_of, doing, flip_on_disk, write_secret
@@ -79,7 +79,7 @@ def test_a_byte_flipped_on_the_disk_is_found_by_verify_and_on_first_use(shared: 
             origin.faults.answers += [(404, {}, "gone")] * 1000
             flip_on_disk(first / "file-0.safetensors", 2 * PIECE + 1)
             await c.stub.VerifyModel(cluster_pb2.EvictModelRequest(id="t/rotten", nodes=["n1"]), timeout=20)
-            await c.until(lambda: repaired(c, model))
+            await c.until(lambda: repaired(c))
             assert tree(await c.stage("n1", model)) == contents
             await c.nodes["n2"].kill()
             flip_on_disk(second / "file-1.safetensors", 7)
@@ -91,10 +91,8 @@ def test_a_byte_flipped_on_the_disk_is_found_by_verify_and_on_first_use(shared: 
         shared.run(main)
 
 
-async def repaired(c: Chain, model: state_pb2.Model) -> bool:
-    return any(
-        model.artifact_id in (e.subject, *e.facts.values()) or e.subject == model.id for e in await c.events("REPAIRED")
-    )
+async def repaired(c: Chain) -> bool:
+    return bool(await c.events("REPAIRED"))
 
 
 def test_pins_are_let_go_by_their_owner_alone(shared: Shared) -> None:
@@ -156,7 +154,7 @@ def test_a_withdrawn_model_leaves_a_node_that_was_off(shared: Shared) -> None:
             await c.until(gone)
             with pytest.raises(FalError, match="the licence ended"):
                 await c.stage("n3", model)
-            with pytest.raises(FalError, match="withdrawn|licence") as caught:
+            with pytest.raises(FalError, match=r"withdrawn|licence") as caught:
                 await c.add("licensed", origin.url)
             assert caught.value.remedy
 
@@ -196,10 +194,10 @@ def test_a_small_adapter_overtakes_checkpoints_that_do_not_move(shared: Shared) 
         async def main(c: Chain) -> None:
             slow.put_list()
             quick.put_list()
-            slow.faults.stall_after = 0
-            models = [await c.add("big", slow.url)]
+            checkpoint = await c.add("big", slow.url)
             adapter = await c.add("adapter", quick.url, kind="lora")
-            async with doing(c.stage("n1", models[0])) as staging:
+            slow.faults.stall_after = 0
+            async with doing(c.stage("n1", checkpoint)) as staging:
                 assert tree(await c.stage("n1", adapter)) == small
                 assert not staging.done()
                 slow.faults.stall_after = -1
@@ -256,7 +254,7 @@ def test_a_link_out_of_a_folder_is_refused(shared: Shared, tmp_path: Path) -> No
     (tmp_path / "m" / "w.safetensors").symlink_to(tmp_path / "secret")
 
     async def main(c: Chain) -> None:
-        with pytest.raises(FalError, match="w.safetensors") as caught:
+        with pytest.raises(FalError, match=r"w\.safetensors") as caught:
             await c.add("linked", (tmp_path / "m").as_uri())
         assert caught.value.code is Code.INVALID
 
@@ -292,16 +290,27 @@ def test_a_disk_that_fills_half_way_is_waited_out(shared: Shared) -> None:
             model = await c.add("cramped", origin.url)
             state = c.root / "cramped" / "state"
             state.mkdir(parents=True)
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={8 * PIECE}", "none", state], check=True)
+            await command("mount", "-t", "tmpfs", "-o", f"size={RESERVE_BYTES + 8 * PIECE}", "none", str(state))
             try:
                 node = await c.node("cramped")
                 await fill_and_free(c, node, model, origin)
                 assert tree(await node.client.stage(asked(model), "runner")) == contents
                 await node.close()
             finally:
-                subprocess.run(["umount", "-l", state], check=True)
+                await command("umount", "-l", str(state))
 
         shared.run(main)
+
+
+def fill(file: Path) -> None:
+    """Until nothing goes into the disk any more."""
+    with file.open("wb", buffering=0) as out, contextlib.suppress(OSError):
+        while out.write(bytes(1 << 20)):
+            pass
+
+
+async def command(*words: str) -> None:
+    assert await (await asyncio.create_subprocess_exec(*words)).wait() == 0, words
 
 
 async def fill_and_free(c: Chain, node: Node, model: state_pb2.Model, origin: HttpOrigin) -> None:
@@ -312,10 +321,7 @@ async def fill_and_free(c: Chain, node: Node, model: state_pb2.Model, origin: Ht
     waited = False
     async for told in node.stub.Stage(request, timeout=80):
         if told.bytes_done >= PIECE and not filler.exists() and not waited:
-            with filler.open("wb") as out, contextlib.suppress(OSError):
-                while True:
-                    out.write(bytes(1 << 16))
-                    out.flush()
+            fill(filler)
             origin.faults.stall_after = -1
             origin.faults.go.set()
         if "room on the disk" in told.waits_for and not waited:
