@@ -72,7 +72,7 @@ def list_models(
     from fal_contract.units import format_bytes
     from falctl.output import print_json, print_table, to_json
 
-    views, total = _listed(prefix, kind, limit)
+    views, total = _listed(prefix, kind, limit, brief=not json)
     if json:
         print_json("models", [to_json(view) for view in views])
     else:
@@ -91,7 +91,7 @@ def list_models(
         typer.echo(f"{len(views)} of {total} models; see --prefix, --kind and --limit 0", err=True)
 
 
-def _listed(prefix: str, kind: str, limit: int) -> tuple[list[Any], int]:
+def _listed(prefix: str, kind: str, limit: int, *, brief: bool) -> tuple[list[Any], int]:
     """Models of the team, a page a call over one connection, and how many there are."""
     from fal_contract.v1 import cluster_pb2 as pb
     from falctl.context import GLOBALS, call
@@ -101,7 +101,9 @@ def _listed(prefix: str, kind: str, limit: int) -> tuple[list[Any], int]:
         after, total = "", 0
         while True:
             left = limit - len(views) if limit else _PAGE
-            request = pb.ListModelsRequest(team=owner, kind=kind, prefix=prefix, limit=min(left, _PAGE), after=after)
+            request = pb.ListModelsRequest(
+                team=owner, kind=kind, prefix=prefix, limit=min(left, _PAGE), after=after, brief=brief
+            )
             reply = await stub.ListModels(request, timeout=GLOBALS.timeout_s)
             views += reply.models
             after, total = reply.next, reply.total

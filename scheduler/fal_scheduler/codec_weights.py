@@ -23,13 +23,8 @@ def model_to_pb(model: Model) -> pb.Model:
 
 def fill_model(message: pb.Model, model: Model) -> None:
     """Fill an empty message where it stands: a list of 100,000 takes half the time that copies would."""
-    message.id = model.id
-    message.kind = model.kind
-    message.uri = model.uri
-    message.state = pb.ModelState.ValueType(model.state)
+    fill_model_briefly(message, model)
     message.manifest_digest = model.manifest_digest
-    message.bytes = model.bytes
-    message.files = model.files
     message.created_at_s = model.created_at_s
     message.artifact_id = model.artifact_id
     message.resolved_uri = model.resolved_uri
@@ -41,6 +36,16 @@ def fill_model(message: pb.Model, model: Model) -> None:
         message.revision = model.revision
     if model.allow_pickle:
         message.allow_pickle = True
+
+
+def fill_model_briefly(message: pb.Model, model: Model) -> None:
+    """What a table shows; each field that is left out saves a twelfth of the time of a long list."""
+    message.id = model.id
+    message.kind = model.kind
+    message.uri = model.uri
+    message.state = pb.ModelState.ValueType(model.state)
+    message.bytes = model.bytes
+    message.files = model.files
 
 
 def model_from_pb(model: pb.Model) -> Model:
@@ -125,6 +130,7 @@ __all__ = [
     "cache_entry_from_pb",
     "cache_entry_to_pb",
     "fill_model",
+    "fill_model_briefly",
     "model_from_pb",
     "model_to_pb",
     "wish_from_pb",

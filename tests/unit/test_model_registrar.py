@@ -457,3 +457,17 @@ def test_lists_come_in_pages(tmp_path: Path) -> None:
             weights.list_models(rig.leader, cluster_pb2.ListModelsRequest(limit=10**6))
 
     registrar_test(tmp_path, test)
+
+
+def test_a_brief_list_has_what_a_table_shows_and_no_digests(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        model = Model("t/l", "lora", "s3://b/l", bytes=7, files=2, artifact_id="a" * 64, resolved_uri="s3://b/l@1")
+        await rig.leader.engine.submit(AddModel(model))
+        (whole,) = weights.list_models(rig.leader, cluster_pb2.ListModelsRequest()).models
+        (brief,) = weights.list_models(rig.leader, cluster_pb2.ListModelsRequest(brief=True)).models
+        shown = {"id", "kind", "uri", "state", "bytes", "files"}
+        assert {field.name for field, _ in brief.model.ListFields()} == shown
+        assert all(getattr(brief.model, name) == getattr(whole.model, name) for name in shown)
+        assert whole.model.artifact_id == "a" * 64
+
+    registrar_test(tmp_path, test)

@@ -885,6 +885,7 @@ class ListModelsRequest(_message.Message):
     PREFIX_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
+    BRIEF_FIELD_NUMBER: _builtins.int
     team: _builtins.str
     """Whose; empty: every team's."""
     kind: _builtins.str
@@ -895,6 +896,8 @@ class ListModelsRequest(_message.Message):
     """At most so many; 0: 1000."""
     after: _builtins.str
     """Go on after this id; empty: from the start."""
+    brief: _builtins.bool
+    """Of each model only what a table shows: id, kind, URI, state, bytes, files; no digests, nor how it became known."""
     def __init__(
         self,
         *,
@@ -903,10 +906,11 @@ class ListModelsRequest(_message.Message):
         prefix: _builtins.str = ...,
         limit: _builtins.int = ...,
         after: _builtins.str = ...,
+        brief: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "kind", b"kind", "limit", b"limit", "prefix", b"prefix", "team", b"team"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "brief", b"brief", "kind", b"kind", "limit", b"limit", "prefix", b"prefix", "team", b"team"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

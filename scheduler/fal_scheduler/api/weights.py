@@ -9,7 +9,7 @@ from itertools import islice
 from fal_contract.errors import FalError, invalid, not_found
 from fal_contract.limits import MODELS_LISTED_DEFAULT, MODELS_LISTED_MAX
 from fal_contract.v1 import cluster_pb2, state_pb2
-from fal_scheduler.codec_weights import fill_model, wish_to_pb
+from fal_scheduler.codec_weights import fill_model, fill_model_briefly, wish_to_pb
 from fal_scheduler.core.model_commands import check_ttl, in_use, users
 from fal_scheduler.core.model_events import (
     CollectModels,
@@ -48,8 +48,11 @@ def list_models(leader: Leadership, request: cluster_pb2.ListModelsRequest) -> c
     )
     named = _users_of(leader.view)
     reply = cluster_pb2.ListModelsReply(next=following, total=total)
+    fill = fill_model_briefly if request.brief else fill_model
     for model in page:
-        _fill(reply.models.add(), leader, model, named.get(model.id, ()))
+        view = reply.models.add()
+        fill(view.model, model)
+        _add_facts(view, leader, model, named.get(model.id, ()))
     return reply
 
 
@@ -78,12 +81,12 @@ def model_named(leader: Leadership, id_: str) -> Model:
 def model_view(leader: Leadership, model: Model) -> cluster_pb2.ModelView:
     """A model, the apps whose current revision names it, its wishes and how many nodes have it."""
     view = cluster_pb2.ModelView()
-    _fill(view, leader, model, users(leader.view, model.id))
+    fill_model(view.model, model)
+    _add_facts(view, leader, model, users(leader.view, model.id))
     return view
 
 
-def _fill(view: cluster_pb2.ModelView, leader: Leadership, model: Model, apps: Sequence[str]) -> None:
-    fill_model(view.model, model)
+def _add_facts(view: cluster_pb2.ModelView, leader: Leadership, model: Model, apps: Sequence[str]) -> None:
     ready, staging = leader.models.counts(model.artifact_id)
     if ready or staging:
         view.nodes_ready, view.nodes_staging = ready, staging
