@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def container(tmp_path: Path, *names: str) -> ContainerSpec:
     )  # fmt: skip
 
 
-async def said(driver: OciDriver, id: str) -> AsyncIterator[list[str]]:
+async def said(driver: OciDriver, id: str) -> AsyncGenerator[list[str], None]:
     """Line by line."""
     async with aclosing(driver.logs(id, tail_lines=50, follow=True)) as lines:
         async for line in lines:

@@ -292,8 +292,8 @@ def test_a_disk_that_fills_half_way_is_waited_out(shared: Shared) -> None:
             state.mkdir(parents=True)
             await command("mount", "-t", "tmpfs", "-o", f"size={RESERVE_BYTES + 8 * PIECE}", "none", str(state))
             try:
-                node = await c.node("cramped")
-                await fill_and_free(c, node, model, origin)
+                node = await c.node("cramped", "--origin-bytes-s", str(PIECE))  # slow enough to be met half way
+                await fill_and_free(c, node, model)
                 assert tree(await node.client.stage(asked(model), "runner")) == contents
                 await node.close()
             finally:
@@ -313,17 +313,14 @@ async def command(*words: str) -> None:
     assert await (await asyncio.create_subprocess_exec(*words)).wait() == 0, words
 
 
-async def fill_and_free(c: Chain, node: Node, model: state_pb2.Model, origin: HttpOrigin) -> None:
+async def fill_and_free(c: Chain, node: Node, model: state_pb2.Model) -> None:
     """Half of it is here when the disk fills; nothing is READY until there is room again, then all of it."""
-    origin.faults.stall_after = PIECE + PIECE // 2
     filler = node.folder / "state" / "filler"
     request = fsd_pb2.StageRequest(artifact=asked(model), owner="runner")
     waited = False
     async for told in node.stub.Stage(request, timeout=80):
         if told.bytes_done >= PIECE and not filler.exists() and not waited:
             fill(filler)
-            origin.faults.stall_after = -1
-            origin.faults.go.set()
         if "room on the disk" in told.waits_for and not waited:
             waited = True
             assert not told.ready
