@@ -82,7 +82,7 @@ class Drill:
         """An operator's word."""
         return await self.submit(Confirm(what, actor="operator"))
 
-    async def start(self, file: str, *, cluster_id: str = "c-ours") -> None:
+    async def start(self, file: str, *, cluster_id: str = "c-010101010101") -> None:
         """A scheduler of `cluster_id` on this store."""
         self._store = store = SqliteStore(self.root / file)
         self.scheduler = Scheduler(
@@ -265,7 +265,7 @@ def test_another_clusters_store(tmp_path: Path) -> None:
     """The scheduler says whose store it is, the nodes do not obey it, and nothing stops until they are told to."""
 
     async def scenario(d: Drill) -> None:
-        await d.start("theirs.db", cluster_id="c-theirs")
+        await d.start("theirs.db", cluster_id="c-020202020202")
         await d.stop()
         await d.start("ours.db")
         await d.join()
