@@ -111,6 +111,10 @@ class Lane:
             return False
         return True
 
+    def close(self) -> None:
+        """The thread ends with what it does; nobody waits for it."""
+        self._thread.shutdown(wait=False)
+
     def _work(self, job: Job, loop: asyncio.AbstractEventLoop) -> Output:
         job.started_s = time.monotonic()
 

@@ -146,6 +146,7 @@ async def serve(engine: Engine, options: Options, stop: asyncio.Event) -> int:
         return await _run(engine, options, server, lane, stop)
     finally:
         await runner.cleanup()
+        lane.close()
         options.socket.unlink(missing_ok=True)
 
 
