@@ -146,6 +146,24 @@ def not_as_published(attestation: weights_pb2.Attestation) -> FalError:
     )
 
 
+def wrong_file(artifact: Artifact, sha256: Sequence[bytes]) -> tuple[int, str] | None:
+    """The first file whose bytes have another SHA-256 than its manifest says, and what to say of it."""
+    for index, (file, found) in enumerate(zip(artifact.files, sha256, strict=True)):
+        if file.sha256 != found:
+            return index, f"file {file.path!r} has SHA-256 {found.hex()}, not {file.sha256.hex()}"
+    return None
+
+
+def not_the_content(model: str, path: str, why: str) -> FalError:
+    """The signed digests of pieces are of other bytes than the origin published: whoever attested them lied."""
+    return FalError(
+        Code.CORRUPT,
+        f"what was attested of {model} is not its content: {why}",
+        remedy="Nothing of it was exposed. Look who attested it (falctl weights show), then revoke it.",
+        field=path,
+    )
+
+
 def _another(field: str, actual: str, told: str) -> FalError:
     return FalError(
         Code.CORRUPT,

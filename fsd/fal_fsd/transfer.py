@@ -22,7 +22,7 @@ from fal_contract.artifact import Artifact
 from fal_contract.errors import Code, FalError
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import weights_pb2
-from fal_fsd.attest import attestation_of, not_as_published, told_digest
+from fal_fsd.attest import attestation_of, not_as_published, not_the_content, told_digest, wrong_file
 from fal_fsd.claims import ClaimBook
 from fal_fsd.core.messages import ORIGIN, Claim
 from fal_fsd.disk.part import DiskPart
@@ -322,15 +322,31 @@ class Transfer:
             if self._known_by_digest:
                 return True  # finish compares
             await self._tell_attestation(digests)
-        return self.tally.complete
+        return self.tally.complete and await self._proved()
 
-    async def _hashed(self) -> list[bytes] | None:
-        """SHA-256 of all files; None when it was attested meanwhile, or pieces were lost."""
+    async def _proved(self) -> bool:
+        """Whether the bytes have the SHA-256 that the origin published, where it did; CORRUPT when they have another.
+
+        The signed piece digests came from one node, which read all of it; this node takes its word for nothing that it
+        can check itself. False: pieces have to be fetched again.
+        """
+        if not self.artifact.published:
+            return True
+        self._set(Phase.CHECKING)
+        digests = await self._hashed(attested_too=True)
+        if digests is not None and (found := wrong_file(self.artifact, digests)) is not None:
+            await self._discard_file(found[0])
+            self._tools.news.event("BAD_ATTESTATION", self.model, found[1])
+            raise not_the_content(self.model, self.artifact.files[found[0]].path, found[1])
+        return digests is not None
+
+    async def _hashed(self, *, attested_too: bool = False) -> list[bytes] | None:
+        """SHA-256 of all files; None when pieces were lost, or it was attested meanwhile unless that matters not."""
         while (digests := self._frontier.digests) is None:
-            if self._attested.is_set() or not self.tally.complete:
+            if (self._attested.is_set() and not attested_too) or not self.tally.complete:
                 return None
             await self.changed(_HASH_LOOK_S)
-            if self._hashing is not None and self._hashing.done() and not self._attested.is_set():
+            if self._hashing is not None and self._hashing.done() and (attested_too or not self._attested.is_set()):
                 raise FalError(
                     Code.STORE_FAILED,
                     f"the files of {self.model} cannot be read: {self._hashing.exception()}",
@@ -386,8 +402,8 @@ class Transfer:
         self.told_lost(pieces)
 
     async def _hash_behind(self) -> None:
-        """SHA-256 behind the pieces' frontier, in a thread, for as long as nobody has attested the content."""
-        while not self._attested.is_set():
+        """SHA-256 behind the pieces' frontier, in a thread, for as long as somebody has to know it."""
+        while self.artifact.published or not self._attested.is_set():
             before = self.tally.bytes_done
             done = await asyncio.to_thread(self._frontier.advance, self._stop)
             if done:

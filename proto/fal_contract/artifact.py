@@ -7,6 +7,7 @@ hashed, each with a head of its own, so that none can be taken for another:
 
     fal-listing 1\n URI \n, then a line a file in order of path: SIZE SPACE VERSION SPACE PATH      → artifact id
     fal-attestation 1\n ARTIFACT-ID \n MANIFEST-DIGEST \n PIECE-BYTES \n PIECES-DIGEST \n            signed by the CA
+                       and, where the origin published SHA-256 of a file: published \n
     fal-piece 1\n ARTIFACT-ID SPACE PIECE SPACE BLAKE3-HEX \n                                        signed by a node
 
 PIECES-DIGEST is SHA-256 over the concatenated BLAKE3 digests of all pieces, in order.
@@ -42,7 +43,10 @@ class ArtifactFile:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is to be brought: files in order of path. `hashes`: BLAKE3 of every piece, or None while REGISTERED."""
+    """What is to be brought: files in order of path. `hashes`: BLAKE3 of every piece, or None while REGISTERED.
+
+    `published`: the origin told SHA-256 of a file, so that a node can hold bytes against it, whoever attested them.
+    """
 
     id: str
     kind: str
@@ -51,6 +55,7 @@ class Artifact:
     files: tuple[ArtifactFile, ...]
     hashes: tuple[bytes, ...] | None = None
     signature: bytes = b""
+    published: bool = False
 
     @cached_property
     def layout(self) -> PieceLayout:
@@ -101,7 +106,7 @@ def attestation_text(artifact: Artifact) -> bytes:
     assert artifact.hashes is not None
     pieces = hashlib.sha256(b"".join(artifact.hashes)).hexdigest()
     head = f"fal-attestation 1\n{artifact.id}\n{artifact.manifest_digest}\n{artifact.piece_bytes}\n{pieces}\n"
-    return head.encode()
+    return (head + ("published\n" if artifact.published else "")).encode()
 
 
 def claim_text(artifact_id: str, piece: int, digest: bytes) -> bytes:
@@ -150,7 +155,14 @@ def from_manifest(message: state_pb2.ModelManifest, *, ca_key: ec.EllipticCurveP
     layout = PieceLayout([x.size_bytes for x in files], message.piece_bytes)
     hashes_ = _hashes(message, layout)
     artifact = Artifact(
-        message.artifact_id, message.kind, message.uri, message.piece_bytes, files, hashes_, message.signature
+        message.artifact_id,
+        message.kind,
+        message.uri,
+        message.piece_bytes,
+        files,
+        hashes_,
+        message.signature,
+        message.published,
     )
     if (
         ca_key is not None
@@ -195,6 +207,7 @@ def to_manifest(artifact: Artifact) -> state_pb2.ModelManifest:
         kind=artifact.kind,
         piece_bytes=artifact.piece_bytes,
         signature=artifact.signature,
+        published=artifact.published,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,26 @@ def test_a_byte_flipped_at_the_origin_is_refused(tmp_path: Path) -> None:
                 assert c.rigs["n1"].exposed() == []
                 origin.files["file-0.safetensors"] = contents["file-0.safetensors"]
                 assert tree(await c.stage("n2", message_of(bare))) == contents
+
+        run(main())
+
+
+def test_an_attestation_of_other_bytes_than_the_origin_published_is_found_by_every_node(tmp_path: Path) -> None:
+    """A liar about the digests of pieces copies the published SHA-256 and gets a signature; nobody exposes a byte."""
+    contents = contents_of(6 * PIECE)
+    with HttpOrigin(contents, Faults(etag="none")) as origin:
+
+        async def main() -> None:
+            async with cluster(tmp_path, "n1") as c:
+                bare = await listed(origin, sha256=True)
+                wrong = {**contents, "file-0.safetensors": flipped(contents["file-0.safetensors"], 3 * PIECE + 7)}
+                lie = c.scheduler.signed(replace(content_of(bare, wrong), files=bare.files, published=True))
+                origin.files["file-0.safetensors"] = wrong["file-0.safetensors"]
+                with pytest.raises(FalError, match="is not its content") as caught:
+                    await c.stage("n1", message_of(lie))
+                assert (caught.value.code, caught.value.field) == (Code.CORRUPT, "file-0.safetensors")
+                await c.scheduler.until(lambda: "BAD_ATTESTATION" in c.scheduler.kinds())
+                assert c.rigs["n1"].exposed() == []
 
         run(main())
 

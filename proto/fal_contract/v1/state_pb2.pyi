@@ -1276,6 +1276,7 @@ class ModelManifest(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     PIECE_BYTES_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """Names the artifact in swarms."""
     uri: _builtins.str
@@ -1286,6 +1287,8 @@ class ModelManifest(_message.Message):
     """Length of a piece; only the last one of a file is shorter."""
     signature: _builtins.bytes
     """The CA's signature over artifact id, manifest digest and piece digests, DER; empty until ATTESTED."""
+    published: _builtins.bool
+    """The origin published SHA-256 of a file: each node holds its bytes against it before they are READY. Signed."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
         """In order of path."""
@@ -1299,10 +1302,11 @@ class ModelManifest(_message.Message):
         kind: _builtins.str = ...,
         piece_bytes: _builtins.int = ...,
         signature: _builtins.bytes = ...,
+        published: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "files", b"files", "kind", b"kind", "piece_bytes", b"piece_bytes", "signature", b"signature", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "files", b"files", "kind", b"kind", "piece_bytes", b"piece_bytes", "published", b"published", "signature", b"signature", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
