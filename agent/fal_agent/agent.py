@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from fal_agent.journal import FileJournal
 from fal_agent.layout import Layout
 from fal_agent.link import GrpcDialer
 from fal_agent.node import Facts, Node
-from fal_agent.options import AgentOptions, parse_address
+from fal_agent.options import AgentOptions
 from fal_agent.probe import UnixProber
 from fal_agent.proxy_link import ProxyLink, proxy_answers
 from fal_agent.session import Session
@@ -32,6 +31,7 @@ from fal_contract.artifact import key_of_pem
 from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity
+from fal_contract.own_addresses import address_towards, parse_address
 from fal_contract.telemetry import Health, LoopLag, TelemetryServer, get_logger
 from fal_contract.v1 import agent_pb2
 from fal_contract.versions import software
@@ -214,7 +214,7 @@ class Agent:
             return ()  # no proxy: nothing to be reached
         given = [parse_address(text) for text in self._options.addresses]
         if not given:
-            given = [("default", _address_towards(self._options.schedulers), 0)]
+            given = [("default", address_towards(self._options.schedulers), 0)]
         return tuple(agent_pb2.Endpoint(network=n, host=host, port=own or port) for n, host, own in given)
 
     # ---- what happens
@@ -275,18 +275,6 @@ def _boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return str(uuid.uuid4())  # no Linux: every start of the agent is a boot
-
-
-def _address_towards(schedulers: Sequence[str]) -> str:
-    """Our address on the way to the first scheduler; nothing is sent."""
-    host, _, port = schedulers[0].rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-        with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
-            probe.connect(found[4])
-            return str(probe.getsockname()[0])
-    except OSError:
-        return "127.0.0.1"
 
 
 def _log_event(kind: str, subject: str, message: str) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field
 from fal_contract.config import ConfigModel
 from fal_contract.errors import invalid
 from fal_contract.ids import check_name
-from fal_contract.limits import LABEL_CHARS_MAX
+from fal_contract.own_addresses import check_schedulers, parse_address
 from fal_contract.telemetry import LogLevel
 
 ENV_PREFIX: Final = "FAL_AGENT"
@@ -61,25 +61,7 @@ def check(options: AgentOptions) -> AgentOptions:
         )
     if not options.schedulers:
         raise invalid("schedulers", [], "is empty", remedy="Give --schedulers HOST:PORT.")
-    for address in options.schedulers:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise invalid("schedulers", address, "is not host:port", remedy="Give the scheduler's rpc address.")
+    check_schedulers(options.schedulers)
     for text in options.addresses:
         parse_address(text)
     return options
-
-
-def parse_address(text: str) -> tuple[str, str, int]:
-    """`NETWORK=HOST[:PORT]` → network, host, port (0 when absent). IPv6 in brackets."""
-    network, equals, rest = text.partition("=")
-    host, port = rest, "0"
-    if rest.startswith("["):
-        host, _, tail = rest[1:].partition("]")
-        port = tail.removeprefix(":") or "0"
-    elif ":" in rest:
-        host, _, port = rest.rpartition(":")
-    if not equals or not network or not host or not port.isdigit() or int(port) > 65535 or len(host) > LABEL_CHARS_MAX:
-        raise invalid("addresses", text, "is not NETWORK=HOST[:PORT]", remedy="For instance lan=10.0.0.7:9400.")
-    check_name(network, field="addresses")
-    return network, host, int(port)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from random import Random
@@ -19,6 +18,7 @@ from fal_contract.artifact import to_manifest
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity, write_durably
+from fal_contract.own_addresses import address_towards, parse_address
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2, weights_pb2
 from fal_fsd.alone import NoMount, NoPeers
@@ -31,7 +31,7 @@ from fal_fsd.link import Link
 from fal_fsd.mount import InFlightMounts
 from fal_fsd.news import News
 from fal_fsd.node import CacheNode
-from fal_fsd.options import FsdOptions, parse_address
+from fal_fsd.options import FsdOptions
 from fal_fsd.origins import CredentialsFile, Origins
 from fal_fsd.peers.net import PeerNet
 from fal_fsd.peers.pacer import Pacer
@@ -243,7 +243,7 @@ class Cache:
     def _endpoints(self) -> Sequence[agent_pb2.Endpoint]:
         given = [parse_address(text) for text in self.options.addresses]
         if not given:
-            given = [("default", _address_towards(self.options.schedulers), 0)]
+            given = [("default", address_towards(self.options.schedulers), 0)]
         return [agent_pb2.Endpoint(network=n, host=host, port=own or self.bulk_port) for n, host, own in given]
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -265,20 +265,6 @@ def _last_port(state_dir: Path) -> int:
 def _keep_port(state_dir: Path, port: int) -> None:
     if _last_port(state_dir) != port:
         write_durably(state_dir / "bulk_port", str(port).encode())
-
-
-def _address_towards(schedulers: Sequence[str]) -> str:
-    """Our address on the way to the first scheduler; nothing is sent."""
-    if not schedulers:
-        return "127.0.0.1"
-    host, _, port = schedulers[0].rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-        with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
-            probe.connect(found[4])
-            return str(probe.getsockname()[0])
-    except OSError:
-        return "127.0.0.1"
 
 
 __all__ = ["TEND_S", "Cache"]

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from fal_contract.config import ConfigModel
 from fal_contract.errors import invalid
-from fal_contract.ids import check_name
-from fal_contract.limits import LABEL_CHARS_MAX, READ_TIMEOUT_S
+from fal_contract.limits import READ_TIMEOUT_S
+from fal_contract.own_addresses import check_schedulers, parse_address
 from fal_contract.telemetry import LogLevel
 
 ENV_PREFIX: Final = "FAL_FSD"
@@ -67,10 +67,7 @@ def check(options: FsdOptions) -> FsdOptions:
             f"has more than {_SOCKET_PATH_BYTES_MAX} bytes",
             remedy="Use a shorter path.",
         )
-    for address in options.schedulers:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise invalid("schedulers", address, "is not host:port", remedy="Give the scheduler's rpc address.")
+    check_schedulers(options.schedulers)
     if options.schedulers and options.identity is None:
         raise invalid("identity", "", "is missing", remedy="Give --identity: the file that the node's agent keeps.")
     for text in options.addresses:
@@ -78,19 +75,4 @@ def check(options: FsdOptions) -> FsdOptions:
     return options
 
 
-def parse_address(text: str) -> tuple[str, str, int]:
-    """`NETWORK=HOST[:PORT]` → network, host, port (0 when absent). IPv6 in brackets. As the agent's."""
-    network, equals, rest = text.partition("=")
-    host, port = rest, "0"
-    if rest.startswith("["):
-        host, _, tail = rest[1:].partition("]")
-        port = tail.removeprefix(":") or "0"
-    elif ":" in rest:
-        host, _, port = rest.rpartition(":")
-    if not equals or not network or not host or not port.isdigit() or int(port) > 65535 or len(host) > LABEL_CHARS_MAX:
-        raise invalid("addresses", text, "is not NETWORK=HOST[:PORT]", remedy="For instance lan=10.0.0.7:9500.")
-    check_name(network, field="addresses")
-    return network, host, int(port)
-
-
-__all__ = ["ENV_PREFIX", "FsdOptions", "check", "parse_address"]
+__all__ = ["ENV_PREFIX", "FsdOptions", "check"]
