@@ -109,12 +109,17 @@ def kept_folders() -> set[Path]:
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_is_left(tmp_path_factory: pytest.TempPathFactory, kept_folders: set[Path]) -> Iterator[None]:
     """A file of tests ends its processes and threads, and unmounts what it mounted."""
-    folder, before = tmp_path_factory.getbasetemp(), set(threading.enumerate())
+    folder, threads = tmp_path_factory.getbasetemp(), set(threading.enumerate())
+
+    def found() -> set[str]:
+        return {*left_below(folder, but=kept_folders), *own_namespaces(), *_new_threads(threads)}
+
+    before = found()  # told of the file that left it
     yield
     until_s = time.monotonic() + _END_S
-    while left := [*left_below(folder, but=kept_folders), *own_namespaces(), *_new_threads(before)]:
+    while left := found() - before:
         if time.monotonic() > until_s:
-            pytest.fail(f"still on this machine: {left}")
+            pytest.fail(f"still on this machine: {sorted(left)}")
         time.sleep(0.05)  # what was told to end needs a moment, and nothing tells when it did
 
 
