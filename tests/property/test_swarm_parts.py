@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fal_contract.pieces import Bitmap
 from fal_fsd.core import leases
-from fal_fsd.core.bits import Counter, bits_of, each, first_from, lowest, run_at, span
+from fal_fsd.core.bits import Counter, bits_of, each, first_from, hash_of, lowest, mix, run_at, span
 from fal_fsd.core.leases import EPOCH_MAX, LeaseBook, stronger
 from fal_fsd.core.messages import ORIGIN, Ask, DropPeer, Lease, Member, Place, ReadOrigin, Tell, Withdraw
 from fal_fsd.core.sharing import SHARES_MAX, Shares
@@ -262,3 +262,16 @@ def test_leases_are_told_before_they_are_read_and_again_to_who_comes_late() -> N
     assert [type(x) for x in actions] == [Tell, ReadOrigin]
     swarm.peer_up("a", Bitmap(40), 1.0)
     assert actions[0] in swarm.decide(1.0)
+
+
+@pytest.mark.parametrize(("region_members", "brings"), [(2, True), (500, False)])
+def test_in_a_large_region_a_node_that_meets_no_seed_brings_nothing_in(region_members: int, brings: bool) -> None:
+    """Most nodes of a large region are linked to no seed; each of them would bring everything in again."""
+    first, second = sorted("ab", key=lambda name: mix(hash_of(name)))
+    swarm = Swarm(Place(first, region="r1"), [4] * 8, Bitmap(8))
+    members = [Member(Place(second, region="r1")), Member(Place("far", region="r2"))]
+    swarm.set_members(members, seed=False, region_members=region_members)
+    swarm.peer_up(second, Bitmap(8), 0.0)
+    swarm.peer_up("far", Bitmap.full(8), 0.0)
+    asked = {action.node_id for at in range(10) for action in swarm.decide(float(at)) if isinstance(action, Ask)}
+    assert asked == ({"far"} if brings else set())

@@ -37,14 +37,18 @@ class Imports:
         self._aged = [0] * RANKS
         self._aged_s: float | None = None
 
-    def set_nodes(self, seeds: Iterable[str], others: Iterable[str], *, seed: bool) -> None:
-        """The seeds of this region, its other connected nodes; each with or without this node."""
+    def set_nodes(self, seeds: Iterable[str], others: Iterable[str], *, seed: bool, whole: bool) -> None:
+        """The seeds of this region, its other connected nodes; each with or without this node.
+
+        `whole`: that is all of the region. In a large one most nodes are linked to no seed: that a node sees none does
+        not mean that there is none, so it is the last to bring something in.
+        """
         seeds = sorted({*seeds, self._me} if seed else set(seeds))
         if seed:
             self._ranks = self._shares.ranked(seeds, RANKS)[self._me]
             return
         first = mix(hash_of(self._me))
-        rank = min(len(seeds) + sum(mix(hash_of(x)) < first for x in others), RANKS - 1)
+        rank = min(len(seeds) + sum(mix(hash_of(x)) < first for x in others), RANKS - 1) if whole else RANKS - 1
         self._ranks = [self._pieces.every if number == rank else 0 for number in range(RANKS)]
 
     def allowed(self, outside: int, now_s: float) -> int:

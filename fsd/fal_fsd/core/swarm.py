@@ -55,7 +55,8 @@ class Swarm:
         self._pending: list[Action] = []
         self._banned: dict[str, float] = {}
         self._told_s: dict[str, float | None] = {}  # members: since when; None: not before the next decision
-        self._nodes: tuple[frozenset[str], ...] | None = None
+        self._nodes: tuple[object, ...] | None = None
+        self._region_members = 1
         self._progress = False  # a peer told of pieces that are missing here
         self._dirty = True  # something happened that a decision could depend on
         self._grace_s = float("-inf")
@@ -67,7 +68,7 @@ class Swarm:
     def set_members(self, members: Sequence[Member], *, seed: bool, region_members: int) -> None:
         """The scheduler's word: the neighbours, and whether this node is a seed. Stale words do no harm."""
         self._dirty = True
-        del region_members  # the seeds of the region are all linked: nothing depends on how many others there are
+        self._region_members, self._sources.changed = region_members, True
         others = {x.node_id: (x.place, x.seed) for x in members if x.node_id != self.me.node_id}
         self._sources.set_places(others)
         self._told_s = {node_id: self._told_s.get(node_id) for node_id in others}
@@ -274,11 +275,13 @@ class Swarm:
         seeds = {node_id for node_id in live if sources.told[node_id][1]}
         near = {node_id for node_id in live if sources.told[node_id][0].region == self.me.region}
         near |= {source.node_id for source in sources if source.distance <= NEAR}
-        nodes = (frozenset(seeds), frozenset(near), frozenset([self.me.node_id] if self._reading.seed else []))
+        own = frozenset([self.me.node_id] if self._reading.seed else [])
+        nodes = (frozenset(seeds), frozenset(near), own, self._region_members)
         if nodes != self._nodes:
             self._nodes = nodes
-            self._imports.set_nodes(seeds & near, near - seeds, seed=self._reading.seed)
-            self._reading.set_seeds(seeds | nodes[2])
+            whole = self._region_members <= len(near) + 1
+            self._imports.set_nodes(seeds & near, near - seeds, seed=self._reading.seed, whole=whole)
+            self._reading.set_seeds(seeds | own)
 
 
 def _stripe_pieces(lengths: Sequence[int], policy: Policy) -> int:

@@ -89,9 +89,7 @@ class MemoryTier:
                 return self._locked[id]
             taken = sum(self._locked.values())
             if taken + size > self.bytes_max:
-                raise _refused(
-                    f"{size} bytes do not fit into the memory tier, {taken} of {self.bytes_max} are taken"
-                )
+                raise _refused(f"{size} bytes do not fit into the memory tier, {taken} of {self.bytes_max} are taken")
             request = {"op": "lock", "id": id, "paths": [str(path) for path in paths], "drop": not fresh}
             reply = self._ask(request, size)
             if reply["error"]:
