@@ -125,7 +125,8 @@ class CacheNode:
         self.news.changed(await self.id_of(id_), at_once=True)
 
     async def unpin(self, owner: str, id_: str) -> int:
-        """How many pins there were."""
+        """How many pins there were. What the owner asked to be staged before this is not pinned after it."""
+        await self.transfers.begun(owner)
         ids = await asyncio.to_thread(self.store.unpin, owner, id_)
         for artifact_id in ids:
             await self.transfers.let_go(artifact_id)

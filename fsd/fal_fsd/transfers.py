@@ -37,6 +37,7 @@ class Transfers:
         self._tools: Tools | None = None
         self._active: dict[str, Transfer] = {}
         self._waiters: dict[str, int] = {}
+        self._beginnings: dict[str, set[asyncio.Task[Transfer | Path]]] = {}  # by owner
         self._members: dict[str, tuple[list[Member], bool, int]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._readers: dict[str, set[int]] = {}  # pieces that readers of a mount wait for
@@ -86,13 +87,32 @@ class Transfers:
     ) -> AsyncIterator[Transfer | Path]:
         """For as long as somebody waits: the transfer, or the folder when it is here. Raises NO_CAPACITY …"""
         self._waiters[artifact.id] = self._waiters.get(artifact.id, 0) + 1
+        # Not ended half way when who waits goes: its thread would pin after all was let go.
+        begun = asyncio.create_task(self.begin(artifact, model, digest_named=digest_named, owner=owner, asked_for=True))
+        self._beginnings.setdefault(owner, set()).add(begun)
         try:
-            yield await self.begin(artifact, model, digest_named=digest_named, owner=owner, asked_for=True)
+            yield await asyncio.shield(begun)
         finally:
-            self._waiters[artifact.id] -= 1
-            if not self._waiters[artifact.id]:
-                del self._waiters[artifact.id]
-            await asyncio.shield(self._keep_task(self.let_go(artifact.id)))
+            await asyncio.shield(self._keep_task(self._left(artifact.id, owner, begun)))
+
+    async def _left(self, artifact_id: str, owner: str, begun: asyncio.Task[Transfer | Path]) -> None:
+        """Somebody waits no longer."""
+        await asyncio.wait({begun})
+        if not begun.cancelled():
+            begun.exception()  # who waited may be gone
+        beginnings = self._beginnings[owner]
+        beginnings.discard(begun)
+        if not beginnings:
+            del self._beginnings[owner]
+        self._waiters[artifact_id] -= 1
+        if not self._waiters[artifact_id]:
+            del self._waiters[artifact_id]
+        await self.let_go(artifact_id)
+
+    async def begun(self, owner: str) -> None:
+        """Return once every staging that `owner` has asked for until now has pinned, or failed to."""
+        if beginnings := self._beginnings.get(owner):
+            await asyncio.wait(set(beginnings))
 
     async def begin(
         self, artifact: Artifact, model: str, *, digest_named: str = "", owner: str = "", asked_for: bool = False

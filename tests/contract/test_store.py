@@ -30,10 +30,12 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+def etcd(tmp_path_factory: pytest.TempPathFactory, kept_folders: set[Path]) -> Iterator[EtcdServer]:
     if why := why_no_etcd():
         pytest.skip(why)
-    with EtcdServer(tmp_path_factory.mktemp("etcd")) as server:
+    folder = tmp_path_factory.mktemp("etcd")
+    kept_folders.add(folder)
+    with EtcdServer(folder) as server:
         yield server
 
 

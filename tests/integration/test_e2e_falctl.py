@@ -232,7 +232,7 @@ def test_a_client_that_ends_leaves_its_slot_to_the_next(falctl: Forks, words: di
     for number in range(3):
         done = falctl("run", "here", "--prompt", "seven", "-o", str(folder / f"{number}.png"))
         assert done.code == 0, (words["RUNNER"], done)
-    assert time.monotonic() - began_s < LEASE_TTL_S
+    assert time.monotonic() - began_s < 2 * LEASE_TTL_S  # two of them would wait
 
 
 def test_of_two_operators_at_once_exactly_one_wins(real: Cluster) -> None:

@@ -115,6 +115,34 @@ def test_an_unwanted_staging_ends_and_a_wanted_one_goes_on(tmp_path: Path, monke
     run(main())
 
 
+def test_what_was_let_go_is_not_pinned_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The asker goes and unpins while its staging is still being opened in a thread."""
+    root, gate, begun = write(tmp_path / "origin", FILES), threading.Event(), threading.Event()
+    real = DiskStore.open_part
+
+    def slow(self: DiskStore, *given: Any, **named: Any) -> Any:
+        begun.set()
+        gate.wait(30)
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(DiskStore, "open_part", slow)
+
+    async def main() -> None:
+        async with running(tmp_path) as rig:
+            staging = asyncio.create_task(rig.client.stage(plain_message(root, FILES), "r1"))
+            await asyncio.to_thread(begun.wait, 10)
+            staging.cancel()
+            await asyncio.gather(staging, return_exceptions=True)
+            unpinning = asyncio.create_task(rig.client.unpin("r1"))
+            await rig.client.status()  # the cache has taken in what was sent before
+            gate.set()
+            await unpinning
+            while await rig.client.artifacts():  # noqa: ASYNC110  (another process)
+                await asyncio.sleep(0.01)
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("spoil", "code", "words"),
     [
