@@ -117,7 +117,7 @@ class Link:
         self._next += 1
         self._channel = channel = rpc.channel(self._address, identity)
         try:
-            call: Any = weights_pb2_grpc.CacheServiceStub(channel).Session()  # type: ignore[call-arg]
+            call: Any = weights_pb2_grpc.CacheServiceStub(channel).Session()  # type: ignore[call-arg]  # written to
             try:
                 await self._talk(call)
             finally:

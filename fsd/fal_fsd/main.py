@@ -123,7 +123,7 @@ async def _metrics(cache: Cache) -> Metrics:
 def _bind(server: object, socket_path: Path) -> None:
     old_mask = os.umask(0o177)  # the socket is its owner's alone
     try:
-        if not server.add_insecure_port(f"unix:{socket_path}"):  # type: ignore[attr-defined]
+        if not server.add_insecure_port(f"unix:{socket_path}"):  # type: ignore[attr-defined]  # imported late
             raise FalError(Code.UNAVAILABLE, f"cannot listen on {socket_path}", remedy="Choose another path.")
     finally:
         os.umask(old_mask)
