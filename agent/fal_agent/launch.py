@@ -21,6 +21,7 @@ from fal_runtime.driver import MODELS_DIR_INSIDE, SOCKET_DIR_INSIDE, ContainerSp
 
 SOCKET_NAME: Final = "worker.sock"
 OUTPUT_DIR_INSIDE: Final = "/output"
+SCRATCH_BYTES_DEFAULT: Final = 1 << 30
 _ID_CHARS_MAX: Final = 64  # container runtimes put it into paths of unix sockets
 _NETWORKS: Final[dict[str, Network]] = {"none": "none", "egress": "egress", "host": "host"}
 
@@ -60,8 +61,11 @@ def container_spec(
             memory_bytes=limits.memory_bytes,
             pids_max=limits.pids_max,
             shm_bytes=limits.shm_bytes or Resources().shm_bytes,
+            open_files_max=limits.open_files_max or Resources().open_files_max,
+            locked_memory_bytes=limits.locked_memory_bytes,
+            io_bytes_s=limits.io_bytes_s,
+            scratch_bytes=limits.scratch_bytes if limits.HasField("scratch_bytes") else SCRATCH_BYTES_DEFAULT,
         ),
-        image=app.image or "host",
         network=_NETWORKS[app.network or "none"],
         socket_dir=socket_dir(places, message.runner_id),
         models_dir=places.models / container_id(message.runner_id),

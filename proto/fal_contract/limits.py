@@ -149,6 +149,26 @@ PUSH_REPLICAS: Final = 2  # of a finished push: no origin has it
 PUSH_WISH_S: Final = 86400.0  # a push that does not go on for so long is given up by its nodes
 PUSH_CALLER_CHARS: Final = 6  # of the artifact id, in the caller's name: an operator may push several at once
 
+# Containers.
+SECRETS_PER_APP_MAX: Final = 64
+SECRET_BYTES_MAX: Final = 64 << 10
+SECRETS_PER_TEAM_MAX: Final = 1000
+EXECS_PER_NODE_MAX: Final = 64
+EXEC_DATA_BYTES_MAX: Final = 32 << 10  # of one message
+EXEC_WINDOW_BYTES: Final = 256 << 10  # sent and not yet taken, each way
+EXEC_TIMEOUT_MAX_S: Final = 12 * 3600.0
+TOP_PROCESSES_MAX: Final = 256
+TOP_TIMEOUT_S: Final = 10.0
+LIBRARY_PATHS_MAX: Final = 256  # of a GPU driver, in a CDI specification that we write
+
+# Images.
+IMAGE_BYTES_MAX: Final = 256 << 30  # packed
+IMAGE_BYTES_MAX_DEFAULT: Final = 64 << 30
+IMAGE_CONFIG_BYTES_MAX: Final = 256 << 10
+IMAGE_PACK_TIMEOUT_S: Final = 3600.0
+IMAGE_FIRST_PIECES_MAX: Final = 16_384  # of 256 KiB: 4 GiB
+IMAGE_SOURCE_CHARS_MAX: Final = 1024
+
 # Compile caches.
 CACHE_FACT_BYTES_MAX: Final = 4096  # of one fact of a key
 CACHE_KEYS_PER_APP_MAX: Final = 64

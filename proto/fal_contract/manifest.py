@@ -11,78 +11,39 @@ import hashlib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from fal_contract import limits
 from fal_contract.config import pydantic_error
-from fal_contract.errors import FalError, invalid
-from fal_contract.ids import DEFAULT_TEAM, check_name, qualify
+from fal_contract.errors import invalid
+from fal_contract.ids import DEFAULT_TEAM, qualify
+from fal_contract.manifest_parts import (
+    GIB,
+    Labels,
+    Name,
+    Network,
+    OwnedName,
+    ProbeManifest,
+    ResourcesManifest,
+    Table,
+    Text,
+    Version,
+)
 from fal_contract.units import parse_bytes
 from fal_contract.v1 import state_pb2
 
-GIB: Final = 1 << 30
 
-Name = Annotated[str, AfterValidator(lambda value: _name(value))]
-OwnedName = Annotated[str, AfterValidator(lambda value: _owned(value))]
-LabelText = Annotated[str, StringConstraints(max_length=limits.LABEL_CHARS_MAX)]
-Labels = Annotated[dict[LabelText, LabelText], Field(max_length=limits.LABELS_MAX)]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=limits.LABEL_CHARS_MAX)]
-
-
-def _name(value: str) -> str:
-    try:
-        return check_name(value, field="name")
-    except FalError as error:
-        raise ValueError(f"not a name. {error.remedy}") from None
-
-
-def _owned(value: str) -> str:
-    team, slash, name = value.partition("/")
-    if slash:
-        _name(team)
-        _name(name)
-    else:
-        _name(value)
-    return value
-
-
-class _Manifest(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
-
-
-class ResourcesManifest(_Manifest):
-    """What the container may use besides GPUs."""
-
-    cpu: float = Field(default=1.0, ge=0, le=1024, description="cores; 0: no limit")
-    memory_gib: float = Field(default=4.0, ge=0, le=16384, description="GiB of memory; 0: no limit")
-    pids: int = Field(default=512, ge=1, le=1_000_000, description="processes and threads")
-    shm_gib: float = Field(default=0.0625, ge=0, le=1024, description="GiB of /dev/shm")
-
-
-class ProbeManifest(_Manifest):
-    """How the worker is asked whether it lives and is ready (fal's defaults)."""
-
-    ready_path: Annotated[str, StringConstraints(pattern=r"^/[!-~]*$", max_length=256)] = Field(
-        default="/readyz", description="HTTP path that answers 200 when requests may be sent"
-    )
-    live_path: Annotated[str, StringConstraints(pattern=r"^/[!-~]*$", max_length=256)] = Field(
-        default="/livez", description="HTTP path that answers 200 while the process is sane"
-    )
-    interval_s: float = Field(default=15.0, ge=0.1, le=3600, description="seconds between probes once ready")
-    timeout_s: float = Field(default=5.0, ge=0.1, le=60, description="seconds one probe may take")
-    failures_max: int = Field(default=3, ge=1, le=100, description="failed probes in a row that make it unhealthy")
-
-
-class AppManifest(_Manifest):
+class AppManifest(Table):
     """One app. Scaling knobs keep fal's names, defaults and rules."""
 
     name: Name = Field(description="name of the app, unique in its team")
     team: Name = Field(default=DEFAULT_TEAM, description="tenant that owns it")
-    image: Literal["host"] = Field(
-        default="host", description="\"host\": the node's own system, read-only, with the worker's environment"
+    image: OwnedName = Field(
+        default="host",
+        description='an image (`falctl image add`); "host": the node\'s own system, read-only, with the worker in it',
     )
     command: Annotated[
         list[Annotated[str, StringConstraints(min_length=1, max_length=4096)]], Field(max_length=256)
@@ -154,6 +115,23 @@ class AppManifest(_Manifest):
         default_factory=list,
         description="keys of compile caches that its containers get where they exist (`falctl cache list`)",
     )
+    port: int = Field(
+        default=0, ge=0, le=65535, description="TCP port on which its server listens on 127.0.0.1; 0: a unix socket"
+    )
+    socket: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,31}$")] | Literal[""] = Field(
+        default="", description='name of its unix socket in $FAL_SOCKET_DIR; empty: "worker.sock"'
+    )
+    driver_version_min: Version = Field(default="", description='least GPU driver, such as "550.54"; empty: any')
+    cuda_version_min: Version = Field(default="", description='least CUDA of the driver, such as "12.4"; empty: any')
+    egress_allow: Annotated[list[Network], Field(max_length=64)] = Field(
+        default_factory=list, description='for network "egress": networks it may reach; empty: all public ones'
+    )
+    egress_deny: Annotated[list[Network], Field(max_length=64)] = Field(
+        default_factory=list, description='for network "egress": networks it may not reach; wins over egress_allow'
+    )
+    secrets: Annotated[list[Name], Field(max_length=limits.SECRETS_PER_APP_MAX)] = Field(
+        default_factory=list, description="secrets of its team, each a file in $FAL_SECRETS_DIR (`falctl secret set`)"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> AppManifest:
@@ -166,7 +144,7 @@ class AppManifest(_Manifest):
             for one in named:
                 if "/" in one and one.split("/", 1)[0] != self.team:
                     raise ValueError(f"{field} = {one!r} belongs to another team; register it in team {self.team!r}")
-        if not self.command and not self.model:
+        if not self.command and not self.model and self.image == "host":
             raise ValueError("model is missing: without a command the app is our worker, which needs a model")
         if self.allow_provisional and not self.stream_weights:
             raise ValueError(
@@ -174,6 +152,17 @@ class AppManifest(_Manifest):
             )
         if len(set(self.compile_caches)) != len(self.compile_caches):
             raise ValueError("compile_caches names a key twice; name each once")
+        for field, networks in (("egress_allow", self.egress_allow), ("egress_deny", self.egress_deny)):
+            if networks and self.network != "egress":
+                raise ValueError(f'{field} means nothing with network = {self.network!r}; set network = "egress"')
+        if self.port and self.socket:
+            raise ValueError(f"port = {self.port} and socket = {self.socket!r} exclude each other; give one")
+        if self.port and self.network == "host":
+            raise ValueError(f'port = {self.port} needs a network namespace of its own; set network = "none"')
+        if len(set(self.secrets)) != len(self.secrets):
+            raise ValueError("secrets names one twice; name each once")
+        if "/" in self.image and self.image.split("/", 1)[0] != self.team:
+            raise ValueError(f"image = {self.image!r} belongs to another team; add it in team {self.team!r}")
         if len(set(self.machine_type)) != len(self.machine_type):
             raise ValueError("machine_type names a GPU model twice; name each once")
         return self
@@ -186,7 +175,7 @@ class AppManifest(_Manifest):
     def to_proto(self) -> state_pb2.AppSpec:
         """The message that travels and is stored."""
         return state_pb2.AppSpec(
-            image=self.image,
+            image=self.image if self.image == "host" else qualify(self.image, team=self.team, field="image"),
             command=self.command,
             env=self.env,
             model=qualify(self.model, team=self.team, field="model") if self.model else "",
@@ -194,12 +183,7 @@ class AppManifest(_Manifest):
             machine_type=self.machine_type,
             num_gpus=self.num_gpus,
             gpu_memory_bytes_min=round(self.gpu_memory_gib_min * GIB),
-            resources=state_pb2.Resources(
-                cpu_milli=round(self.resources.cpu * 1000),
-                memory_bytes=round(self.resources.memory_gib * GIB),
-                pids_max=self.resources.pids,
-                shm_bytes=round(self.resources.shm_gib * GIB),
-            ),
+            resources=self.resources.to_proto(),
             pools=self.pools,
             labels=self.labels,
             network=self.network,
@@ -214,25 +198,26 @@ class AppManifest(_Manifest):
                 request_timeout_s=self.request_timeout,
                 startup_timeout_s=self.startup_timeout,
             ),
-            probe=state_pb2.Probe(
-                ready_path=self.health_check.ready_path,
-                live_path=self.health_check.live_path,
-                interval_s=self.health_check.interval_s,
-                timeout_s=self.health_check.timeout_s,
-                failures_max=self.health_check.failures_max,
-            ),
+            probe=self.health_check.to_proto(),
             termination_grace_s=self.termination_grace_period,
             share_group=self.share_group,
             stream_weights=self.stream_weights,
             allow_provisional=self.allow_provisional,
             compile_caches=self.compile_caches,
+            port=self.port,
+            socket=self.socket,
+            driver_version_min=self.driver_version_min,
+            cuda_version_min=self.cuda_version_min,
+            egress_allow=self.egress_allow,
+            egress_deny=self.egress_deny,
+            secrets=self.secrets,
         )
 
     @classmethod
     def from_proto(cls, app: str, spec: state_pb2.AppSpec) -> AppManifest:
         """Check a message as strictly as a file. Raises FalError(INVALID) naming field, value and remedy."""
         team, _, name = app.partition("/")
-        scaling, probe, resources = spec.scaling, spec.probe, spec.resources
+        scaling = spec.scaling
         return _validated(
             cls,
             {
@@ -246,12 +231,7 @@ class AppManifest(_Manifest):
                 "machine_type": list(spec.machine_type),
                 "num_gpus": spec.num_gpus,
                 "gpu_memory_gib_min": spec.gpu_memory_bytes_min / GIB,
-                "resources": {
-                    "cpu": resources.cpu_milli / 1000,
-                    "memory_gib": resources.memory_bytes / GIB,
-                    "pids": resources.pids_max,
-                    "shm_gib": resources.shm_bytes / GIB,
-                },
+                "resources": ResourcesManifest.values(spec.resources),
                 "pools": list(spec.pools),
                 "labels": dict(spec.labels),
                 "network": spec.network,
@@ -265,23 +245,24 @@ class AppManifest(_Manifest):
                 "request_timeout": scaling.request_timeout_s,
                 "startup_timeout": scaling.startup_timeout_s,
                 "termination_grace_period": spec.termination_grace_s,
-                "health_check": {
-                    "ready_path": probe.ready_path,
-                    "live_path": probe.live_path,
-                    "interval_s": probe.interval_s,
-                    "timeout_s": probe.timeout_s,
-                    "failures_max": probe.failures_max,
-                },
+                "health_check": ProbeManifest.values(spec.probe),
                 "share_group": spec.share_group,
                 "stream_weights": spec.stream_weights,
                 "allow_provisional": spec.allow_provisional,
                 "compile_caches": list(spec.compile_caches),
+                "port": spec.port,
+                "socket": spec.socket,
+                "driver_version_min": spec.driver_version_min,
+                "cuda_version_min": spec.cuda_version_min,
+                "egress_allow": list(spec.egress_allow),
+                "egress_deny": list(spec.egress_deny),
+                "secrets": list(spec.secrets),
             },
             source=f"app {app}",
         )
 
 
-class PoolManifest(_Manifest):
+class PoolManifest(Table):
     """A group of nodes with one answer to: which cloud, region, failure domain, price, networks."""
 
     name: Name = Field(description="name of the pool")
@@ -303,6 +284,9 @@ class PoolManifest(_Manifest):
     )
     trusted_network: bool = Field(default=False, description="weights may travel in clear text inside the pool")
     labels: Labels = Field(default_factory=dict, description="labels that every node of the pool carries")
+    allow_host_network: bool = Field(
+        default=False, description='apps with network "host" may run on its nodes; they reach what the node reaches'
+    )
 
     @model_validator(mode="after")
     def _sizes(self) -> PoolManifest:
@@ -323,6 +307,7 @@ class PoolManifest(_Manifest):
             cache_bytes=parse_bytes(self.cache_size),
             trusted_network=self.trusted_network,
             labels=self.labels,
+            allow_host_network=self.allow_host_network,
         )
 
     @classmethod
@@ -342,12 +327,13 @@ class PoolManifest(_Manifest):
                 "cache_size": pool.cache_bytes,
                 "trusted_network": pool.trusted_network,
                 "labels": dict(pool.labels),
+                "allow_host_network": pool.allow_host_network,
             },
             source=f"pool {pool.name}",
         )
 
 
-ManifestT = TypeVar("ManifestT", bound=_Manifest)
+ManifestT = TypeVar("ManifestT", bound=Table)
 
 
 def _validated(cls: type[ManifestT], data: Mapping[str, Any], *, source: str) -> ManifestT:

@@ -27,8 +27,10 @@ Stream = Literal["stdout", "stderr"]
 # two environment variables; a worker reads the variable and never the constant.
 SOCKET_DIR_INSIDE: Final = "/run/fal"
 MODELS_DIR_INSIDE: Final = "/models"
+SECRETS_DIR_INSIDE: Final = "/run/secrets"
 SOCKET_DIR_ENV: Final = "FAL_SOCKET_DIR"
 MODELS_DIR_ENV: Final = "FAL_MODELS_DIR"
+SECRETS_DIR_ENV: Final = "FAL_SECRETS_DIR"
 
 LOG_BYTES_MAX_DEFAULT: Final = 16 << 20
 LOG_BYTES_MIN: Final = 64 << 10
@@ -57,13 +59,37 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Limits of one container. 0 means no limit, for CPU, memory and pids."""
+    """Limits of one container. 0 means no limit, for CPU, memory, pids and io; no scratch: a read-only root."""
 
     cpu_milli: int = 0
     memory_bytes: int = 0
     pids_max: int = 0
     open_files_max: int = 65_536
     shm_bytes: int = 64 << 20
+    locked_memory_bytes: int = 0  # 0: the kernel's default
+    io_bytes_s: int = 0  # read from and written to the node's disks, each
+    scratch_bytes: int = 0  # written over an image, in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A real image on this node.
+
+    `folder` holds the artifact's files (`fal_runtime.images.layout`): the finished ones, or those of a mount whose
+    reads wait for what has not arrived. Containers of one `id` (the artifact's) share one mount.
+    """
+
+    id: str
+    folder: Path
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Egress:
+    """What a container with a network of its own may reach: networks as CIDR. `deny` wins; no `allow`: all public."""
+
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +98,10 @@ class ContainerSpec:
 
     `id` is a file name (`fal_contract.ids.path_of`). `socket_dir` and `models_dir` are host paths that the driver
     makes in `create` and takes away in `remove`; the container sees them at $FAL_SOCKET_DIR and $FAL_MODELS_DIR.
-    `gpu_devices` are device node paths. `uid_range_start` overrides the driver's own allocation of a user id range.
+    `gpu_devices` are device node paths, `cdi` names of devices in this node's CDI specifications, such as
+    "nvidia.com/gpu=GPU-1f…". `uid_range_start` overrides the driver's own allocation of a user id range. `secrets` are
+    file names and contents, shown in $FAL_SECRETS_DIR and kept nowhere else. `warm_command`: what a container that was
+    made before anybody wanted it may run in place of `command`, if it then behaves alike; empty: nothing of the kind.
     """
 
     id: str
@@ -80,13 +109,18 @@ class ContainerSpec:
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     mounts: tuple[Mount, ...] = ()
     resources: Resources = Resources()
-    image: str = "host"
+    image: Image | None = None  # None: the node's own system
     network: Network = "none"
     socket_dir: Path | None = None
     models_dir: Path | None = None
     gpu_devices: tuple[str, ...] = ()
     log_bytes_max: int = LOG_BYTES_MAX_DEFAULT
     uid_range_start: int | None = None
+    egress: Egress = Egress()
+    cdi: tuple[str, ...] = ()
+    secrets: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    warm_command: tuple[str, ...] = ()
+    privileges: tuple[str, ...] = ()  # capabilities within its own user namespace; only the agent's own tasks have any
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +139,7 @@ class ContainerStatus:
     exit_code: int | None = None
     oom_killed: bool = False
     reason: str = ""
+    cgroup: str = ""  # last component of its cgroup's path; empty: it has none of its own
 
 
 @dataclass(frozen=True, slots=True)

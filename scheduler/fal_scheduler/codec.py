@@ -159,6 +159,7 @@ def pool_to_pb(pool: Pool) -> pb.Pool:
         trusted_network=pool.trusted_network,
         labels=pool.labels,
         generation=pool.generation,
+        allow_host_network=pool.allow_host_network,
     )
 
 
@@ -177,6 +178,7 @@ def pool_from_pb(pool: pb.Pool) -> Pool:
         trusted_network=pool.trusted_network,
         labels=dict(pool.labels),
         generation=pool.generation,
+        allow_host_network=pool.allow_host_network,
     )
 
 

@@ -61,6 +61,10 @@ def spec_to_pb(spec: Spec) -> pb.AppSpec:
             memory_bytes=resources.memory_bytes,
             pids_max=resources.pids_max,
             shm_bytes=resources.shm_bytes,
+            open_files_max=resources.open_files_max,
+            locked_memory_bytes=resources.locked_memory_bytes,
+            io_bytes_s=resources.io_bytes_s,
+            scratch_bytes=resources.scratch_bytes,
         ),
         pools=spec.pools,
         labels=spec.labels,
@@ -79,6 +83,13 @@ def spec_to_pb(spec: Spec) -> pb.AppSpec:
         allow_provisional=spec.allow_provisional,
         compile_caches=spec.compile_caches,
         build=_task_to_pb(spec.build) if spec.build is not None else None,
+        port=spec.port,
+        socket=spec.socket,
+        driver_version_min=spec.driver_version_min,
+        cuda_version_min=spec.cuda_version_min,
+        egress_allow=spec.egress_allow,
+        egress_deny=spec.egress_deny,
+        secrets=spec.secrets,
     )
 
 
@@ -94,7 +105,7 @@ def spec_from_pb(spec: pb.AppSpec) -> Spec:
         machine_type=tuple(spec.machine_type),
         num_gpus=spec.num_gpus,
         gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
-        resources=Resources(resources.cpu_milli, resources.memory_bytes, resources.pids_max, resources.shm_bytes),
+        resources=_resources_from_pb(resources),
         pools=tuple(spec.pools),
         labels=dict(spec.labels),
         network=spec.network,
@@ -106,12 +117,50 @@ def spec_from_pb(spec: pb.AppSpec) -> Spec:
         allow_provisional=spec.allow_provisional,
         compile_caches=tuple(spec.compile_caches),
         build=_task_from_pb(spec.build) if spec.HasField("build") else None,
+        port=spec.port,
+        socket=spec.socket,
+        driver_version_min=spec.driver_version_min,
+        cuda_version_min=spec.cuda_version_min,
+        egress_allow=tuple(spec.egress_allow),
+        egress_deny=tuple(spec.egress_deny),
+        secrets=tuple(spec.secrets),
+    )
+
+
+def _resources_from_pb(resources: pb.Resources) -> Resources:
+    return Resources(
+        cpu_milli=resources.cpu_milli,
+        memory_bytes=resources.memory_bytes,
+        pids_max=resources.pids_max,
+        shm_bytes=resources.shm_bytes,
+        open_files_max=resources.open_files_max,
+        locked_memory_bytes=resources.locked_memory_bytes,
+        io_bytes_s=resources.io_bytes_s,
+        scratch_bytes=resources.scratch_bytes if resources.HasField("scratch_bytes") else None,
     )
 
 
 def _task_to_pb(task: BuildTask) -> pb.BuildTask:
-    return pb.BuildTask(namespace=task.namespace, key=task.key, bytes_max=task.bytes_max, facts=task.facts)
+    return pb.BuildTask(
+        namespace=task.namespace,
+        key=task.key,
+        bytes_max=task.bytes_max,
+        facts=task.facts,
+        image=task.image,
+        source=task.source,
+        auth_secret=task.auth_secret,
+        platform=task.platform,
+    )
 
 
 def _task_from_pb(task: pb.BuildTask) -> BuildTask:
-    return BuildTask(task.namespace, task.key, task.bytes_max, dict(task.facts))
+    return BuildTask(
+        task.namespace,
+        task.key,
+        task.bytes_max,
+        dict(task.facts),
+        task.image,
+        task.source,
+        task.auth_secret,
+        task.platform,
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from sys import intern
 
 from fal_contract.v1 import state_pb2 as pb
-from fal_scheduler.core.records import CacheEntry, Model, ModelState, Wish
+from fal_scheduler.core.records import CacheEntry, ImageFacts, Model, ModelState, Wish
 
 _STATES = {int(state): state for state in ModelState}
 
@@ -36,6 +36,27 @@ def fill_model(message: pb.Model, model: Model) -> None:
         message.revision = model.revision
     if model.allow_pickle:
         message.allow_pickle = True
+    if model.image is not None:
+        message.image.CopyFrom(image_to_pb(model.image))
+
+
+def image_to_pb(image: ImageFacts) -> pb.ImageFacts:
+    """An image's facts for the wire."""
+    return pb.ImageFacts(
+        source=image.source,
+        digest=image.digest,
+        format=image.format,
+        platform=image.platform,
+        first_pieces=image.first_pieces,
+        layer_bytes=image.layer_bytes,
+    )
+
+
+def image_from_pb(image: pb.ImageFacts) -> ImageFacts:
+    """An image's facts from the wire."""
+    return ImageFacts(
+        image.source, image.digest, image.format, image.platform, tuple(image.first_pieces), image.layer_bytes
+    )
 
 
 def fill_model_briefly(message: pb.Model, model: Model) -> None:
@@ -67,6 +88,7 @@ def model_from_pb(model: pb.Model) -> Model:
         attestation=intern(model.attestation),
         attested_by=intern(model.attested_by),
         allow_pickle=model.allow_pickle,
+        image=image_from_pb(model.image) if model.HasField("image") else None,
     )
 
 

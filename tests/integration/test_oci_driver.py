@@ -652,7 +652,6 @@ except OSError as error:
 
 def test_what_is_not_supported_is_refused(driver: OciDriver) -> None:
     for spec in (
-        ContainerSpec(id="a", command=("x",), image="debian:12"),
         ContainerSpec(id="a", command=("x",), network="egress"),
         ContainerSpec(id="a", command=("x",), gpu_devices=("/dev/no-such-gpu",)),
         ContainerSpec(id="a", command=("x",), socket_dir=Path("/tmp/" + "x" * 120)),

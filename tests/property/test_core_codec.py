@@ -149,6 +149,19 @@ LATER_FIELDS = (
     "attestation=''",
     "attested_by=''",
     "allow_pickle=False",
+    "port=0",
+    "socket=''",
+    "driver_version_min=''",
+    "cuda_version_min=''",
+    "egress_allow=()",
+    "egress_deny=()",
+    "secrets=()",
+    "open_files_max=0",
+    "locked_memory_bytes=0",
+    "io_bytes_s=0",
+    "scratch_bytes=None",
+    "allow_host_network=False",
+    "image=None",
 )
 SAMPLES = Path(__file__).resolve().parent.parent / "data" / "store" / "records_v1.json"
 

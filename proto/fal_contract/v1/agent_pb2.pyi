@@ -103,6 +103,8 @@ class AgentMessage(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
     LOG_CHUNK_FIELD_NUMBER: _builtins.int
+    EXEC_OUTPUT_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Counts from 1 within a session."""
     @_builtins.property
@@ -111,6 +113,10 @@ class AgentMessage(_message.Message):
     def report(self) -> Global___Report: ...
     @_builtins.property
     def log_chunk(self) -> Global___LogChunk: ...
+    @_builtins.property
+    def exec_output(self) -> Global___ExecOutput: ...
+    @_builtins.property
+    def top(self) -> Global___TopReply: ...
     def __init__(
         self,
         *,
@@ -118,12 +124,14 @@ class AgentMessage(_message.Message):
         hello: Global___Hello | None = ...,
         report: Global___Report | None = ...,
         log_chunk: Global___LogChunk | None = ...,
+        exec_output: Global___ExecOutput | None = ...,
+        top: Global___TopReply | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exec_output", b"exec_output", "hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "report", b"report", "top", b"top"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "report", b"report", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_output", b"exec_output", "hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "report", b"report", "seq", b"seq", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "report", "log_chunk"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "report", "log_chunk", "exec_output", "top"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -141,6 +149,9 @@ class SchedulerMessage(_message.Message):
     LOG_REQUEST_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
     REVOCATIONS_FIELD_NUMBER: _builtins.int
+    EXEC_OPEN_FIELD_NUMBER: _builtins.int
+    EXEC_INPUT_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -153,6 +164,12 @@ class SchedulerMessage(_message.Message):
     def gateways(self) -> Global___GatewaySet: ...
     @_builtins.property
     def revocations(self) -> Global___RevocationSet: ...
+    @_builtins.property
+    def exec_open(self) -> Global___ExecOpen: ...
+    @_builtins.property
+    def exec_input(self) -> Global___ExecInput: ...
+    @_builtins.property
+    def top(self) -> Global___TopRequest: ...
     def __init__(
         self,
         *,
@@ -162,12 +179,15 @@ class SchedulerMessage(_message.Message):
         log_request: Global___LogRequest | None = ...,
         gateways: Global___GatewaySet | None = ...,
         revocations: Global___RevocationSet | None = ...,
+        exec_open: Global___ExecOpen | None = ...,
+        exec_input: Global___ExecInput | None = ...,
+        top: Global___TopRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "gateways", b"gateways", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "exec_input", b"exec_input", "exec_open", b"exec_open", "gateways", b"gateways", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "top", b"top", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "gateways", b"gateways", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "exec_input", b"exec_input", "exec_open", b"exec_open", "gateways", b"gateways", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "top", b"top", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "complete", "delta", "log_request", "gateways", "revocations"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "complete", "delta", "log_request", "gateways", "revocations", "exec_open", "exec_input", "top"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -354,6 +374,7 @@ class Capabilities(_message.Message):
     USER_NAMESPACES_FIELD_NUMBER: _builtins.int
     CGROUP_FIELD_NUMBER: _builtins.int
     DETAILS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     driver: _builtins.str
     """"oci", "process" or "fake"."""
     isolates: _builtins.bool
@@ -368,6 +389,10 @@ class Capabilities(_message.Message):
     def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Further findings."""
 
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it can do beyond running "host": "images", "pack", "egress", "device-attach"."""
+
     def __init__(
         self,
         *,
@@ -377,10 +402,11 @@ class Capabilities(_message.Message):
         user_namespaces: _builtins.bool = ...,
         cgroup: _builtins.str = ...,
         details: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "details", b"details", "driver", b"driver", "isolates", b"isolates", "runtime", b"runtime", "user_namespaces", b"user_namespaces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "details", b"details", "driver", b"driver", "features", b"features", "isolates", b"isolates", "runtime", b"runtime", "user_namespaces", b"user_namespaces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -717,6 +743,7 @@ class Report(_message.Message):
     ASSIGNMENTS_REVISION_FIELD_NUMBER: _builtins.int
     TUNNELS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    ACCESS_FIELD_NUMBER: _builtins.int
     assignments_revision: _builtins.int
     """Revision of the assignment set that is held."""
     @_builtins.property
@@ -739,6 +766,10 @@ class Report(_message.Message):
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeEvent]:
         """The node's events, oldest first."""
 
+    @_builtins.property
+    def access(self) -> _containers.RepeatedCompositeFieldContainer[Global___AccessList]:
+        """What recorded starts have read of images."""
+
     def __init__(
         self,
         *,
@@ -748,14 +779,47 @@ class Report(_message.Message):
         assignments_revision: _builtins.int = ...,
         tunnels: _abc.Iterable[_builtins.str] | None = ...,
         events: _abc.Iterable[Global___NodeEvent] | None = ...,
+        access: _abc.Iterable[Global___AccessList] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inventory", b"inventory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments_revision", b"assignments_revision", "events", b"events", "gone", b"gone", "inventory", b"inventory", "runners", b"runners", "tunnels", b"tunnels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "assignments_revision", b"assignments_revision", "events", b"events", "gone", b"gone", "inventory", b"inventory", "runners", b"runners", "tunnels", b"tunnels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Report: _TypeAlias = Report  # noqa: Y015
+
+@_typing.final
+class AccessList(_message.Message):
+    """The pieces of an image that a start has read, in order of first use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    RUNNER_ID_FIELD_NUMBER: _builtins.int
+    artifact_id: _builtins.str
+    """Names the artifact."""
+    runner_id: _builtins.str
+    """Runner whose start it was."""
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of pieces."""
+
+    def __init__(
+        self,
+        *,
+        artifact_id: _builtins.str = ...,
+        pieces: _abc.Iterable[_builtins.int] | None = ...,
+        runner_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "pieces", b"pieces", "runner_id", b"runner_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessList: _TypeAlias = AccessList  # noqa: Y015
 
 @_typing.final
 class NodeEvent(_message.Message):
@@ -1009,6 +1073,7 @@ class Artifact(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     CACHE_KEY_FIELD_NUMBER: _builtins.int
     ENTRY_SIGNATURE_FIELD_NUMBER: _builtins.int
+    FIRST_PIECES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """`team/name`."""
     kind: _builtins.str
@@ -1035,6 +1100,10 @@ class Artifact(_message.Message):
     def manifest(self) -> _state_pb2.ModelManifest:
         """The manifest, where it is small; a large one is fetched by fsd from the scheduler or from a peer."""
 
+    @_builtins.property
+    def first_pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of an image: pieces to be fetched first, in this order."""
+
     def __init__(
         self,
         *,
@@ -1050,10 +1119,11 @@ class Artifact(_message.Message):
         namespace: _builtins.str = ...,
         cache_key: _builtins.str = ...,
         entry_signature: _builtins.bytes = ...,
+        first_pieces: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "artifact_id", b"artifact_id", "bytes", b"bytes", "cache_key", b"cache_key", "entry_signature", b"entry_signature", "kind", b"kind", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "model", b"model", "namespace", b"namespace", "stream", b"stream", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "artifact_id", b"artifact_id", "bytes", b"bytes", "cache_key", b"cache_key", "entry_signature", b"entry_signature", "first_pieces", b"first_pieces", "kind", b"kind", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "model", b"model", "namespace", b"namespace", "stream", b"stream", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1070,6 +1140,8 @@ class LogRequest(_message.Message):
     TAIL_LINES_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    SINCE_S_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Chosen by the scheduler."""
     runner_id: _builtins.str
@@ -1080,6 +1152,10 @@ class LogRequest(_message.Message):
     """True: go on until cancelled."""
     cancel: _builtins.bool
     """True: end the request of this id."""
+    since_s: _builtins.float
+    """Unix seconds: only lines from then on; 0: all."""
+    request_id: _builtins.str
+    """Only lines that name this request id; empty: all."""
     def __init__(
         self,
         *,
@@ -1088,14 +1164,357 @@ class LogRequest(_message.Message):
         tail_lines: _builtins.int = ...,
         follow: _builtins.bool = ...,
         cancel: _builtins.bool = ...,
+        since_s: _builtins.float = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "follow", b"follow", "id", b"id", "runner_id", b"runner_id", "tail_lines", b"tail_lines"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "follow", b"follow", "id", b"id", "request_id", b"request_id", "runner_id", b"runner_id", "since_s", b"since_s", "tail_lines", b"tail_lines"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LogRequest: _TypeAlias = LogRequest  # noqa: Y015
+
+@_typing.final
+class ExecOpen(_message.Message):
+    """Runs a command in a runner's container, beside its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    RUNNER_ID_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    TERMINAL_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Chosen by the scheduler."""
+    runner_id: _builtins.str
+    """Whose container."""
+    terminal: _builtins.bool
+    """True: with a terminal of this size."""
+    rows: _builtins.int
+    columns: _builtins.int
+    term: _builtins.str
+    """$TERM."""
+    @_builtins.property
+    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Command and arguments."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        runner_id: _builtins.str = ...,
+        command: _abc.Iterable[_builtins.str] | None = ...,
+        terminal: _builtins.bool = ...,
+        rows: _builtins.int = ...,
+        columns: _builtins.int = ...,
+        term: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "command", b"command", "id", b"id", "rows", b"rows", "runner_id", b"runner_id", "term", b"term", "terminal", b"terminal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecOpen: _TypeAlias = ExecOpen  # noqa: Y015
+
+@_typing.final
+class ExecInput(_message.Message):
+    """What goes to a command that was opened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    TAKEN_BYTES_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Which."""
+    data: _builtins.bytes
+    """For its standard input, at most 32 KiB."""
+    end: _builtins.bool
+    """No more input comes."""
+    rows: _builtins.int
+    """New size of the terminal; 0: as before."""
+    columns: _builtins.int
+    cancel: _builtins.bool
+    """The operator has gone: end it."""
+    taken_bytes: _builtins.int
+    """Bytes of its output that the operator has taken so far; the agent holds back above a window over that."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        end: _builtins.bool = ...,
+        rows: _builtins.int = ...,
+        columns: _builtins.int = ...,
+        cancel: _builtins.bool = ...,
+        taken_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "columns", b"columns", "data", b"data", "end", b"end", "id", b"id", "rows", b"rows", "taken_bytes", b"taken_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecInput: _TypeAlias = ExecInput  # noqa: Y015
+
+@_typing.final
+class ExecOutput(_message.Message):
+    """What comes from it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    EXIT_CODE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    TAKEN_BYTES_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Which."""
+    stream: _builtins.str
+    """"stdout" or "stderr"; with a terminal all is "stdout"."""
+    data: _builtins.bytes
+    """At most 32 KiB."""
+    end: _builtins.bool
+    """True: it is over."""
+    exit_code: _builtins.int
+    """Exit code, 128 + n after signal n."""
+    error: _builtins.str
+    """Why it did not run or ended early."""
+    taken_bytes: _builtins.int
+    """Bytes of its input that were taken so far."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        stream: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+        end: _builtins.bool = ...,
+        exit_code: _builtins.int = ...,
+        error: _builtins.str = ...,
+        taken_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "end", b"end", "error", b"error", "exit_code", b"exit_code", "id", b"id", "stream", b"stream", "taken_bytes", b"taken_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecOutput: _TypeAlias = ExecOutput  # noqa: Y015
+
+@_typing.final
+class TopRequest(_message.Message):
+    """Asks what runs in a container and what it uses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    RUNNER_ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Chosen by the scheduler."""
+    runner_id: _builtins.str
+    """Whose."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        runner_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "runner_id", b"runner_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopRequest: _TypeAlias = TopRequest  # noqa: Y015
+
+@_typing.final
+class TopReply(_message.Message):
+    """The answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    CPU_S_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    PIDS_FIELD_NUMBER: _builtins.int
+    PIDS_MAX_FIELD_NUMBER: _builtins.int
+    READ_BYTES_FIELD_NUMBER: _builtins.int
+    WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    TIME_S_FIELD_NUMBER: _builtins.int
+    OOM_KILLS_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Which."""
+    error: _builtins.str
+    """Why there is none; empty: it is below."""
+    cpu_s: _builtins.float
+    """Of the whole container: CPU seconds so far, memory and its limit in bytes, processes and their limit."""
+    memory_bytes: _builtins.int
+    memory_bytes_max: _builtins.int
+    pids: _builtins.int
+    pids_max: _builtins.int
+    read_bytes: _builtins.int
+    """Bytes read from and written to disks."""
+    written_bytes: _builtins.int
+    time_s: _builtins.float
+    """Unix seconds of the look."""
+    oom_kills: _builtins.int
+    """How often the kernel killed one of its processes for memory."""
+    @_builtins.property
+    def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProcessView]:
+        """At most 256."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        error: _builtins.str = ...,
+        cpu_s: _builtins.float = ...,
+        memory_bytes: _builtins.int = ...,
+        memory_bytes_max: _builtins.int = ...,
+        pids: _builtins.int = ...,
+        pids_max: _builtins.int = ...,
+        read_bytes: _builtins.int = ...,
+        written_bytes: _builtins.int = ...,
+        processes: _abc.Iterable[Global___ProcessView] | None = ...,
+        time_s: _builtins.float = ...,
+        oom_kills: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_s", b"cpu_s", "error", b"error", "id", b"id", "memory_bytes", b"memory_bytes", "memory_bytes_max", b"memory_bytes_max", "oom_kills", b"oom_kills", "pids", b"pids", "pids_max", b"pids_max", "processes", b"processes", "read_bytes", b"read_bytes", "time_s", b"time_s", "written_bytes", b"written_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopReply: _TypeAlias = TopReply  # noqa: Y015
+
+@_typing.final
+class ProcessView(_message.Message):
+    """One process of a container."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    PID_INSIDE_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    CPU_S_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    """On the host."""
+    pid_inside: _builtins.int
+    """Inside."""
+    uid: _builtins.int
+    """User id inside."""
+    state: _builtins.str
+    """"R", "S", "D" …"""
+    cpu_s: _builtins.float
+    """CPU seconds so far."""
+    memory_bytes: _builtins.int
+    """Resident bytes."""
+    threads: _builtins.int
+    command: _builtins.str
+    """Command line, cut at 256 bytes."""
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        pid_inside: _builtins.int = ...,
+        uid: _builtins.int = ...,
+        state: _builtins.str = ...,
+        cpu_s: _builtins.float = ...,
+        memory_bytes: _builtins.int = ...,
+        threads: _builtins.int = ...,
+        command: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "cpu_s", b"cpu_s", "memory_bytes", b"memory_bytes", "pid", b"pid", "pid_inside", b"pid_inside", "state", b"state", "threads", b"threads", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProcessView: _TypeAlias = ProcessView  # noqa: Y015
+
+@_typing.final
+class GetSecretsRequest(_message.Message):
+    """Asks for secrets of a runner that the caller's node is to run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNNER_ID_FIELD_NUMBER: _builtins.int
+    runner_id: _builtins.str
+    """Whose."""
+    def __init__(
+        self,
+        *,
+        runner_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["runner_id", b"runner_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSecretsRequest: _TypeAlias = GetSecretsRequest  # noqa: Y015
+
+@_typing.final
+class GetSecretsReply(_message.Message):
+    """Their values; never journaled, never logged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
+        """Name → value."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSecretsReply: _TypeAlias = GetSecretsReply  # noqa: Y015
 
 @_typing.final
 class LogChunk(_message.Message):

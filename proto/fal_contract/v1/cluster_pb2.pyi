@@ -1290,6 +1290,7 @@ class BeginPushRequest(_message.Message):
     ALLOW_PICKLE_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
     AVOID_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`team/name`."""
     kind: _builtins.str
@@ -1306,6 +1307,10 @@ class BeginPushRequest(_message.Message):
     def avoid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Node ids that the caller could not send to; others come first."""
 
+    @_builtins.property
+    def image(self) -> _state_pb2.ImageFacts:
+        """With kind "image"."""
+
     def __init__(
         self,
         *,
@@ -1315,10 +1320,11 @@ class BeginPushRequest(_message.Message):
         allow_pickle: _builtins.bool = ...,
         pool: _builtins.str = ...,
         avoid: _abc.Iterable[_builtins.str] | None = ...,
+        image: _state_pb2.ImageFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "avoid", b"avoid", "id", b"id", "kind", b"kind", "manifest", b"manifest", "pool", b"pool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "avoid", b"avoid", "id", b"id", "image", b"image", "kind", b"kind", "manifest", b"manifest", "pool", b"pool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2118,26 +2124,444 @@ class RunnerLogsRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     TAIL_LINES_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
+    SINCE_S_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`team/app-suffix`."""
     tail_lines: _builtins.int
     """Lines from the end to begin with."""
     follow: _builtins.bool
     """True: go on until cancelled."""
+    since_s: _builtins.float
+    """Unix seconds: only lines from then on; 0: all."""
+    request_id: _builtins.str
+    """Only lines that name this request id; empty: all."""
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         tail_lines: _builtins.int = ...,
         follow: _builtins.bool = ...,
+        since_s: _builtins.float = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "id", b"id", "tail_lines", b"tail_lines"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "id", b"id", "request_id", b"request_id", "since_s", b"since_s", "tail_lines", b"tail_lines"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunnerLogsRequest: _TypeAlias = RunnerLogsRequest  # noqa: Y015
+
+@_typing.final
+class ExecRequest(_message.Message):
+    """Runs a command in a runner's container."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def open(self) -> _agent_pb2.ExecOpen:
+        """The first message only: whose, what, and whether with a terminal; `id` is the scheduler's."""
+
+    @_builtins.property
+    def input(self) -> _agent_pb2.ExecInput:
+        """Then these."""
+
+    def __init__(
+        self,
+        *,
+        open: _agent_pb2.ExecOpen | None = ...,
+        input: _agent_pb2.ExecInput | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "open", b"open"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "open", b"open"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecRequest: _TypeAlias = ExecRequest  # noqa: Y015
+
+@_typing.final
+class ExecReply(_message.Message):
+    """What comes back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def output(self) -> _agent_pb2.ExecOutput:
+        """In order; the last has `end`."""
+
+    def __init__(
+        self,
+        *,
+        output: _agent_pb2.ExecOutput | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecReply: _TypeAlias = ExecReply  # noqa: Y015
+
+@_typing.final
+class TopRunnerRequest(_message.Message):
+    """Asks what runs in a runner's container."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Runner id."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopRunnerRequest: _TypeAlias = TopRunnerRequest  # noqa: Y015
+
+@_typing.final
+class AddImageRequest(_message.Message):
+    """Registers an image: one elected node pulls and packs it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    AUTH_SECRET_FIELD_NUMBER: _builtins.int
+    PLATFORM_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    source: _builtins.str
+    """"docker://REGISTRY/REPO:TAG" or "…@sha256:…"."""
+    auth_secret: _builtins.str
+    """Name of a secret of the team with the registry's credentials; empty: the node's own."""
+    platform: _builtins.str
+    """"linux/amd64"; empty: that."""
+    bytes_max: _builtins.int
+    """Refuse more bytes than this, packed; 0: the default."""
+    timeout_s: _builtins.float
+    """Seconds it may take; 0: the default."""
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Pools whose nodes may pack it; empty: any."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        source: _builtins.str = ...,
+        auth_secret: _builtins.str = ...,
+        platform: _builtins.str = ...,
+        bytes_max: _builtins.int = ...,
+        timeout_s: _builtins.float = ...,
+        pools: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auth_secret", b"auth_secret", "bytes_max", b"bytes_max", "id", b"id", "platform", b"platform", "pools", b"pools", "source", b"source", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddImageRequest: _TypeAlias = AddImageRequest  # noqa: Y015
+
+@_typing.final
+class ImageView(_message.Message):
+    """An image, or the task that packs it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RUNNER_FIELD_NUMBER: _builtins.int
+    LOG_TAIL_FIELD_NUMBER: _builtins.int
+    APPS_FIELD_NUMBER: _builtins.int
+    NODES_READY_FIELD_NUMBER: _builtins.int
+    NODES_STAGING_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """"packing", "failed", or the model's state."""
+    reason: _builtins.str
+    """Why."""
+    runner: _builtins.str
+    """Runner that packs it."""
+    nodes_ready: _builtins.int
+    """Nodes on which it is whole, and on which it arrives."""
+    nodes_staging: _builtins.int
+    id: _builtins.str
+    """`team/name`, also while there is no model."""
+    @_builtins.property
+    def model(self) -> _state_pb2.Model:
+        """Unset while it is being packed."""
+
+    @_builtins.property
+    def log_tail(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Its last lines."""
+
+    @_builtins.property
+    def apps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Apps whose current revision names it."""
+
+    def __init__(
+        self,
+        *,
+        model: _state_pb2.Model | None = ...,
+        state: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        runner: _builtins.str = ...,
+        log_tail: _abc.Iterable[_builtins.str] | None = ...,
+        apps: _abc.Iterable[_builtins.str] | None = ...,
+        nodes_ready: _builtins.int = ...,
+        nodes_staging: _builtins.int = ...,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apps", b"apps", "id", b"id", "log_tail", b"log_tail", "model", b"model", "nodes_ready", b"nodes_ready", "nodes_staging", b"nodes_staging", "reason", b"reason", "runner", b"runner", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageView: _TypeAlias = ImageView  # noqa: Y015
+
+@_typing.final
+class GetImageRequest(_message.Message):
+    """Names an image."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetImageRequest: _TypeAlias = GetImageRequest  # noqa: Y015
+
+@_typing.final
+class ListImagesRequest(_message.Message):
+    """Images of a team; empty: of all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEAM_FIELD_NUMBER: _builtins.int
+    team: _builtins.str
+    """Only this one's."""
+    def __init__(
+        self,
+        *,
+        team: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["team", b"team"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListImagesRequest: _TypeAlias = ListImagesRequest  # noqa: Y015
+
+@_typing.final
+class ListImagesReply(_message.Message):
+    """Answer to ListImages, those that are being packed included."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageView]:
+        """By id."""
+
+    def __init__(
+        self,
+        *,
+        images: _abc.Iterable[Global___ImageView] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListImagesReply: _TypeAlias = ListImagesReply  # noqa: Y015
+
+@_typing.final
+class RemoveModelRequest(_message.Message):
+    """Forgets a model or image that nothing uses, and lets nodes drop it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveModelRequest: _TypeAlias = RemoveModelRequest  # noqa: Y015
+
+@_typing.final
+class SetSecretRequest(_message.Message):
+    """Sets a secret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    value: _builtins.bytes
+    """The value."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        value: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetSecretRequest: _TypeAlias = SetSecretRequest  # noqa: Y015
+
+@_typing.final
+class SecretView(_message.Message):
+    """A secret without its value."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    CREATED_AT_S_FIELD_NUMBER: _builtins.int
+    UPDATED_AT_S_FIELD_NUMBER: _builtins.int
+    UPDATED_BY_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    APPS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    generation: _builtins.int
+    created_at_s: _builtins.float
+    updated_at_s: _builtins.float
+    updated_by: _builtins.str
+    bytes: _builtins.int
+    @_builtins.property
+    def apps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Apps whose current revision names it."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        created_at_s: _builtins.float = ...,
+        updated_at_s: _builtins.float = ...,
+        updated_by: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        apps: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apps", b"apps", "bytes", b"bytes", "created_at_s", b"created_at_s", "generation", b"generation", "id", b"id", "updated_at_s", b"updated_at_s", "updated_by", b"updated_by"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecretView: _TypeAlias = SecretView  # noqa: Y015
+
+@_typing.final
+class ListSecretsRequest(_message.Message):
+    """Secrets of a team; empty: of all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEAM_FIELD_NUMBER: _builtins.int
+    team: _builtins.str
+    """Only this one's."""
+    def __init__(
+        self,
+        *,
+        team: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["team", b"team"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSecretsRequest: _TypeAlias = ListSecretsRequest  # noqa: Y015
+
+@_typing.final
+class ListSecretsReply(_message.Message):
+    """Answer to ListSecrets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECRETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedCompositeFieldContainer[Global___SecretView]:
+        """By id."""
+
+    def __init__(
+        self,
+        *,
+        secrets: _abc.Iterable[Global___SecretView] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secrets", b"secrets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSecretsReply: _TypeAlias = ListSecretsReply  # noqa: Y015
+
+@_typing.final
+class UnsetSecretRequest(_message.Message):
+    """Forgets a secret; refused while an app names it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnsetSecretRequest: _TypeAlias = UnsetSecretRequest  # noqa: Y015
 
 @_typing.final
 class StopRunnerRequest(_message.Message):

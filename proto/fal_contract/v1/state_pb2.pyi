@@ -6,7 +6,7 @@ What the store keeps, and the nouns that every other file uses.
 Every value in the store is one Record. A record's key names its kind, and its team where it belongs to one:
   meta                                   pool/NAME          node/ID        token/ID       revoked/SERIAL
   team/T/app/NAME   team/T/revision/NAME/00000003   team/T/model/NAME   team/T/runner/NAME-SUFFIX
-  team/T/wish/NAME/TARGET                cache/NAMESPACE/KEY
+  team/T/wish/NAME/TARGET                cache/NAMESPACE/KEY                   team/T/secret/NAME
 Heartbeats, runner phases, leases and measurements are never stored; agents tell them again.
 """
 
@@ -164,6 +164,7 @@ class Record(_message.Message):
     RUNNER_FIELD_NUMBER: _builtins.int
     WISH_FIELD_NUMBER: _builtins.int
     CACHE_ENTRY_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of the record's layout. A reader refuses a version above its own."""
     @_builtins.property
@@ -188,6 +189,8 @@ class Record(_message.Message):
     def wish(self) -> Global___Wish: ...
     @_builtins.property
     def cache_entry(self) -> Global___CacheEntry: ...
+    @_builtins.property
+    def secret(self) -> Global___Secret: ...
     def __init__(
         self,
         *,
@@ -203,12 +206,13 @@ class Record(_message.Message):
         runner: Global___Runner | None = ...,
         wish: Global___Wish | None = ...,
         cache_entry: Global___CacheEntry | None = ...,
+        secret: Global___Secret | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "token", b"token", "wish", b"wish"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "wish", b"wish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "token", b"token", "version", b"version", "wish", b"wish"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "version", b"version", "wish", b"wish"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["meta", "pool", "node", "token", "revocation", "app", "revision", "model", "runner", "wish", "cache_entry"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["meta", "pool", "node", "token", "revocation", "app", "revision", "model", "runner", "wish", "cache_entry", "secret"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -340,6 +344,7 @@ class Pool(_message.Message):
     TRUSTED_NETWORK_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    ALLOW_HOST_NETWORK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique name."""
     cloud: _builtins.str
@@ -360,6 +365,8 @@ class Pool(_message.Message):
     """True where fsd may send weights in clear text inside the pool."""
     generation: _builtins.int
     """Raised by one on every change; the expected value guards an apply."""
+    allow_host_network: _builtins.bool
+    """Apps with network = "host" may run on its nodes."""
     @_builtins.property
     def networks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the networks on which its nodes have an address."""
@@ -383,10 +390,11 @@ class Pool(_message.Message):
         trusted_network: _builtins.bool = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         generation: _builtins.int = ...,
+        allow_host_network: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "cloud", b"cloud", "egress_gib_price_micros", b"egress_gib_price_micros", "generation", b"generation", "gpu_hour_price_micros", b"gpu_hour_price_micros", "labels", b"labels", "name", b"name", "networks", b"networks", "region", b"region", "spot", b"spot", "trusted_network", b"trusted_network", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_host_network", b"allow_host_network", "cache_bytes", b"cache_bytes", "cloud", b"cloud", "egress_gib_price_micros", b"egress_gib_price_micros", "generation", b"generation", "gpu_hour_price_micros", b"gpu_hour_price_micros", "labels", b"labels", "name", b"name", "networks", b"networks", "region", b"region", "spot", b"spot", "trusted_network", b"trusted_network", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -562,6 +570,10 @@ class Resources(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     PIDS_MAX_FIELD_NUMBER: _builtins.int
     SHM_BYTES_FIELD_NUMBER: _builtins.int
+    OPEN_FILES_MAX_FIELD_NUMBER: _builtins.int
+    LOCKED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    IO_BYTES_S_FIELD_NUMBER: _builtins.int
+    SCRATCH_BYTES_FIELD_NUMBER: _builtins.int
     cpu_milli: _builtins.int
     """Thousandths of a core; 0: no limit."""
     memory_bytes: _builtins.int
@@ -570,6 +582,14 @@ class Resources(_message.Message):
     """Processes and threads."""
     shm_bytes: _builtins.int
     """Bytes of /dev/shm."""
+    open_files_max: _builtins.int
+    """Open files of one process; 0: the driver's default."""
+    locked_memory_bytes: _builtins.int
+    """Bytes that may be locked in memory; 0: none beyond the kernel's default."""
+    io_bytes_s: _builtins.int
+    """Bytes per second that it may read from and write to the node's disks, each; 0: no limit."""
+    scratch_bytes: _builtins.int
+    """Bytes that it may write over its image, in memory; 0: the root is read-only; unset: 1 GiB."""
     def __init__(
         self,
         *,
@@ -577,12 +597,18 @@ class Resources(_message.Message):
         memory_bytes: _builtins.int = ...,
         pids_max: _builtins.int = ...,
         shm_bytes: _builtins.int = ...,
+        open_files_max: _builtins.int = ...,
+        locked_memory_bytes: _builtins.int = ...,
+        io_bytes_s: _builtins.int = ...,
+        scratch_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scratch_bytes", b"_scratch_bytes", "scratch_bytes", b"scratch_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_milli", b"cpu_milli", "memory_bytes", b"memory_bytes", "pids_max", b"pids_max", "shm_bytes", b"shm_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scratch_bytes", b"_scratch_bytes", "cpu_milli", b"cpu_milli", "io_bytes_s", b"io_bytes_s", "locked_memory_bytes", b"locked_memory_bytes", "memory_bytes", b"memory_bytes", "open_files_max", b"open_files_max", "pids_max", b"pids_max", "scratch_bytes", b"scratch_bytes", "shm_bytes", b"shm_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__scratch_bytes: _TypeAlias = _typing.Literal["scratch_bytes"]  # noqa: Y015
+    _WhichOneofArgType__scratch_bytes: _TypeAlias = _typing.Literal["_scratch_bytes", b"_scratch_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scratch_bytes) -> _WhichOneofReturnType__scratch_bytes | None: ...
 
 Global___Resources: _TypeAlias = Resources  # noqa: Y015
 
@@ -744,6 +770,13 @@ class AppSpec(_message.Message):
     ALLOW_PROVISIONAL_FIELD_NUMBER: _builtins.int
     COMPILE_CACHES_FIELD_NUMBER: _builtins.int
     BUILD_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    SOCKET_FIELD_NUMBER: _builtins.int
+    DRIVER_VERSION_MIN_FIELD_NUMBER: _builtins.int
+    CUDA_VERSION_MIN_FIELD_NUMBER: _builtins.int
+    EGRESS_ALLOW_FIELD_NUMBER: _builtins.int
+    EGRESS_DENY_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """Image name; "host" is the node's own system, read-only, with the worker's environment."""
     model: _builtins.str
@@ -762,6 +795,13 @@ class AppSpec(_message.Message):
     """Start while weights are still arriving; reads of a piece that is not there yet wait for it."""
     allow_provisional: _builtins.bool
     """Such reads may also see bytes that nobody has attested yet."""
+    port: _builtins.int
+    """TCP port of its server, on the loopback address of its own network namespace; 0: a unix socket."""
+    socket: _builtins.str
+    """Name of its unix socket in $FAL_SOCKET_DIR; empty: "worker.sock"."""
+    driver_version_min: _builtins.str
+    """Least GPU driver and CUDA version, such as "550.54" and "12.4"; empty: any."""
+    cuda_version_min: _builtins.str
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Command and arguments; empty: our worker."""
@@ -804,7 +844,21 @@ class AppSpec(_message.Message):
 
     @_builtins.property
     def build(self) -> Global___BuildTask:
-        """Set by the scheduler alone: this is no app but a task that runs once, and leaves an entry of the compile cache."""
+        """Set by the scheduler alone: this is no app but a task that runs once, and leaves an entry of the compile cache, or
+        an image.
+        """
+
+    @_builtins.property
+    def egress_allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With network "egress": networks (CIDR) that may be reached; empty: all public ones."""
+
+    @_builtins.property
+    def egress_deny(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With network "egress": networks (CIDR) that may not; wins."""
+
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of secrets of its team, each a file in $FAL_SECRETS_DIR."""
 
     def __init__(
         self,
@@ -829,10 +883,17 @@ class AppSpec(_message.Message):
         allow_provisional: _builtins.bool = ...,
         compile_caches: _abc.Iterable[_builtins.str] | None = ...,
         build: Global___BuildTask | None = ...,
+        port: _builtins.int = ...,
+        socket: _builtins.str = ...,
+        driver_version_min: _builtins.str = ...,
+        cuda_version_min: _builtins.str = ...,
+        egress_allow: _abc.Iterable[_builtins.str] | None = ...,
+        egress_deny: _abc.Iterable[_builtins.str] | None = ...,
+        secrets: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "probe", b"probe", "resources", b"resources", "scaling", b"scaling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "build", b"build", "command", b"command", "compile_caches", b"compile_caches", "env", b"env", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "image", b"image", "labels", b"labels", "loras", b"loras", "machine_type", b"machine_type", "model", b"model", "network", b"network", "num_gpus", b"num_gpus", "pools", b"pools", "probe", b"probe", "resources", b"resources", "scaling", b"scaling", "share_group", b"share_group", "stream_weights", b"stream_weights", "termination_grace_s", b"termination_grace_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "build", b"build", "command", b"command", "compile_caches", b"compile_caches", "cuda_version_min", b"cuda_version_min", "driver_version_min", b"driver_version_min", "egress_allow", b"egress_allow", "egress_deny", b"egress_deny", "env", b"env", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "image", b"image", "labels", b"labels", "loras", b"loras", "machine_type", b"machine_type", "model", b"model", "network", b"network", "num_gpus", b"num_gpus", "pools", b"pools", "port", b"port", "probe", b"probe", "resources", b"resources", "scaling", b"scaling", "secrets", b"secrets", "share_group", b"share_group", "socket", b"socket", "stream_weights", b"stream_weights", "termination_grace_s", b"termination_grace_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -868,12 +929,24 @@ class BuildTask(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     BYTES_MAX_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    AUTH_SECRET_FIELD_NUMBER: _builtins.int
+    PLATFORM_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """"cluster" or "team/NAME": who may read the entry."""
     key: _builtins.str
     """See CacheEntry."""
     bytes_max: _builtins.int
     """Refuse more output than this."""
+    image: _builtins.str
+    """`team/name` of the image that it packs; empty: it makes an entry of the compile cache."""
+    source: _builtins.str
+    """Where that comes from, by digest, such as "docker://registry/repo@sha256:…"."""
+    auth_secret: _builtins.str
+    """Name of the secret of the image's team with the registry's credentials (auth.json); empty: the node's own."""
+    platform: _builtins.str
+    """"linux/amd64" …"""
     @_builtins.property
     def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What the key is made of."""
@@ -885,14 +958,107 @@ class BuildTask(_message.Message):
         key: _builtins.str = ...,
         bytes_max: _builtins.int = ...,
         facts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        image: _builtins.str = ...,
+        source: _builtins.str = ...,
+        auth_secret: _builtins.str = ...,
+        platform: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_max", b"bytes_max", "facts", b"facts", "key", b"key", "namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auth_secret", b"auth_secret", "bytes_max", b"bytes_max", "facts", b"facts", "image", b"image", "key", b"key", "namespace", b"namespace", "platform", b"platform", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BuildTask: _TypeAlias = BuildTask  # noqa: Y015
+
+@_typing.final
+class ImageFacts(_message.Message):
+    """What is known of an image beside its files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    PLATFORM_FIELD_NUMBER: _builtins.int
+    FIRST_PIECES_FIELD_NUMBER: _builtins.int
+    LAYER_BYTES_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """Where it came from, as the operator gave it."""
+    digest: _builtins.str
+    """Digest of its OCI manifest, "sha256:…"."""
+    format: _builtins.str
+    """"erofs" or "squashfs"."""
+    platform: _builtins.str
+    """"linux/amd64" …"""
+    layer_bytes: _builtins.int
+    """Bytes of its layers, as the registry sends them."""
+    @_builtins.property
+    def first_pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the pieces that a recorded start has read, in order of first use; these are fetched first."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        format: _builtins.str = ...,
+        platform: _builtins.str = ...,
+        first_pieces: _abc.Iterable[_builtins.int] | None = ...,
+        layer_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "first_pieces", b"first_pieces", "format", b"format", "layer_bytes", b"layer_bytes", "platform", b"platform", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageFacts: _TypeAlias = ImageFacts  # noqa: Y015
+
+@_typing.final
+class Secret(_message.Message):
+    """A secret of a team, sealed with the cluster's key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    CREATED_AT_S_FIELD_NUMBER: _builtins.int
+    UPDATED_AT_S_FIELD_NUMBER: _builtins.int
+    UPDATED_BY_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    sealed: _builtins.bytes
+    """AES-256-GCM: nonce, then ciphertext; the id is authenticated with it."""
+    generation: _builtins.int
+    """Raised by one on every change."""
+    created_at_s: _builtins.float
+    """Unix seconds."""
+    updated_at_s: _builtins.float
+    updated_by: _builtins.str
+    """Who set it last."""
+    bytes: _builtins.int
+    """Bytes of the value."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        sealed: _builtins.bytes = ...,
+        generation: _builtins.int = ...,
+        created_at_s: _builtins.float = ...,
+        updated_at_s: _builtins.float = ...,
+        updated_by: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "created_at_s", b"created_at_s", "generation", b"generation", "id", b"id", "sealed", b"sealed", "updated_at_s", b"updated_at_s", "updated_by", b"updated_by"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Secret: _TypeAlias = Secret  # noqa: Y015
 
 @_typing.final
 class App(_message.Message):
@@ -1082,6 +1248,7 @@ class Model(_message.Message):
     ATTESTATION_FIELD_NUMBER: _builtins.int
     ATTESTED_BY_FIELD_NUMBER: _builtins.int
     ALLOW_PICKLE_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`team/name`."""
     kind: _builtins.str
@@ -1115,6 +1282,10 @@ class Model(_message.Message):
     """Who told the content: "scheduler", a node's id, or an operator's name."""
     allow_pickle: _builtins.bool
     """Files that may hold pickles were allowed by who registered it."""
+    @_builtins.property
+    def image(self) -> Global___ImageFacts:
+        """Of kind "image" only."""
+
     def __init__(
         self,
         *,
@@ -1133,10 +1304,11 @@ class Model(_message.Message):
         attestation: _builtins.str = ...,
         attested_by: _builtins.str = ...,
         allow_pickle: _builtins.bool = ...,
+        image: Global___ImageFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "artifact_id", b"artifact_id", "attestation", b"attestation", "attested_by", b"attested_by", "bytes", b"bytes", "created_at_s", b"created_at_s", "files", b"files", "id", b"id", "kind", b"kind", "manifest_digest", b"manifest_digest", "reason", b"reason", "resolved_uri", b"resolved_uri", "revision", b"revision", "state", b"state", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "artifact_id", b"artifact_id", "attestation", b"attestation", "attested_by", b"attested_by", "bytes", b"bytes", "created_at_s", b"created_at_s", "files", b"files", "id", b"id", "image", b"image", "kind", b"kind", "manifest_digest", b"manifest_digest", "reason", b"reason", "resolved_uri", b"resolved_uri", "revision", b"revision", "state", b"state", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,7 +6,7 @@ What the store keeps, and the nouns that every other file uses.
 Every value in the store is one Record. A record's key names its kind, and its team where it belongs to one:
   meta                                   pool/NAME          node/ID        token/ID       revoked/SERIAL
   team/T/app/NAME   team/T/revision/NAME/00000003   team/T/model/NAME   team/T/runner/NAME-SUFFIX
-  team/T/wish/NAME/TARGET                cache/NAMESPACE/KEY
+  team/T/wish/NAME/TARGET                cache/NAMESPACE/KEY                   team/T/secret/NAME
 Heartbeats, runner phases, leases and measurements are never stored; agents tell them again.
 """
 

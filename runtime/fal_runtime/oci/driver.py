@@ -362,8 +362,8 @@ class OciDriver:
 
 
 def _check_supported(spec: ContainerSpec) -> None:
-    if spec.image != "host":
-        raise invalid("image", spec.image, "is not supported by this driver yet", remedy='Use "host".')
+    if spec.image is not None:
+        raise invalid("image", spec.image.id, "is not supported by this driver yet", remedy='Use "host".')
     if spec.network == "egress":
         raise invalid("network", spec.network, "is not supported by this driver yet", remedy='Use "none" or "host".')
 

@@ -89,6 +89,7 @@ class Pool:
     trusted_network: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
     generation: int = 0
+    allow_host_network: bool = False
 
     @property
     def domain(self) -> str:
@@ -129,6 +130,10 @@ class Resources:
     memory_bytes: int = 0
     pids_max: int = 0
     shm_bytes: int = 0
+    open_files_max: int = 0
+    locked_memory_bytes: int = 0
+    io_bytes_s: int = 0
+    scratch_bytes: int | None = None  # None: the default
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +164,19 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class BuildTask:
-    """What a task that runs once leaves: an entry of the compile cache. `namespace`: "cluster" or "team/NAME"."""
+    """What a task that runs once leaves: an entry of the compile cache, or (`image` is its id) an image.
+
+    `namespace`: "cluster" or "team/NAME"; of an image "image". `source`, `auth_secret`, `platform`: of an image only.
+    """
 
     namespace: str
     key: str
     bytes_max: int
     facts: Mapping[str, str] = field(default_factory=dict)
+    image: str = ""
+    source: str = ""
+    auth_secret: str = ""
+    platform: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +203,13 @@ class Spec:
     allow_provisional: bool = False
     compile_caches: tuple[str, ...] = ()
     build: BuildTask | None = None
+    port: int = 0
+    socket: str = ""
+    driver_version_min: str = ""
+    cuda_version_min: str = ""
+    egress_allow: tuple[str, ...] = ()
+    egress_deny: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -232,6 +251,18 @@ class Revision:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What is known of an image beside its files; `first_pieces` in order of first use by a recorded start."""
+
+    source: str
+    digest: str
+    format: str
+    platform: str = ""
+    first_pieces: tuple[int, ...] = ()
+    layer_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A named artifact: a checkpoint, LoRA, image or compile cache. There are many: the codec shares equal strings.
 
@@ -253,6 +284,7 @@ class Model:
     attestation: str = ""
     attested_by: str = ""
     allow_pickle: bool = False
+    image: ImageFacts | None = None
 
     @property
     def withdrawn(self) -> bool:
