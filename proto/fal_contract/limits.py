@@ -168,6 +168,11 @@ IMAGE_CONFIG_BYTES_MAX: Final = 256 << 10
 IMAGE_PACK_TIMEOUT_S: Final = 3600.0
 IMAGE_FIRST_PIECES_MAX: Final = 16_384  # of 256 KiB: 4 GiB
 IMAGE_SOURCE_CHARS_MAX: Final = 1024
+IMAGE_PACK_TRIES_MAX: Final = 3  # nodes that may be lost over it
+IMAGE_REPLICAS: Final = 2  # of a packed image: its registry may go away
+IMAGE_PACK_MEMORY_BYTES: Final = 2 << 30
+IMAGE_PACK_WORK_FACTOR: Final = 4  # layers, unpacked files and the image lie beside one another for a while
+IMAGE_PACK_TIMEOUT_MAX_S: Final = 6 * 3600.0
 
 # Compile caches.
 CACHE_FACT_BYTES_MAX: Final = 4096  # of one fact of a key

@@ -19,7 +19,9 @@ BLAKE3_BYTES: Final = 32
 _MODEL_PIECE_BYTES_MIN: Final = 4 << 20
 _MODEL_PIECE_BYTES_MAX: Final = 32 << 20
 _MODEL_PIECES_MEANT: Final = 2000  # 24 GB: 16 MiB
-_PIECE_BYTES: Final = {"image": 256 << 10, "cache": 1 << 20}
+_IMAGE_PIECE_BYTES_MIN: Final = 256 << 10
+_IMAGE_PIECES_MEANT: Final = 1 << 16  # up to 16 GiB: 256 KiB. Its manifest then has 2 MiB, and a message takes it
+_CACHE_PIECE_BYTES: Final = 1 << 20
 # What may lie in a swarm: a bitmap of so many pieces is 64 KiB.
 PIECES_MAX: Final = 1 << 19
 
@@ -28,8 +30,13 @@ def piece_bytes_of(kind: str, bytes_total: int) -> int:
     """Length of a piece of an artifact of this kind and size: a power of two. INVALID for an unknown kind."""
     if kind not in KINDS:
         raise invalid("kind", kind, "is no kind", remedy=f"Use one of {', '.join(KINDS)}.")
-    if kind in _PIECE_BYTES:
-        return _PIECE_BYTES[kind]
+    if kind == "cache":
+        return _CACHE_PIECE_BYTES
+    if kind == "image":
+        size = _IMAGE_PIECE_BYTES_MIN
+        while size * _IMAGE_PIECES_MEANT < bytes_total:
+            size *= 2
+        return size
     size = _MODEL_PIECE_BYTES_MIN
     while size < _MODEL_PIECE_BYTES_MAX and size * _MODEL_PIECES_MEANT < bytes_total:
         size *= 2

@@ -52,7 +52,9 @@ def test_piece_length_grows_with_the_model_and_follows_the_kind() -> None:
     assert piece_bytes_of("model", 1) == 4 << 20
     assert piece_bytes_of("model", 24 << 30) == 16 << 20
     assert piece_bytes_of("model", 10**12) == 32 << 20
-    assert piece_bytes_of("image", 10**12) == 256 << 10
+    assert piece_bytes_of("image", 16 << 30) == 256 << 10
+    assert piece_bytes_of("image", (16 << 30) + 1) == 512 << 10
+    assert piece_bytes_of("image", 256 << 30) == 4 << 20
     assert piece_bytes_of("cache", 10) == 1 << 20
     with pytest.raises(FalError, match="kind = 'tape'"):
         piece_bytes_of("tape", 1)

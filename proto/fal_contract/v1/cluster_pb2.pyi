@@ -2427,6 +2427,38 @@ class RemoveModelRequest(_message.Message):
 Global___RemoveModelRequest: _TypeAlias = RemoveModelRequest  # noqa: Y015
 
 @_typing.final
+class RemoveModelReply(_message.Message):
+    """What was forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`team/name`."""
+    outcome: _builtins.str
+    """"removed", or "cancelled" where it was still being packed."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes that were told to let its files go, by name."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "nodes", b"nodes", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveModelReply: _TypeAlias = RemoveModelReply  # noqa: Y015
+
+@_typing.final
 class SetSecretRequest(_message.Message):
     """Sets a secret."""
 

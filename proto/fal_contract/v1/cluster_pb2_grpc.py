@@ -146,6 +146,26 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.EndPushRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ModelView.FromString,
                 _registered_method=True)
+        self.AddImage = channel.unary_unary(
+                '/fal.v1.Cluster/AddImage',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.AddImageRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ImageView.FromString,
+                _registered_method=True)
+        self.GetImage = channel.unary_unary(
+                '/fal.v1.Cluster/GetImage',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.GetImageRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ImageView.FromString,
+                _registered_method=True)
+        self.ListImages = channel.unary_unary(
+                '/fal.v1.Cluster/ListImages',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListImagesRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListImagesReply.FromString,
+                _registered_method=True)
+        self.RemoveModel = channel.unary_unary(
+                '/fal.v1.Cluster/RemoveModel',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.RemoveModelRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.RemoveModelReply.FromString,
+                _registered_method=True)
         self.ListCacheEntries = channel.unary_unary(
                 '/fal.v1.Cluster/ListCacheEntries',
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListCacheEntriesRequest.SerializeToString,
@@ -386,6 +406,34 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddImage(self, request, context):
+        """Registers an image: one node pulls and packs it, unless the name is there or being packed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetImage(self, request, context):
+        """One image, or the task that packs it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListImages(self, request, context):
+        """A team's images, those that are being packed or could not be packed included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveModel(self, request, context):
+        """Forgets a model or image that nothing uses, and lets nodes drop it; ends the packing of an image.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListCacheEntries(self, request, context):
         """Entries of the compile cache.
         """
@@ -610,6 +658,26 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.EndPush,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.EndPushRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ModelView.SerializeToString,
+            ),
+            'AddImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddImage,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.AddImageRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ImageView.SerializeToString,
+            ),
+            'GetImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetImage,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.GetImageRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ImageView.SerializeToString,
+            ),
+            'ListImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListImages,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListImagesRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListImagesReply.SerializeToString,
+            ),
+            'RemoveModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveModel,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.RemoveModelRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.RemoveModelReply.SerializeToString,
             ),
             'ListCacheEntries': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCacheEntries,
@@ -1287,6 +1355,114 @@ class Cluster:
             '/fal.v1.Cluster/EndPush',
             fal__contract_dot_v1_dot_cluster__pb2.EndPushRequest.SerializeToString,
             fal__contract_dot_v1_dot_cluster__pb2.ModelView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/AddImage',
+            fal__contract_dot_v1_dot_cluster__pb2.AddImageRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.ImageView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/GetImage',
+            fal__contract_dot_v1_dot_cluster__pb2.GetImageRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.ImageView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/ListImages',
+            fal__contract_dot_v1_dot_cluster__pb2.ListImagesRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.ListImagesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/RemoveModel',
+            fal__contract_dot_v1_dot_cluster__pb2.RemoveModelRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.RemoveModelReply.FromString,
             options,
             channel_credentials,
             insecure,

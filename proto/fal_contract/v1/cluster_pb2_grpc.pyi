@@ -78,6 +78,14 @@ class ClusterStub:
     """Begins an upload from an operator's machine: where to send it."""
     EndPush: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.EndPushRequest, _cluster_pb2.ModelView]
     """Ends it: the model is ATTESTED once a node holds all of it."""
+    AddImage: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.AddImageRequest, _cluster_pb2.ImageView]
+    """Registers an image: one node pulls and packs it, unless the name is there or being packed."""
+    GetImage: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetImageRequest, _cluster_pb2.ImageView]
+    """One image, or the task that packs it."""
+    ListImages: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListImagesRequest, _cluster_pb2.ListImagesReply]
+    """A team's images, those that are being packed or could not be packed included."""
+    RemoveModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RemoveModelRequest, _cluster_pb2.RemoveModelReply]
+    """Forgets a model or image that nothing uses, and lets nodes drop it; ends the packing of an image."""
     ListCacheEntries: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListCacheEntriesRequest, _cluster_pb2.ListCacheEntriesReply]
     """Entries of the compile cache."""
     BuildCache: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.BuildCacheRequest, _cluster_pb2.CacheEntryView]
@@ -160,6 +168,14 @@ class ClusterAsyncStub(ClusterStub):
     """Begins an upload from an operator's machine: where to send it."""
     EndPush: _aio.UnaryUnaryMultiCallable[_cluster_pb2.EndPushRequest, _cluster_pb2.ModelView]  # type: ignore[assignment]
     """Ends it: the model is ATTESTED once a node holds all of it."""
+    AddImage: _aio.UnaryUnaryMultiCallable[_cluster_pb2.AddImageRequest, _cluster_pb2.ImageView]  # type: ignore[assignment]
+    """Registers an image: one node pulls and packs it, unless the name is there or being packed."""
+    GetImage: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetImageRequest, _cluster_pb2.ImageView]  # type: ignore[assignment]
+    """One image, or the task that packs it."""
+    ListImages: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListImagesRequest, _cluster_pb2.ListImagesReply]  # type: ignore[assignment]
+    """A team's images, those that are being packed or could not be packed included."""
+    RemoveModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RemoveModelRequest, _cluster_pb2.RemoveModelReply]  # type: ignore[assignment]
+    """Forgets a model or image that nothing uses, and lets nodes drop it; ends the packing of an image."""
     ListCacheEntries: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListCacheEntriesRequest, _cluster_pb2.ListCacheEntriesReply]  # type: ignore[assignment]
     """Entries of the compile cache."""
     BuildCache: _aio.UnaryUnaryMultiCallable[_cluster_pb2.BuildCacheRequest, _cluster_pb2.CacheEntryView]  # type: ignore[assignment]
@@ -371,6 +387,38 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ModelView, _abc.Awaitable[_cluster_pb2.ModelView]]:
         """Ends it: the model is ATTESTED once a node holds all of it."""
+
+    @_abc_1.abstractmethod
+    def AddImage(
+        self,
+        request: _cluster_pb2.AddImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ImageView, _abc.Awaitable[_cluster_pb2.ImageView]]:
+        """Registers an image: one node pulls and packs it, unless the name is there or being packed."""
+
+    @_abc_1.abstractmethod
+    def GetImage(
+        self,
+        request: _cluster_pb2.GetImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ImageView, _abc.Awaitable[_cluster_pb2.ImageView]]:
+        """One image, or the task that packs it."""
+
+    @_abc_1.abstractmethod
+    def ListImages(
+        self,
+        request: _cluster_pb2.ListImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ListImagesReply, _abc.Awaitable[_cluster_pb2.ListImagesReply]]:
+        """A team's images, those that are being packed or could not be packed included."""
+
+    @_abc_1.abstractmethod
+    def RemoveModel(
+        self,
+        request: _cluster_pb2.RemoveModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.RemoveModelReply, _abc.Awaitable[_cluster_pb2.RemoveModelReply]]:
+        """Forgets a model or image that nothing uses, and lets nodes drop it; ends the packing of an image."""
 
     @_abc_1.abstractmethod
     def ListCacheEntries(

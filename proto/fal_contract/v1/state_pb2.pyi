@@ -1449,6 +1449,7 @@ class ModelManifest(_message.Message):
     PIECE_BYTES_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     PUBLISHED_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """Names the artifact in swarms."""
     uri: _builtins.str
@@ -1465,6 +1466,12 @@ class ModelManifest(_message.Message):
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
         """In order of path."""
 
+    @_builtins.property
+    def image(self) -> Global___ImageFacts:
+        """Of what a pack task left, on its way from its node to the scheduler: what the packer says of it. Never signed, and
+        not kept here but with the Model.
+        """
+
     def __init__(
         self,
         *,
@@ -1475,10 +1482,11 @@ class ModelManifest(_message.Message):
         piece_bytes: _builtins.int = ...,
         signature: _builtins.bytes = ...,
         published: _builtins.bool = ...,
+        image: Global___ImageFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "files", b"files", "kind", b"kind", "piece_bytes", b"piece_bytes", "published", b"published", "signature", b"signature", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "files", b"files", "image", b"image", "kind", b"kind", "piece_bytes", b"piece_bytes", "published", b"published", "signature", b"signature", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
