@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 _LOOK_S: Final = 5.0
-# What admission may accept. The process driver keeps nothing apart, so every container has the node's network.
-_NETWORKS: Final = {"oci": frozenset({"none", "host"}), "process": frozenset({"none", "egress", "host"})}
 PROXY_CGROUP: Final = "/falctl-proxy"
 FSD_CGROUP: Final = "/falctl-fsd"
 _log = get_logger("fal.agent")
@@ -158,10 +156,13 @@ class Agent:
                 "seccomp": str(found.seccomp).lower(),
                 "nosymfollow": str(found.nosymfollow).lower(),
             },
+            features=found.features,
         )
-        return Facts(
-            self._identity.peer.name, _boot_id(), str(uuid.uuid4()), capabilities, _NETWORKS[driver.name], software()
-        )
+        # What admission may accept. The process driver keeps nothing apart: every container has the node's network.
+        egress = {"egress"} if not driver.isolates or "egress" in found.features else set()
+        host = {"host"} if self._options.allow_host_network else set()
+        networks = frozenset({"none"} | egress | host)
+        return Facts(self._identity.peer.name, _boot_id(), str(uuid.uuid4()), capabilities, networks, software())
 
     def _fsd_daemon(self, socket_path: Path, cache: CacheClient) -> Daemon:
         argv = command(self._options, self._layout, socket_path)

@@ -164,6 +164,7 @@ class Capabilities:
     seccomp: bool
     nosymfollow: bool
     details: Mapping[str, str]
+    features: tuple[str, ...] = ()  # beyond running the node's own system: "egress" …
 
 
 class Driver(Protocol):

@@ -12,7 +12,7 @@ from fal_scheduler.core.explain import FILTERS, explain, summarise, why_pending
 from fal_scheduler.core.place import Placement, Placer
 from fal_scheduler.core.records import Binding, Change, Node, Pool, Resources, Runner, Spec, key_of
 from fal_scheduler.core.state import State
-from fal_scheduler.core.told import Gpu, Health, Hold, Inventory
+from fal_scheduler.core.told import Capabilities, Gpu, Health, Hold, Inventory
 
 MODELS = ("H100-80GB", "A100-40GB", "L4-24GB")
 MEMORY_GIB = {"H100-80GB": 80, "A100-40GB": 40, "L4-24GB": 24}
@@ -23,7 +23,7 @@ def clusters(draw: st.DrawFn) -> State:
     """Up to six nodes of every sort, partly taken."""
     state = State()
     for name in ("east", "west"):
-        pool = Pool(name, labels={"pool": name})
+        pool = Pool(name, labels={"pool": name}, allow_host_network=name == "west")
         state.apply(Change(key_of(pool), None, pool))
     for at in range(draw(st.integers(0, 6))):
         node = Node(
@@ -41,6 +41,8 @@ def clusters(draw: st.DrawFn) -> State:
         gpus = tuple(_sick(gpu) if gpu.id in sick else gpu for gpu in gpus)
         live = state.live_of(node.id)
         live.health = draw(st.sampled_from((Health.READY, Health.READY, Health.READY, Health.UNKNOWN)))
+        driver = draw(st.sampled_from(("oci", "oci", "process")))
+        live.capabilities = Capabilities(driver, features=draw(st.sampled_from(((), ("egress",)))))
         live.hold = draw(st.sampled_from((Hold.NONE, Hold.NONE, Hold.NONE, Hold.STORE)))
         live.inventory = Inventory(1, gpus, "", "", draw(st.sampled_from((4000, 16_000))), 32 * GIB)
         state.apply(Change(key_of(node), None, node))
@@ -64,6 +66,7 @@ SPECS = st.builds(
     resources=st.builds(Resources, cpu_milli=st.sampled_from((0, 1000, 8000)), memory_bytes=st.sampled_from((0, GIB))),
     pools=st.sampled_from(((), (), ("east",), ("north",))),
     labels=st.sampled_from(({}, {}, {"disk": "nvme"}, {"pool": "west"})),
+    network=st.sampled_from(("none", "none", "egress", "host")),
 )
 
 
@@ -92,6 +95,8 @@ def naive(state: State, spec: Spec) -> set[str]:
             and all(labels.get(key) == value for key, value in spec.labels.items())
             and spec.resources.cpu_milli <= inventory.cpu_milli
             and spec.resources.memory_bytes <= inventory.memory_bytes
+            and (spec.network != "host" or state.pools[node.pool].allow_host_network)
+            and (spec.network != "egress" or live.capabilities.driver == "process" or live.capabilities.features)
             and enough
         ):
             found.add(node.id)
@@ -186,3 +191,21 @@ def test_reasons_name_the_nearest_miss() -> None:
     full = summarise(explain(state, Spec("host", num_gpus=4, machine_type=("H100-80GB",))), Spec("host", num_gpus=4))
     assert full.nearest_miss == "n1 has 3 of 4 H100-80GB free, 4 asked"
     assert full.refused == (("gpu-free", 1),)
+
+
+def test_a_network_that_the_pool_forbids_or_the_node_lacks_is_said() -> None:
+    state = State()
+    pool = Pool("p")
+    state.apply(Change(key_of(pool), None, pool))
+    _one_node(state, "n1", ())
+    host, egress = Spec("host", num_gpus=0, network="host"), Spec("host", num_gpus=0, network="egress")
+    assert "pool p, which does not set allow_host_network" in why_pending(state, host).reason
+    assert why_pending(state, egress).refused == (("network", 1),)
+    assert Placer(state.fleet).place(host) is None
+    allowed = replace(pool, allow_host_network=True)
+    state.apply(Change(key_of(pool), pool, allowed))
+    state.refresh_node("n1")
+    assert Placer(state.fleet).place(host) is not None, "a changed pool is seen"
+    state.live["n1"].capabilities = Capabilities("oci", features=("egress",))
+    state.refresh_node("n1")
+    assert Placer(state.fleet).place(egress) is not None

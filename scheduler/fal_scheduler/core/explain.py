@@ -26,6 +26,7 @@ FILTERS: Final = (
     "pool",
     "labels",
     "driver",
+    "network",
     "gpu-model",
     "gpu-memory",
     "gpu-count",
@@ -155,6 +156,10 @@ def _static(facts: NodeFacts, name: str, spec: Spec) -> _Refusal | None:
             return "labels", f"{name} lacks {', '.join(sorted(missing))}", len(missing)
         case "driver":
             return "driver", f"{name} runs plain processes, which cannot use image {spec.image}", 0
+        case "network" if spec.network == "host":
+            return "network", f"{name} is in pool {facts.pool}, which does not set allow_host_network", 0
+        case "network":
+            return "network", f"{name} cannot give containers network {spec.network!r} (`falctl node show {name}`)", 0
     return None
 
 

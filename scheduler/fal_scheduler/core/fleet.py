@@ -36,6 +36,8 @@ class NodeFacts:
     cpu_milli: int
     memory_bytes: int
     gpus: tuple[Gpu, ...] = ()
+    features: frozenset[str] = frozenset()  # what its driver can do beyond the least
+    host_network: bool = False  # its pool allows containers in the node's own network
 
 
 @dataclass(slots=True)
@@ -193,4 +195,5 @@ def _classes(gpus: tuple[Gpu, ...]) -> list[GpuClass]:
 
 def _static(facts: NodeFacts) -> tuple[object, ...]:
     """What placement's cached masks depend on."""
-    return facts.pool, facts.labels, facts.driver, facts.isolates, len(facts.gpus)
+    shape = facts.pool, facts.labels, facts.driver, facts.isolates, len(facts.gpus)
+    return *shape, facts.features, facts.host_network

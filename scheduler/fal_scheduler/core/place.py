@@ -68,6 +68,7 @@ class Placer:
             spec.pools,
             tuple(sorted(spec.labels.items())),
             spec.image == "host",
+            spec.network,
         )
         masks = self._masks.get(key)
         if masks is None:
@@ -106,13 +107,18 @@ def _mask(fleet: Fleet, spec: Spec, machine_type: str) -> Bools:
 
 
 def static_refusal(facts: NodeFacts, spec: Spec) -> str | None:
-    """The first of pool, labels and driver that forbids the node, whatever runs there."""
+    """The first of pool, labels, driver and network that forbids the node, whatever runs there."""
     if spec.pools and facts.pool not in spec.pools:
         return "pool"
     if any(facts.labels.get(name) != value for name, value in spec.labels.items()):
         return "labels"
     if spec.image != "host" and facts.driver == "process":
         return "driver"
+    if spec.network == "host" and not facts.host_network:
+        return "network"
+    # The process driver keeps nothing apart: all its containers reach what the node reaches, and it says so.
+    if spec.network == "egress" and facts.driver != "process" and "egress" not in facts.features:
+        return "network"
     return None
 
 

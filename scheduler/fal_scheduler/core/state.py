@@ -221,6 +221,8 @@ class State:
                 cpu_milli=inventory.cpu_milli,
                 memory_bytes=inventory.memory_bytes,
                 gpus=inventory.gpus,
+                features=frozenset(live.capabilities.features) if live is not None else frozenset(),
+                host_network=pool is not None and pool.allow_host_network,
             )
         )
 

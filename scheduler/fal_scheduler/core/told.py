@@ -109,6 +109,7 @@ class Capabilities:
     user_namespaces: bool = False
     cgroup: str = ""
     details: Mapping[str, str] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
