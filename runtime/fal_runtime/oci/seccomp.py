@@ -8,6 +8,7 @@ ENOSYS, as its flags lie in memory that a filter cannot read; libc then uses clo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 _EPERM: Final = 1
@@ -33,10 +34,16 @@ _TIOCSTI: Final = 0x5412
 _ARCHITECTURES: Final = ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32", "SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM")
 
 
-def profile() -> dict[str, Any]:
-    """The filter; a new dict each time."""
+# What a capability is for. They are given to the agent's own tasks alone, within their user namespace.
+_WITH: Final = {"MKNOD": ("mknod", "mknodat"), "SYS_CHROOT": ("chroot",)}
+
+
+def profile(privileges: Iterable[str] = ()) -> dict[str, Any]:
+    """The filter for a container with these capabilities; a new dict each time."""
+    allowed = {call for name in privileges for call in _WITH.get(name.removeprefix("CAP_"), ())}
+    denied = [call for call in DENIED if call not in allowed]
     rules: list[dict[str, Any]] = [
-        {"names": list(DENIED), "action": "SCMP_ACT_ERRNO", "errnoRet": _EPERM},
+        {"names": denied, "action": "SCMP_ACT_ERRNO", "errnoRet": _EPERM},
         {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS},
     ]
     for flag in _NAMESPACE_FLAGS:

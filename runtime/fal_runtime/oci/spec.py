@@ -12,13 +12,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from fal_contract.errors import invalid
+from fal_runtime.cdi.model import NO_EDITS, Edits
 from fal_runtime.driver import (
     MODELS_DIR_ENV,
     MODELS_DIR_INSIDE,
+    SECRETS_DIR_ENV,
+    SECRETS_DIR_INSIDE,
     SOCKET_DIR_ENV,
     SOCKET_DIR_INSIDE,
     ContainerSpec,
 )
+from fal_runtime.oci import edits
 from fal_runtime.oci.seccomp import profile
 
 OCI_VERSION: Final = "1.0.2"
@@ -27,6 +32,8 @@ CPU_SHARES: Final = 1024  # the weight of one CPU's worth
 CPU_SHARES_MAX: Final = 262_144
 TMP_BYTES_DEFAULT: Final = 1 << 30
 OOM_SCORE_ADJ: Final = 500  # the node's own daemons go last
+UNBOUNDED: Final = 1 << 62
+LOCKED_BYTES_DEFAULT: Final = 8 << 20  # the kernel's own since 5.16; the agent's may be anything
 
 MASKED_PATHS: Final = (
     *("/proc/acpi", "/proc/asound", "/proc/bus", "/proc/fs", "/proc/interrupts", "/proc/kcore", "/proc/keys"),
@@ -57,10 +64,24 @@ class Bind:
 
 
 @dataclass(frozen=True, slots=True)
+class HostLimits:
+    """What the machine can limit. `locked_memory_max` is the agent's own hard limit in bytes.
+
+    `swap`: whether v1 can limit memory and swap together (v2 always can). `disks`: (major, minor) of the whole disks
+    whose speed is bounded.
+    """
+
+    locked_memory_max: int = UNBOUNDED
+    swap: bool = False
+    disks: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class HostLayout:
     """What the machine contributes to a spec. `uid_start` is the host id of the container's root.
 
-    With `user_namespace` ids 0 to 65,535 map to `uid_start` and up; without, the command runs as host id `uid_start`.
+    With `user_namespace` ids 0 to 65,535 map to `uid_start` and up; without, an id of the container is that much above
+    `uid_start` on the host. `uid`, `gid` and `gids` are the container's ids of its command, `cwd` its first directory.
     """
 
     rootfs: Path
@@ -73,18 +94,45 @@ class HostLayout:
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     binds: tuple[Bind, ...] = ()
     devices: tuple[DeviceNode, ...] = ()
+    limits: HostLimits = HostLimits()
+    edits: Edits = NO_EDITS
+    cwd: str = "/tmp"
+    uid: int = 0
+    gid: int = 0
+    gids: tuple[int, ...] = ()
+    root_read_only: bool = True  # False: what is written over the root is bounded elsewhere
 
 
 def build(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
-    """The `config.json` of a container."""
-    return {
+    """The `config.json` of a container. INVALID for privileges without a user namespace."""
+    config = {
         "ociVersion": OCI_VERSION,
         "hostname": "runner",
-        "root": {"path": str(host.rootfs), "readonly": True},
+        "root": {"path": str(host.rootfs), "readonly": host.root_read_only},
         "process": _process(spec, host),
         "mounts": _mounts(spec, host),
         "linux": _linux(spec, host),
     }
+    return edits.apply(config, host.edits, user_namespace=host.user_namespace) if host.edits else config
+
+
+def _capabilities(spec: ContainerSpec, host: HostLayout) -> dict[str, list[str]]:
+    """None, but for the agent's own tasks: theirs reach no further than their own user namespace."""
+    names = sorted({f"CAP_{name.removeprefix('CAP_')}" for name in spec.privileges})
+    if names and not host.user_namespace:
+        raise invalid(
+            "privileges", names, "need a user namespace, and this node has none", remedy="Run it on another node."
+        )
+    return dict.fromkeys(("bounding", "effective", "inheritable", "permitted"), names) | {"ambient": []}
+
+
+def _rlimits(spec: ContainerSpec, host: HostLayout) -> list[dict[str, Any]]:
+    limits = {"RLIMIT_CORE": 0}
+    if spec.resources.open_files_max:
+        limits["RLIMIT_NOFILE"] = min(spec.resources.open_files_max, host.open_files_max)
+    locked = spec.resources.locked_memory_bytes or LOCKED_BYTES_DEFAULT
+    limits["RLIMIT_MEMLOCK"] = min(locked, host.limits.locked_memory_max)
+    return [{"type": name, "soft": value, "hard": value} for name, value in limits.items()]
 
 
 def _process(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
@@ -93,19 +141,20 @@ def _process(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
         env[SOCKET_DIR_ENV] = SOCKET_DIR_INSIDE
     if spec.models_dir is not None:
         env[MODELS_DIR_ENV] = MODELS_DIR_INSIDE
-    user = 0 if host.user_namespace else host.uid_start
-    rlimits = [{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}]
-    if spec.resources.open_files_max:
-        files = min(spec.resources.open_files_max, host.open_files_max)
-        rlimits.append({"type": "RLIMIT_NOFILE", "soft": files, "hard": files})
+    if spec.secrets:
+        env[SECRETS_DIR_ENV] = SECRETS_DIR_INSIDE
+    base = 0 if host.user_namespace else host.uid_start
+    user: dict[str, Any] = {"uid": base + host.uid, "gid": base + host.gid, "umask": 0o077}
+    if host.gids:
+        user["additionalGids"] = [base + gid for gid in host.gids]
     return {
         "terminal": False,
-        "user": {"uid": user, "gid": user, "umask": 0o077},
+        "user": user,
         "args": list(spec.command),
         "env": [f"{name}={value}" for name, value in sorted(env.items())],
-        "cwd": "/tmp",
-        "capabilities": {kind: [] for kind in ("bounding", "effective", "inheritable", "permitted", "ambient")},
-        "rlimits": rlimits,
+        "cwd": host.cwd,
+        "capabilities": _capabilities(spec, host),
+        "rlimits": _rlimits(spec, host),
         "noNewPrivileges": True,
         "oomScoreAdj": OOM_SCORE_ADJ,
     }
@@ -143,7 +192,7 @@ def _linux(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
     linux: dict[str, Any] = {
         "resources": _resources(spec, host),
         "cgroupsPath": host.cgroup_path,
-        "seccomp": profile(),
+        "seccomp": profile(spec.privileges),
         "maskedPaths": list(MASKED_PATHS),
         "readonlyPaths": list(READONLY_PATHS),
         "rootfsPropagation": "rslave",
@@ -183,6 +232,11 @@ def _resources(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
         if host.cgroup_v2:
             resources["memory"]["swap"] = limits.memory_bytes
             resources["unified"] = {"memory.oom.group": "1"}  # one death is the container's death
+        elif host.limits.swap:
+            resources["memory"]["swap"] = limits.memory_bytes  # memory and swap together: none
     if limits.pids_max:
         resources["pids"] = {"limit": limits.pids_max}
+    if limits.io_bytes_s and host.limits.disks:
+        rates = [{"major": major, "minor": minor, "rate": limits.io_bytes_s} for major, minor in host.limits.disks]
+        resources["blockIO"] = {"throttleReadBpsDevice": rates, "throttleWriteBpsDevice": [dict(one) for one in rates]}
     return resources

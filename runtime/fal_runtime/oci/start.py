@@ -11,7 +11,7 @@ import resource
 
 from fal_contract.errors import invalid
 from fal_runtime.driver import ContainerSpec, check_spec
-from fal_runtime.oci import cgroups, conmon, rootfs, roots
+from fal_runtime.oci import cgroups, conmon, limits, rootfs, roots
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.place import Place
 from fal_runtime.oci.record import Record
@@ -63,6 +63,7 @@ async def create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
         env=place.layout.env,
         binds=root.binds,
         devices=rootfs.devices(spec.gpu_devices),
+        limits=limits.read(io=spec.resources.io_bytes_s > 0),
     )
     paths = files.paths()
     (paths.bundle / "config.json").write_text(json.dumps(build(spec, host)))
