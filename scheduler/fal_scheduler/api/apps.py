@@ -14,6 +14,7 @@ from fal_scheduler.api.views import app_view, placement_view
 from fal_scheduler.codec_spec import scale_from_pb, spec_from_pb
 from fal_scheduler.core.events import ApplyApp, DeleteApp, ScaleApp
 from fal_scheduler.core.explain import why_pending
+from fal_scheduler.core.model_commands import check_image, check_models
 from fal_scheduler.core.records import App, ModelState, Spec
 from fal_scheduler.core.state import State
 from fal_scheduler.leadership import Leadership
@@ -42,7 +43,8 @@ def plan_app(leader: Leadership, request: cluster_pb2.ApplyAppRequest) -> cluste
             f"app {request.id!r} has generation {generation}, not {request.expected_generation}",
             remedy="Read it again; somebody changed it.",
         )
-    _check_models(state, spec)
+    check_models(state, spec)
+    check_image(state, spec)
     outcome = "created" if before is None else "unchanged" if before == spec else "changed"
     return _reply(state, request.id, spec, before, outcome)
 
@@ -55,18 +57,6 @@ def _checked(request: cluster_pb2.ApplyAppRequest) -> state_pb2.AppSpec:
 def _current(state: State, app_id: str) -> Spec | None:
     app = state.apps.get(app_id)
     return state.revision_of(app).spec if app is not None and not app.deleting else None
-
-
-def _check_models(state: State, spec: Spec) -> None:
-    named = [("model", spec.model), *((f"loras[{n}]", lora) for n, lora in enumerate(spec.loras))]
-    for field, name in named:
-        if name and name not in state.models:
-            raise FalError(
-                Code.NOT_FOUND,
-                f"{field} = {name!r} is not registered",
-                remedy=f"Register it with `falctl weights add {name.split('/', 1)[-1]} URI`.",
-                field=field,
-            )
 
 
 def _reply(state: State, app_id: str, spec: Spec, before: Spec | None, outcome: str) -> cluster_pb2.ApplyAppReply:

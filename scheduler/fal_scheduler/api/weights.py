@@ -60,7 +60,7 @@ def _users_of(state: State) -> Mapping[str, list[str]]:
     """Apps by the models that their current revision names."""
     found: dict[str, list[str]] = {}
     for app_id in sorted(state.apps):
-        for name in dict.fromkeys(state.revision_of(state.apps[app_id]).spec.models):
+        for name in dict.fromkeys(state.revision_of(state.apps[app_id]).spec.artifacts):
             found.setdefault(name, []).append(app_id)
     return found
 

@@ -29,7 +29,7 @@ from fal_scheduler.core.events import (
     ScaleApp,
     StopRunner,
 )
-from fal_scheduler.core.model_commands import check_models
+from fal_scheduler.core.model_commands import check_image, check_models
 from fal_scheduler.core.reconcile import stop
 from fal_scheduler.core.records import (
     App,
@@ -80,6 +80,7 @@ def apply_app(work: Work, event: ApplyApp) -> Reply:
     _expect(event.expected_generation, have.generation if have is not None else 0, f"app {event.id}")
     _check_alive(state, event.id)
     check_models(state, event.spec)
+    check_image(state, event.spec)
     if have is not None and state.revision_of(have).digest == event.digest:
         return Reply("unchanged", event.id, have.generation)
     _check_scaling(_scaled(event.spec.scaling, have.scale if have is not None else None))

@@ -23,7 +23,7 @@ from fal_scheduler.core.model_events import (
     StageModel,
     UnstageModel,
 )
-from fal_scheduler.core.records import Goal, Model, ModelState, Spec, Wish
+from fal_scheduler.core.records import HOST_IMAGE, Goal, Model, ModelState, Spec, Wish
 from fal_scheduler.core.state import State
 from fal_scheduler.core.work import CHANGES_PER_STEP_MAX, Work
 
@@ -254,11 +254,11 @@ def in_use(state: State) -> set[str]:
     """Models that an app's current revision names, or one that a runner serves."""
     found: set[str] = set()
     for app in state.apps.values():
-        found.update(state.revision_of(app).spec.models)
+        found.update(state.revision_of(app).spec.artifacts)
     for served in {(runner.app, runner.revision) for runner in state.runners.values()}:
         revision = state.revisions.get(served)
         if revision is not None:
-            found.update(revision.spec.models)
+            found.update(revision.spec.artifacts)
     return found
 
 
@@ -310,9 +310,31 @@ def check_models(state: State, spec: Spec) -> None:
             )
 
 
+def check_image(state: State, spec: Spec) -> None:
+    """Whether an app with this spec may be applied: its image is known whole, and not withdrawn."""
+    if spec.image == HOST_IMAGE:
+        return
+    name, short = spec.image, spec.image.split("/", 1)[-1]
+    image = state.models.get(name)
+    if image is None:
+        remedy = f"Add it with `falctl image add {short} docker://REGISTRY/REPO:TAG`."
+        raise FalError(Code.NOT_FOUND, f"image = {name!r} is not there", remedy=remedy, field="image")
+    if image.kind != "image":
+        remedy = "Name an image; `falctl image list` tells which there are."
+        raise invalid("image", name, f"is a {image.kind}, not an image", remedy=remedy)
+    if image.withdrawn:
+        word = "refused" if image.state is ModelState.REFUSED else "withdrawn"
+        what = f"image = {name!r} was {word}: {image.reason}"
+        raise FalError(Code.FAILED_PRECONDITION, what, remedy="Add another image under another name.", field="image")
+    if image.state is not ModelState.ATTESTED:
+        what = f"image = {name!r} is not whole yet"
+        remedy = f"Wait until it is; `falctl image show {short}` tells how far it is."
+        raise FalError(Code.FAILED_PRECONDITION, what, remedy=remedy, field="image")
+
+
 def users(state: State, model_id: str) -> list[str]:
     """Apps whose current revision names it, in order of id."""
-    return sorted(app.id for app in state.apps.values() if model_id in state.revision_of(app).spec.models)
+    return sorted(app.id for app in state.apps.values() if model_id in state.revision_of(app).spec.artifacts)
 
 
 def _runners_of(state: State, model_id: str, *, provisional: bool = False) -> list[str]:
@@ -323,7 +345,7 @@ def _runners_of(state: State, model_id: str, *, provisional: bool = False) -> li
         revision = state.revisions.get((runner.app, runner.revision))
         if revision is None or runner.goal is not Goal.RUN or not runner.node:
             continue
-        if model_id in revision.spec.models and (revision.spec.allow_provisional or not provisional):
+        if model_id in revision.spec.artifacts and (revision.spec.allow_provisional or not provisional):
             found.append(runner.id)
     return sorted(found)
 
@@ -347,7 +369,7 @@ def _model_settled(work: Work, model_id: str) -> None:
     state = work.state
     for app_id in state.waiting:
         app = state.apps.get(app_id)
-        if app is not None and model_id in state.revision_of(app).spec.models:
+        if app is not None and model_id in state.revision_of(app).spec.artifacts:
             state.pending.pop((app_id, app.revision), None)
             state.dirty[app_id] = None
 
@@ -363,6 +385,7 @@ __all__ = [
     "TIERS",
     "add_model",
     "attest_model",
+    "check_image",
     "check_models",
     "check_ttl",
     "collect_models",

@@ -124,11 +124,11 @@ def _stop_withdrawn(work: Work, app: App) -> None:
 
 
 def _withdrawn(state: State, spec: Spec) -> str:
-    for name in spec.models:
+    for name in spec.artifacts:
         model = state.models.get(name)
         if model is not None and model.withdrawn:
             word = "refused" if model.state is ModelState.REFUSED else "withdrawn"
-            return f"model {name} was {word}: {model.reason}"
+            return f"{'image' if name == spec.image else 'model'} {name} was {word}: {model.reason}"
     return ""
 
 

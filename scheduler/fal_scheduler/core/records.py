@@ -17,6 +17,9 @@ from fal_contract.limits import REQUEST_TIMEOUT_S, STARTUP_TIMEOUT_S, TERMINATIO
 from fal_scheduler.core.tokens import JoinToken
 
 
+HOST_IMAGE: Final = "host"  # the node's own system
+
+
 class Goal(IntEnum):
     """What the scheduler wants of a container. The numbers are the wire's; a goal only ever rises."""
 
@@ -215,6 +218,16 @@ class Spec:
     def models(self) -> tuple[str, ...]:
         """Every model and LoRA that it names."""
         return (self.model, *self.loras) if self.model else self.loras
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """Every model, LoRA and image that it names: what must be on a node before it runs there."""
+        return (*self.models, self.image) if self.image != HOST_IMAGE else self.models
+
+    @property
+    def packs(self) -> bool:
+        """Whether it is a task that packs an image."""
+        return self.build is not None and self.build.image != ""
 
 
 @dataclass(frozen=True, slots=True)
