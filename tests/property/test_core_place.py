@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from core_world import GIB, sim_gpus
 from fal_scheduler.core.explain import FILTERS, explain, summarise, why_pending
 from fal_scheduler.core.place import Placement, Placer
-from fal_scheduler.core.records import Binding, Change, Node, Pool, Resources, Runner, Spec, key_of
+from fal_scheduler.core.records import Binding, BuildTask, Change, Node, Pool, Resources, Runner, Spec, key_of
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Capabilities, Gpu, Health, Hold, Inventory
 
 MODELS = ("H100-80GB", "A100-40GB", "L4-24GB")
+FEATURES = ((), ("egress",), ("images", "pack"), ("egress", "images"), ("pack",))
 MEMORY_GIB = {"H100-80GB": 80, "A100-40GB": 40, "L4-24GB": 24}
 
 
@@ -42,7 +43,7 @@ def clusters(draw: st.DrawFn) -> State:
         live = state.live_of(node.id)
         live.health = draw(st.sampled_from((Health.READY, Health.READY, Health.READY, Health.UNKNOWN)))
         driver = draw(st.sampled_from(("oci", "oci", "process")))
-        live.capabilities = Capabilities(driver, features=draw(st.sampled_from(((), ("egress",)))))
+        live.capabilities = Capabilities(driver, features=draw(st.sampled_from(FEATURES)))
         live.hold = draw(st.sampled_from((Hold.NONE, Hold.NONE, Hold.NONE, Hold.STORE)))
         live.inventory = Inventory(1, gpus, "", "", draw(st.sampled_from((4000, 16_000))), 32 * GIB)
         state.apply(Change(key_of(node), None, node))
@@ -59,7 +60,8 @@ def _sick(gpu: Gpu) -> Gpu:
 
 SPECS = st.builds(
     Spec,
-    image=st.just("host"),
+    image=st.sampled_from(("host", "host", "default/img")),
+    build=st.sampled_from((None, None, BuildTask("cluster", "k", 1), BuildTask("image", "k", 1, image="default/i"))),
     num_gpus=st.integers(0, 5),
     machine_type=st.lists(st.sampled_from((*MODELS, "B200-180GB")), max_size=2, unique=True).map(tuple),
     gpu_memory_bytes_min=st.sampled_from((0, 0, 40 * GIB, 100 * GIB)),
@@ -73,8 +75,10 @@ SPECS = st.builds(
 def naive(state: State, spec: Spec) -> set[str]:
     """Nodes that could take the spec, by the plainest reading of the rules."""
     found = set()
+    packs = spec.build is not None and bool(spec.build.image)
     for node in state.nodes.values():
         live = state.live[node.id]
+        driver, features = live.capabilities.driver, live.capabilities.features
         labels = {**state.pools[node.pool].labels, **node.labels}
         inventory = live.inventory
         assert inventory is not None
@@ -95,8 +99,10 @@ def naive(state: State, spec: Spec) -> set[str]:
             and all(labels.get(key) == value for key, value in spec.labels.items())
             and spec.resources.cpu_milli <= inventory.cpu_milli
             and spec.resources.memory_bytes <= inventory.memory_bytes
-            and (spec.network != "host" or state.pools[node.pool].allow_host_network)
-            and (spec.network != "egress" or live.capabilities.driver == "process" or live.capabilities.features)
+            and (spec.network != "host" or state.pools[node.pool].allow_host_network or packs)
+            and (spec.network != "egress" or driver == "process" or "egress" in features)
+            and (spec.image == "host" or (driver != "process" and "images" in features))
+            and (not packs or "pack" in features)
             and enough
         ):
             found.add(node.id)

@@ -27,6 +27,8 @@ FILTERS: Final = (
     "labels",
     "driver",
     "network",
+    "images",
+    "pack",
     "gpu-model",
     "gpu-memory",
     "gpu-count",
@@ -83,14 +85,18 @@ def model_awaited(state: State, spec: Spec) -> str:
 
     One that is registered only does not: its node stages it meanwhile, and starts nothing before it may.
     """
-    for name in spec.models:
+    for name in spec.artifacts:
         model = state.models.get(name)
+        kind = "image" if name == spec.image else "model"
         if model is None:
-            return f"model {name} is not registered; register it with `falctl weights add`"
+            verb = "add it with `falctl image add`" if kind == "image" else "register it with `falctl weights add`"
+            return f"{kind} {name} is not registered; {verb}"
         if model.state is ModelState.REFUSED:
-            return f"model {name} is refused: {model.reason}; apply the app with another model"
+            return f"{kind} {name} is refused: {model.reason}; apply the app with another {kind}"
         if model.state is ModelState.REVOKED:
-            return f"model {name} was withdrawn: {model.reason}; apply the app with another model"
+            return f"{kind} {name} was withdrawn: {model.reason}; apply the app with another {kind}"
+        if kind == "image" and model.state is not ModelState.ATTESTED:
+            return f"image {name} is not whole yet; `falctl image show` tells what it waits for"
     return ""
 
 
@@ -160,7 +166,16 @@ def _static(facts: NodeFacts, name: str, spec: Spec) -> _Refusal | None:
             return "network", f"{name} is in pool {facts.pool}, which does not set allow_host_network", 0
         case "network":
             return "network", f"{name} cannot give containers network {spec.network!r} (`falctl node show {name}`)", 0
+        case "images":
+            return "images", f"{name} cannot run images, only its own system: {_lacks(facts)}", 0
+        case "pack":
+            return "pack", f"{name} cannot pack images: {_lacks(facts)}", 0
     return None
+
+
+def _lacks(facts: NodeFacts) -> str:
+    """What its driver can do; `falctl node show` tells why it cannot do the rest."""
+    return f"its {facts.driver} driver can do {', '.join(sorted(facts.features)) or 'nothing beyond that'}"
 
 
 def _gpus(facts: NodeFacts, held: Occupancy, name: str, spec: Spec) -> _Refusal | None:

@@ -10,12 +10,16 @@ Called by `reconcile` and by views. Must change nothing but the cache of masks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from fal_scheduler.core.fleet import Bools, Fleet, GpuClass, Ints, NodeFacts
-from fal_scheduler.core.records import Spec
+from fal_scheduler.core.records import HOST_IMAGE, Spec
 
+# Features of nodes (agent.proto, Capabilities).
+IMAGES: Final = "images"
+PACK: Final = "pack"
 _MASKS_MAX = 256
 # The score packs three numbers into 53 bits: GPUs left free, MiB left, row. NODES_MAX rows fit 17 bits.
 _ROW_BITS = 17
@@ -69,6 +73,7 @@ class Placer:
             tuple(sorted(spec.labels.items())),
             spec.image == "host",
             spec.network,
+            spec.packs,
         )
         masks = self._masks.get(key)
         if masks is None:
@@ -107,18 +112,22 @@ def _mask(fleet: Fleet, spec: Spec, machine_type: str) -> Bools:
 
 
 def static_refusal(facts: NodeFacts, spec: Spec) -> str | None:
-    """The first of pool, labels, driver and network that forbids the node, whatever runs there."""
+    """The first of pool, labels, driver, network and features that forbids the node, whatever runs there."""
     if spec.pools and facts.pool not in spec.pools:
         return "pool"
     if any(facts.labels.get(name) != value for name, value in spec.labels.items()):
         return "labels"
     if spec.image != "host" and facts.driver == "process":
         return "driver"
-    if spec.network == "host" and not facts.host_network:
+    if spec.network == "host" and not facts.host_network and not spec.packs:  # our own task pulls from a registry
         return "network"
     # The process driver keeps nothing apart: all its containers reach what the node reaches, and it says so.
     if spec.network == "egress" and facts.driver != "process" and "egress" not in facts.features:
         return "network"
+    if spec.image != HOST_IMAGE and IMAGES not in facts.features:
+        return "images"
+    if spec.packs and PACK not in facts.features:
+        return "pack"
     return None
 
 
