@@ -13,6 +13,7 @@ from typing import Final, Protocol
 
 from fal_agent.proxy.messages import RunnerEntry
 from fal_agent.proxy.slots import Outcome, Refused, SlotTable
+from fal_agent.proxy.worker_pool import WorkerConnection, WorkerPool
 from fal_contract.identity import PeerIdentity
 from fal_contract.ids import random_suffix
 from fal_contract.limits import (
@@ -26,7 +27,6 @@ from fal_contract.telemetry import get_logger
 
 _log = get_logger("proxy.datapath")
 _REQUEST_ID_CHARS: Final = 16
-WRITE_BUFFER_BYTES_MAX: Final = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,7 @@ class DataPath:
         self.slots = slots
         self.bounds = bounds
         self.connections: set[Connection] = set()
+        self.workers = WorkerPool()
         self.revoked = RevokedPeers()
         self.empty = asyncio.Event()  # there are no connections
         self.empty.set()
@@ -119,6 +120,13 @@ class DataPath:
         if self.on_finished is not None:
             self.on_finished(runner_id, outcome)
         self._on_change()
+
+    def keep(self, worker: WorkerConnection) -> None:
+        """A worker's connection is free again; forgotten runners' are not kept."""
+        if self.handed_over or not self.slots.serves(worker.entry.runner_id):
+            worker.abort()
+        else:
+            self.workers.give(worker, self.now_s())
 
     def new_request_id(self) -> bytes:
         """For requests that came without one."""

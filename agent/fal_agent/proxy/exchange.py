@@ -1,19 +1,24 @@
-"""One admitted request and the worker's answer: the protocol of the worker's socket.
+"""One admitted request and the worker's answer, on a connection to the worker that is new or was kept.
 
 A slot is released before the last byte of its answer leaves, so that a client that has seen the end can use the slot
 again, and exactly once however the request ends. Until the answer's head has left, every failure becomes an answer
 of ours; after it, the connection is cut, so that a broken answer can never look whole.
+
+The worker's connection is kept when the exchange was clean: a whole request taken, a whole answer, nothing else. A kept
+one that the worker closed before it could read the request (nothing was written, or what was written came back unread
+and had no body) is replaced by a new one; the request surely did not run. Anything else is the runner's failure.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Final, Protocol, cast
+from typing import Final, Protocol
 
 from fal_agent.proxy import routing
-from fal_agent.proxy.datapath import WRITE_BUFFER_BYTES_MAX, DataPath
+from fal_agent.proxy.datapath import DataPath
 from fal_agent.proxy.messages import RunnerEntry
 from fal_agent.proxy.slots import Outcome, Refused
+from fal_agent.proxy.worker_pool import WRITE_BUFFER_BYTES_MAX, WorkerConnection
 from fal_agent.proxy.worker_socket import connect_worker
 from fal_contract.errors import Code, FalError
 from fal_contract.http1 import BodyKind, BodyScanner, HttpError, ResponseHead, head_end, parse_response_head
@@ -68,8 +73,13 @@ class Client(Protocol):
         ...
 
 
-class Exchange(asyncio.Protocol):
+class Exchange:
     """One admitted request and the worker's answer to it."""
+
+    __slots__ = (
+        "_answer", "_body", "_buffer", "_client", "_deadline_s", "_entry", "_head", "_heard_s", "_keep_alive",
+        "_method", "_path", "_released", "_request_id", "_task", "_timer", "_unsent", "_worker",
+    )  # fmt: skip
 
     def __init__(self, path: DataPath, client: Client, entry: RunnerEntry, method: bytes, request_id: bytes) -> None:
         self._path = path
@@ -77,7 +87,8 @@ class Exchange(asyncio.Protocol):
         self._entry = entry
         self._method = method
         self._request_id = request_id
-        self._transport: asyncio.Transport | None = None
+        self._worker: WorkerConnection | None = None
+        self._head = b""  # while it may have to be sent again
         self._unsent: list[bytes] = []
         self._buffer = bytearray()
         self._answer: ResponseHead | None = None
@@ -92,32 +103,37 @@ class Exchange(asyncio.Protocol):
     # What the client's connection tells.
 
     def start(self, worker_head: bytes) -> None:
-        """Connect and send the head; bytes written meanwhile wait."""
-        loop = asyncio.get_running_loop()
-        self._unsent.append(worker_head)
-        self._heard_s = loop.time()
+        """Send the head; bytes written before there is a connection wait."""
+        self._heard_s = self._path.now_s()
         self._deadline_s = self._heard_s + self._entry.request_timeout_s
-        assert self._client is not None
-        self._client.pause_reading()
-        self._task = loop.create_task(self._connect(), name="worker-connect")
+        worker = self._path.workers.take(self._entry, self._heard_s)
+        if worker is not None:
+            self._head = worker_head
+            self._worker = worker
+            worker.user = self
+            worker.write(worker_head)
+        else:
+            self._unsent.append(worker_head)
+            self._begin_connect()
         self._watch()
 
     def write(self, data: bytes) -> None:
         """Bytes of the request's body."""
-        if self._transport is None:
+        self._head = b""  # it had a body: not sent again
+        if self._worker is None:
             self._unsent.append(data)
         else:
-            self._transport.write(data)
+            self._worker.write(data)
 
     def pause_reading(self) -> None:
         """The client takes no more for now."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
+        if self._worker is not None:
+            self._worker.pause_reading()
 
     def resume_reading(self) -> None:
         """The client takes more."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+        if self._worker is not None:
+            self._worker.resume_reading()
 
     def client_gone(self) -> None:
         """Cancel: the worker sees its connection close."""
@@ -125,37 +141,48 @@ class Exchange(asyncio.Protocol):
         self._release(Outcome.CANCELLED)
         self._end()
 
-    # asyncio.Protocol
+    # What the worker's connection tells.
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
-        self._transport = transport
-        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
+    def worker_ready(self, worker: WorkerConnection) -> None:
+        """A new connection stands."""
+        self._worker = worker
         if self._client is None:  # it went away while we were connecting
-            transport.abort()
+            worker.user = None
+            worker.abort()
             return
-        transport.writelines(self._unsent)
-        self._unsent.clear()
+        unsent, self._unsent = self._unsent, []
+        worker.write(b"".join(unsent))
         self._client.resume_reading()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+    def worker_lost(self, exc: Exception | None) -> None:
+        """Its connection ended."""
+        worker, self._worker = self._worker, None
         if self._released:
             return
         if exc is None and self._body is not None and self._body.closed():
             self._complete(b"")
-        else:
-            self._fail(Refused(Code.RUNNER_FAILED, f"runner {self._entry.runner_id} ended without a whole answer"))
+            return
+        if worker is not None and worker.reused and self._answer is None and not self._buffer:
+            self._path.workers.closed_under_request(self._entry)
+            if self._head and isinstance(exc, ConnectionError) and self._client is not None:
+                self._unsent.append(self._head)
+                self._head = b""
+                self._begin_connect()
+                return
+        self._fail(Refused(Code.RUNNER_FAILED, f"runner {self._entry.runner_id} ended without a whole answer"))
 
-    def pause_writing(self) -> None:
+    def worker_full(self) -> None:
+        """It takes no more for now."""
         if self._client is not None:
             self._client.pause_reading()
 
-    def resume_writing(self) -> None:
+    def worker_takes(self) -> None:
+        """It takes more."""
         if self._client is not None:
             self._client.resume_reading()
 
-    def data_received(self, data: bytes) -> None:
+    def answer_received(self, data: bytes) -> None:
+        """Bytes of the answer."""
         if self._client is None or self._released:
             return
         self._heard_s = self._path.now_s()
@@ -201,19 +228,21 @@ class Exchange(asyncio.Protocol):
         assert self._body is not None
         assert self._client is not None
         used = self._body.feed(data)
-        if used < len(data):
+        clean = used == len(data)
+        if not clean:
             data = data[:used]  # whatever follows the answer is not part of it
         if self._body.done:
-            self._complete(before + data)
+            self._complete(before + data, clean=clean)
         else:
             self._client.write(before + data if before else data)
 
-    def _complete(self, last: bytes) -> None:
-        """The answer's last bytes are here."""
+    def _complete(self, last: bytes, *, clean: bool = False) -> None:
+        """The answer's last bytes are here; `clean`: and nothing behind them."""
         assert self._answer is not None
         client, self._client = self._client, None
         self._release(Outcome.SERVED if self._answer.status < 500 else Outcome.FAILED)
-        self._end()
+        whole = clean and self._answer.keep_alive and client is not None and not client.owes_body
+        self._end(keep=whole)
         if client is not None:
             if last:
                 client.write(last)
@@ -231,19 +260,30 @@ class Exchange(asyncio.Protocol):
             self._released = True
             self._path.release(self._entry.runner_id, outcome)
 
-    def _end(self) -> None:
+    def _end(self, *, keep: bool = False) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._transport is not None:
-            self._transport.abort()
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.user = None
+            if keep and worker.clean:
+                self._path.keep(worker)
+            else:
+                worker.abort()
         elif self._task is not None:
             self._task.cancel()
+
+    def _begin_connect(self) -> None:
+        assert self._client is not None
+        self._client.pause_reading()
+        self._task = asyncio.get_running_loop().create_task(self._connect(), name="worker-connect")
 
     async def _connect(self) -> None:
         try:
             sock = await connect_worker(self._entry, self._path.bounds.connect_timeout_s)
-            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
+            worker = WorkerConnection(self._entry, sock, self, self._path.workers, self._path.now_s())
+            await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=sock)
         except FalError as error:
             self._fail(Refused(Code.UNAVAILABLE, error.what))
         except OSError as exc:

@@ -14,9 +14,10 @@ from enum import Enum
 from typing import Final, cast
 
 from fal_agent.proxy import routing
-from fal_agent.proxy.datapath import WRITE_BUFFER_BYTES_MAX, DataPath
+from fal_agent.proxy.datapath import DataPath
 from fal_agent.proxy.exchange import Exchange
 from fal_agent.proxy.slots import Refused
+from fal_agent.proxy.worker_pool import WRITE_BUFFER_BYTES_MAX
 from fal_contract.errors import Code, FalError
 from fal_contract.http1 import (
     BodyKind,

@@ -82,12 +82,11 @@ def route(head: RequestHead) -> Probe | RunnerRequest:
 
 
 def head_for_worker(head: RequestHead, request: RunnerRequest, request_id: bytes) -> bytes:
-    """The rewritten head: own path, own headers, one request on the connection."""
+    """The rewritten head: own path, own headers; the connection may be kept, as HTTP/1.1 does without a word."""
     headers = [item for item in without_hop_by_hop(head.headers) if not item[0].startswith(_OURS)]
     headers += [
         (b"x-fal-request-id", request_id),
         (b"x-fal-runner", request.runner_id.encode()),
-        (b"connection", b"close"),
     ]
     return encode_head(head.method + b" " + request.target + b" HTTP/1.1", headers)
 

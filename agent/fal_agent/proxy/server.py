@@ -107,6 +107,7 @@ class ProxyServer:
             self._listener.close()
         for connection in list(self._path.connections):
             connection.abort()
+        self._path.workers.close()
 
     async def _start_fresh(self) -> None:
         state = state_file.load(self._options.state_file)
@@ -193,6 +194,7 @@ class ProxyServer:
         _log.info("handed over", in_flight=self._slots.in_flight_total())
         self._listener.close()
         self._tunnels.retire()
+        self._path.workers.close()
         self._spawn(self._control.close(successor=False))
         # Connections that were in their TLS handshake when we stopped accepting are in the data path by then.
         await asyncio.sleep(DATA_CONNECT_TIMEOUT_S)
@@ -233,6 +235,7 @@ class ProxyServer:
     def remove_runner(self, runner_id: str) -> bool:
         """Forget it; False when it is unknown."""
         known = self._slots.remove(runner_id)
+        self._path.workers.drop(runner_id)
         self._table_changed()
         return known
 
@@ -272,6 +275,7 @@ class ProxyServer:
         if self._listener is not None:
             self._listener.close()
         self._tunnels.retire()
+        self._path.workers.close()
         for connection in list(self._path.connections):
             connection.close_if_idle()
         self._ending.set()

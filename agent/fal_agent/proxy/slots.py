@@ -113,6 +113,11 @@ class SlotTable:
         self._forget_if_idle(runner_id, have)
         return True
 
+    def serves(self, runner_id: str) -> bool:
+        """Whether it is known and not forgotten."""
+        have = self._runners.get(runner_id)
+        return have is not None and not have.removed
+
     def admit(self, runner_id: str, ticket_term: int) -> RunnerEntry | Refused:
         """Take a slot, or say why not. An admitted request must be released, once."""
         have = self._runners.get(runner_id)
