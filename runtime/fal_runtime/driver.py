@@ -96,12 +96,13 @@ class Egress:
 class ContainerSpec:
     """One container as the agent wants it.
 
-    `id` is a file name (`fal_contract.ids.path_of`). `socket_dir` and `models_dir` are host paths that the driver
-    makes in `create` and takes away in `remove`; the container sees them at $FAL_SOCKET_DIR and $FAL_MODELS_DIR.
-    `gpu_devices` are device node paths, `cdi` names of devices in this node's CDI specifications, such as
-    "nvidia.com/gpu=GPU-1f…". `uid_range_start` overrides the driver's own allocation of a user id range. `secrets` are
-    file names and contents, shown in $FAL_SECRETS_DIR and kept nowhere else. `warm_command`: what a container that was
-    made before anybody wanted it may run in place of `command`, if it then behaves alike; empty: nothing of the kind.
+    `id` is a file name (`fal_contract.ids.path_of`). An empty `command` is the image's own. `socket_dir` and
+    `models_dir` are host paths that the driver makes in `create` and takes away in `remove`; the container sees them at
+    $FAL_SOCKET_DIR and $FAL_MODELS_DIR. `gpu_devices` are device node paths, `cdi` names of devices in this node's CDI
+    specifications, such as "nvidia.com/gpu=GPU-1f…". `uid_range_start` overrides the driver's own allocation of a user
+    id range. `secrets` are file names and contents, shown in $FAL_SECRETS_DIR and kept nowhere else. `warm_command`:
+    what a container that was made before anybody wanted it may run in place of `command`, if it then behaves alike;
+    empty: nothing of the kind.
     """
 
     id: str
@@ -248,11 +249,18 @@ def check_spec(spec: ContainerSpec) -> None:
     """Raise INVALID, naming the field, unless every driver could take this spec."""
     if not _ID.fullmatch(spec.id) or ".." in spec.id:
         raise invalid("id", spec.id, "is not a container id", remedy="Use 1 to 128 of a-z, 0-9, '.', '_' and '-'.")
-    if not spec.command or not spec.command[0]:
+    if (not spec.command and spec.image is None) or spec.command[:1] == ("",):
         raise invalid("command", spec.command, "is empty", remedy="Give a program to run.")
     if any("\0" in text for text in (*spec.command, *spec.env.values())):
         raise invalid("command", spec.command, "or env holds a NUL character", remedy="Remove it.")
     if sum(map(len, spec.command)) > COMMAND_BYTES_MAX:
+    async def image_finished(self, image: Image) -> None:
+        """An image that containers were made of while it arrived is whole, in `image.folder`: they read from there.
+
+        Idempotent; fine for an image that nothing uses.
+        """
+        ...
+
         raise invalid("command", spec.command[0], "is too long", remedy=f"At most {COMMAND_BYTES_MAX} bytes.")
     for name in spec.env:
         if not _ENV_NAME.fullmatch(name):

@@ -23,6 +23,7 @@ from fal_runtime.driver import (
     ContainerSpec,
     ContainerStatus,
     LogLine,
+    Image,
     Phase,
     check_model_name,
     check_spec,
@@ -85,6 +86,7 @@ class Machine:
     def create(self, spec: ContainerSpec, script: Script) -> None:
         self.containers[spec.id] = _Container(spec, script, ContainerStatus(spec.id, Phase.CREATED))
 
+        self.images_finished: list[Image] = []  # as the driver was told
     def start(self, id: str) -> None:
         container = self.containers[id]
         self._pid += 1
@@ -263,3 +265,6 @@ class FakeDriver:
         if container is None:
             raise unknown_container(id)
         return container
+    async def image_finished(self, image: Image) -> None:
+        self.machine.images_finished.append(image)
+

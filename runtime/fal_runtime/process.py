@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from fal_contract.clock import Clock, SystemClock
+from fal_contract.errors import invalid
 from fal_runtime import socket_dir
 from fal_runtime.driver import (
     MODELS_DIR_ENV,
@@ -34,6 +35,7 @@ from fal_runtime.driver import (
     ContainerSpec,
     ContainerStatus,
     LogLine,
+    Image,
     Phase,
     check_model_name,
     check_spec,
@@ -93,7 +95,7 @@ class ProcessDriver:
                 {
                     "isolation": "none: a container sees the files, network and processes of this machine",
                     "limits": "open files only; CPU, memory and pids are not limited",
-                    "image": "ignored: every container runs this machine's programs",
+                    "image": "none: every container runs this machine's programs",
                 }
             ),
         )
@@ -103,6 +105,13 @@ class ProcessDriver:
         directory = self._root / spec.id
         if (directory / "spec.json").exists():
             return
+        if spec.image is not None:
+            raise invalid(
+                "image",
+                spec.image.id,
+                "needs a driver that isolates; this node's runs this machine's own programs",
+                remedy='Use image = "host", or nodes with the oci driver.',
+            )
         directory.mkdir(exist_ok=True, mode=0o700)
         env = {name: os.environ[name] for name in _PASSED_ENV if name in os.environ} | dict(spec.env)
         if spec.socket_dir is not None:
@@ -250,6 +259,9 @@ class ProcessDriver:
         return removed
 
     def _directory(self, id: str) -> Path:
+    async def image_finished(self, image: Image) -> None:
+        """Nothing: there are no images here."""
+
         directory = self._root / id
         if not (directory / "spec.json").exists():
             raise unknown_container(id)

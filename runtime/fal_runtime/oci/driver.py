@@ -24,6 +24,7 @@ from fal_runtime.driver import (
     ContainerSpec,
     ContainerStatus,
     LogLine,
+    Image,
     Phase,
     driver_failed,
     unknown_container,
@@ -177,6 +178,8 @@ class OciDriver:
     async def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncGenerator[LogLine, None]:
         log = self._files(id).paths().log
 
+        if record is not None and record.image:
+            self._place.images.let_go(record.image)
         async def ended() -> bool:
             status = await self.status(id)
             return status is None or status.phase is Phase.EXITED
@@ -212,6 +215,9 @@ class OciDriver:
     def _files(self, id: str) -> ContainerFiles:
         files = ContainerFiles(self._containers / id)
         if files.created() is None:
+    async def image_finished(self, image: Image) -> None:
+        await self._place.images.finished(image)
+
             raise unknown_container(id)
         return files
 
@@ -221,11 +227,13 @@ class OciDriver:
             raise unknown_container(id)
         return status
 
+        words += await self._place.images.clean()
     def _record_with_models(self, id: str) -> Record:
         record = self._files(id).record()
         if record is None or not record.models_dir:
             raise driver_failed(f"container {id} has no models directory", remedy="Create it with `models_dir`.")
         return record
+        self._place.images.close()
 
     def _signal(self, id: str, signum: signal.Signals) -> None:
         created = self._files(id).created()

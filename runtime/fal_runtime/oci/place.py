@@ -2,7 +2,7 @@
 
     STATE/containers/ID   records, log, exit code (see `record`); outlive the driver and the boot
     RUN/SCOPE/ID          mounts of one container;  RUN/SCOPE/runtime  the runtime's state;  RUN/SCOPE/etc-…, skeleton-…
-                          shared read-only; all until the next boot
+                          shared read-only;  RUN/SCOPE/images  see `image_mounts`;  all until the next boot
 
 Called by the modules of the oci driver.
 """
@@ -17,6 +17,7 @@ from fal_runtime import host_image, socket_dir
 from fal_runtime.driver import ContainerSpec
 from fal_runtime.oci import rootfs
 from fal_runtime.oci.conmon import Runtime
+from fal_runtime.oci.image_mounts import ImageMounts
 from fal_runtime.oci.record import ContainerFiles
 from fal_runtime.oci.userns import UsernsCache
 from fal_runtime.uid_ranges import RANGE_IDS, UidRanges
@@ -35,10 +36,16 @@ class Place:
         self.ranges = UidRanges(run_dir / "uid_ranges.json")
         self.userns = UsernsCache(RANGE_IDS)
         self.layout = host_image.this_layout()
+        self.images = ImageMounts(self.run / "images", self.uses_image)
         self.copied_etc: Path | None = None
 
     def files(self, id: str) -> ContainerFiles:
         return ContainerFiles(self.containers / id)
+
+    def uses_image(self, id: str) -> bool:
+        """Whether a container's record names this image."""
+        records = (self.files(path.name).record() for path in self.containers.iterdir())
+        return any(record is not None and record.image == id for record in records)
 
     def runtime(self, program: str) -> Runtime:
         return Runtime(program, self.runtime_root)

@@ -46,6 +46,7 @@ class Record:
     skeleton: str
     socket_dir: str = ""
     models_dir: str = ""
+    image: str = ""  # its id; empty: the node's own system
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,11 +44,16 @@ def attach(source: Path, target: Path, attr_set: int, userns_fd: int | None) -> 
 def assemble(
     run_dir: Path, spec: ContainerSpec, layout: host_image.Layout, skeleton: Path, etc: Path, *, userns_fd: int | None
 ) -> None:
-    """RUN/rootfs with the host image on the skeleton, RUN/mounts/N with the N-th mount of the spec."""
+    """RUN/rootfs with the host image on the skeleton, and the spec's mounts."""
     rootfs = run_dir / "rootfs"
     rootfs.mkdir(exist_ok=True, mode=0o755)
     for source, inside in ((skeleton, "/"), *layout.binds, (etc, "/etc")):
         attach(source, rootfs / inside.lstrip("/"), _IMAGE_FLAGS, userns_fd)
+    place_mounts(run_dir, spec, userns_fd=userns_fd)
+
+
+def place_mounts(run_dir: Path, spec: ContainerSpec, *, userns_fd: int | None) -> None:
+    """RUN/mounts/N with the N-th mount of the spec."""
     for number, mount in enumerate(spec.mounts):
         place = run_dir / "mounts" / str(number)
         place.parent.mkdir(exist_ok=True, mode=0o700)

@@ -27,6 +27,7 @@ from fal_runtime.oci import edits
 from fal_runtime.oci.seccomp import profile
 
 OCI_VERSION: Final = "1.0.2"
+HOSTNAME: Final = "runner"
 CPU_PERIOD_US: Final = 100_000
 CPU_SHARES: Final = 1024  # the weight of one CPU's worth
 CPU_SHARES_MAX: Final = 262_144
@@ -107,7 +108,7 @@ def build(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
     """The `config.json` of a container. INVALID for privileges without a user namespace."""
     config = {
         "ociVersion": OCI_VERSION,
-        "hostname": "runner",
+        "hostname": HOSTNAME,
         "root": {"path": str(host.rootfs), "readonly": host.root_read_only},
         "process": _process(spec, host),
         "mounts": _mounts(spec, host),

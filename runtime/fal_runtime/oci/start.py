@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import resource
+from dataclasses import replace
 
 from fal_contract.errors import invalid
 from fal_runtime.driver import ContainerSpec, check_spec
@@ -22,7 +23,6 @@ from fal_runtime.uid_ranges import RANGE_IDS
 def check(spec: ContainerSpec) -> None:
     """Raise INVALID, naming the field, for what this driver cannot do."""
     check_spec(spec)
-    roots.check(spec)
     if spec.network == "egress":
         raise invalid("network", spec.network, "is not supported by this driver yet", remedy='Use "none" or "host".')
 
@@ -36,7 +36,8 @@ async def create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
         uid_start = place.ranges.allocate(files.directory)
     run_dir = place.run / spec.id
     place.run.mkdir(parents=True, exist_ok=True, mode=0o711)
-    etc, skeleton = place.etc(), place.skeleton(spec)
+    etc = place.etc() if spec.image is None else None
+    skeleton = place.skeleton(spec) if spec.image is None else None
     record = Record(
         id=spec.id,
         runtime=mode.program,
@@ -44,10 +45,11 @@ async def create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
         cgroup_path=place.cgroup_path(spec.id),
         uid_start=uid_start,
         user_namespace=mode.user_namespace,
-        etc=str(etc),
-        skeleton=str(skeleton),
+        etc=str(etc or ""),
+        skeleton=str(skeleton or ""),
         socket_dir=str(spec.socket_dir or ""),
         models_dir=str(spec.models_dir or ""),
+        image=spec.image.id if spec.image is not None else "",
     )
     files.make(record)
     userns_fd = await place.userns.get(uid_start) if mode.user_namespace else None
@@ -60,13 +62,18 @@ async def create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
         user_namespace=mode.user_namespace,
         cgroup_v2=cgroups.mode() == "v2",
         open_files_max=_open_files_max(),
-        env=place.layout.env,
+        env=root.env,
         binds=root.binds,
         devices=rootfs.devices(spec.gpu_devices),
         limits=limits.read(io=spec.resources.io_bytes_s > 0),
+        cwd=root.cwd,
+        uid=root.user.uid,
+        gid=root.user.gid,
+        gids=root.user.groups,
+        root_read_only=root.read_only,
     )
     paths = files.paths()
-    (paths.bundle / "config.json").write_text(json.dumps(build(spec, host)))
+    (paths.bundle / "config.json").write_text(json.dumps(build(replace(spec, command=root.command), host)))
     pid = await conmon.create(spec.id, place.runtime(mode.program), paths, spec.log_bytes_max)
     files.mark_created(pid)
 
