@@ -66,7 +66,7 @@ class RdtEdit:
     l3_cache_schema: str = ""
     mem_bw_schema: str = ""
     schemata: tuple[str, ...] = ()
-    enable_monitoring: bool = False
+    enable: tuple[str, ...] = ()  # of "enableMonitoring", "enableCMT", "enableMBM"
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,7 @@ def apply(config: dict[str, Any], edits: Edits, *, user_namespace: bool) -> dict
         linux["intelRdt"] = {key: value for key, value in named.items() if value}
         if rdt.schemata:
             linux["intelRdt"]["schemata"] = list(rdt.schemata)
-        if rdt.enable_monitoring:
-            linux["intelRdt"]["enableMonitoring"] = True
+        linux["intelRdt"] |= dict.fromkeys(rdt.enable, True)
     return config
 
 
