@@ -153,18 +153,26 @@ class Follower:
 
 
 async def read_log(
-    path: Path, watcher: Watcher, ended: Callable[[], Awaitable[bool]], *, tail_lines: int, follow: bool
+    path: Path,
+    watcher: Watcher,
+    ended: Callable[[], Awaitable[bool]],
+    *,
+    tail_lines: int,
+    follow: bool,
+    since_s: float = 0.0,
 ) -> AsyncGenerator[LogLine, None]:
-    """Tail, then follow until `ended()` says that nothing more will be written."""
+    """Tail, then follow until `ended()` says that nothing more will be written; nothing from before `since_s`."""
     if not follow:
         for line in tail(path, tail_lines):
-            yield line
+            if line.time_s >= since_s:
+                yield line
         return
     with watcher.subscribe(path.parent) as subscription:
         follower = Follower(path, tail_lines=tail_lines)
         try:
             for line in follower.first:
-                yield line
+                if line.time_s >= since_s:
+                    yield line
             while True:
                 last = await ended()  # before reading: what was written before the end is then read
                 for line in follower.read():

@@ -25,7 +25,8 @@ from typing import Any, Final
 
 from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import invalid
-from fal_runtime import socket_dir
+from fal_runtime import process_exec, socket_dir
+from fal_runtime.container_use import ContainerUse
 from fal_runtime.driver import (
     MODELS_DIR_ENV,
     MODELS_DIR_INSIDE,
@@ -34,14 +35,16 @@ from fal_runtime.driver import (
     Capabilities,
     ContainerSpec,
     ContainerStatus,
-    LogLine,
     Image,
+    LogLine,
     Phase,
     check_model_name,
     check_spec,
     driver_failed,
+    not_running,
     unknown_container,
 )
+from fal_runtime.exec_session import ExecSession, Terminal
 from fal_runtime.log_file import read_log
 from fal_runtime.process_supervisor import start_ticks, write_whole
 from fal_runtime.watch import Watcher
@@ -102,9 +105,6 @@ class ProcessDriver:
 
     async def create(self, spec: ContainerSpec) -> None:
         check_spec(spec)
-        directory = self._root / spec.id
-        if (directory / "spec.json").exists():
-            return
         if spec.image is not None:
             raise invalid(
                 "image",
@@ -112,6 +112,9 @@ class ProcessDriver:
                 "needs a driver that isolates; this node's runs this machine's own programs",
                 remedy='Use image = "host", or nodes with the oci driver.',
             )
+        directory = self._root / spec.id
+        if (directory / "spec.json").exists():
+            return
         directory.mkdir(exist_ok=True, mode=0o700)
         env = {name: os.environ[name] for name in _PASSED_ENV if name in os.environ} | dict(spec.env)
         if spec.socket_dir is not None:
@@ -216,16 +219,33 @@ class ProcessDriver:
                 shutil.rmtree(spec["models_dir"], ignore_errors=True)
         shutil.rmtree(directory)
 
-    async def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncGenerator[LogLine, None]:
+    async def logs(
+        self, id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0
+    ) -> AsyncGenerator[LogLine, None]:
         directory = self._directory(id)
 
         async def ended() -> bool:
             status = await self.status(id)
             return status is None or status.phase is Phase.EXITED
 
-        lines = read_log(directory / "log", self._watcher, ended, tail_lines=tail_lines, follow=follow)
+        log = directory / "log"
+        lines = read_log(log, self._watcher, ended, tail_lines=tail_lines, follow=follow, since_s=since_s)
         async for line in lines:
             yield line
+
+    async def exec(self, id: str, command: tuple[str, ...], *, terminal: Terminal | None = None) -> ExecSession:
+        directory = self._directory(id)
+        status = self._status(directory)
+        if status.phase is not Phase.RUNNING:
+            raise not_running(id, status)
+        spec = _read(directory / "spec.json")
+        return await process_exec.open_exec(id, directory, status.pid or 0, spec["env"], command, terminal)
+
+    async def top(self, id: str) -> ContainerUse:
+        pids = _read(self._directory(id) / "pids.json")
+        child = _Process(*pids["child"]) if pids else _Process(0, 0)
+        roots = (child.pid,) if child.alive() else ()
+        return await asyncio.to_thread(process_exec.use, roots, self._clock.wall_s())
 
     async def attach_model(self, id: str, name: str, source: Path) -> str:
         models = self._models_dir(id)
@@ -238,6 +258,9 @@ class ProcessDriver:
 
     async def detach_model(self, id: str, name: str) -> None:
         (self._models_dir(id) / check_model_name(name)).unlink(missing_ok=True)
+
+    async def image_finished(self, image: Image) -> None:
+        """Nothing: there are no images here."""
 
     def inside(self, spec: ContainerSpec, target: str) -> str:
         places = [(mount.target, str(mount.source)) for mount in spec.mounts]
@@ -259,9 +282,6 @@ class ProcessDriver:
         return removed
 
     def _directory(self, id: str) -> Path:
-    async def image_finished(self, image: Image) -> None:
-        """Nothing: there are no images here."""
-
         directory = self._root / id
         if not (directory / "spec.json").exists():
             raise unknown_container(id)
