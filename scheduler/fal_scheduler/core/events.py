@@ -24,6 +24,7 @@ from fal_scheduler.core.model_events import (
     StageModel,
     UnstageModel,
 )
+from fal_scheduler.core.pack_events import PackCommand
 from fal_scheduler.core.records import Change, Pool, ScaleOverride, Spec
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.told import Capabilities, Endpoint, Inventory, RunnerStatus
@@ -197,6 +198,7 @@ Command = (
     | Confirm
     | AcceptCluster
     | BuildCommand
+    | PackCommand
 )
 
 

@@ -16,7 +16,6 @@ from fal_contract.ids import name_of, team_of
 from fal_contract.limits import REQUEST_TIMEOUT_S, STARTUP_TIMEOUT_S, TERMINATION_GRACE_S
 from fal_scheduler.core.tokens import JoinToken
 
-
 HOST_IMAGE: Final = "host"  # the node's own system
 
 

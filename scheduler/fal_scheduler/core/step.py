@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import FAILOVER_GRACE_S
-from fal_scheduler.core import builds, commands, invariants, liveness, model_commands, news
+from fal_scheduler.core import builds, commands, invariants, liveness, model_commands, news, packs
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry, FailBuild, PutCacheEntry, TrimCache
 from fal_scheduler.core.confirm import confirm
 from fal_scheduler.core.events import (
@@ -53,6 +53,7 @@ from fal_scheduler.core.model_events import (
     StageModel,
     UnstageModel,
 )
+from fal_scheduler.core.pack_events import NoteAccess, PackImage, PutImage, RemoveModel
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.reconcile import reconcile
 from fal_scheduler.core.records import Change
@@ -189,6 +190,8 @@ def _model_command(work: Work, event: Command) -> Reply:
             return model_commands.collect_models(work, event)
         case BuildCache() | PutCacheEntry() | FailBuild() | TrimCache() | EvictCacheEntry():
             return builds.command(work, event)
+        case PackImage() | PutImage() | RemoveModel() | NoteAccess():
+            return packs.command(work, event)
     raise FalError(Code.INTERNAL, f"{type(event).__name__} is no command", remedy="Report this.")
 
 
