@@ -55,7 +55,7 @@ class ImageMounts:
     thread."""
 
     def __init__(self, folder: Path, in_use: Callable[[str], bool], *, keep_s: float = KEEP_S) -> None:
-        self._folder = folder
+        self.folder = folder
         self._in_use = in_use
         self._keep_s = keep_s
         self._locks: dict[str, asyncio.Lock] = {}
@@ -129,23 +129,23 @@ class ImageMounts:
 
     def _state(self, id: str) -> _Mounted | None:
         try:
-            value: dict[str, Any] = json.loads((self._folder / f"{id}.json").read_text())
+            value: dict[str, Any] = json.loads((self.folder / f"{id}.json").read_text())
             return _Mounted(**value)
         except (OSError, ValueError, TypeError):
             return None
 
     def _write(self, id: str, state: _Mounted) -> None:
-        write_whole(self._folder / f"{id}.json", asdict(state))
+        write_whole(self.folder / f"{id}.json", asdict(state))
 
     def _known(self) -> list[str]:
-        if not self._folder.is_dir():
+        if not self.folder.is_dir():
             return []
-        names = {path.name.removesuffix(".json") for path in self._folder.iterdir()}
+        names = {path.name.removesuffix(".json") for path in self.folder.iterdir()}
         return sorted(name for name in names if _ID.fullmatch(name))
 
     def _attach(self, image: Image) -> tuple[Path, ImageLayout]:
         layout = _read(image)
-        place = self._folder / image.id
+        place = self.folder / image.id
         place.mkdir(parents=True, exist_ok=True, mode=0o711)
         mounted, state = _device_at(place), self._state(image.id)
         if mounted is not None and state is not None:
@@ -158,7 +158,7 @@ class ImageMounts:
             fuse = 0 if image.finished else os.minor(os.fstat(fd).st_dev)
             self._write(image.id, _Mounted(str(layout.file), layout.format, image.finished, fuse))
             if not (image.finished and layout.format == "erofs" and _without_loop(layout.file, place)):
-                with loop.attached(fd, layout.file.name, self._folder) as device:
+                with loop.attached(fd, layout.file.name, self.folder) as device:
                     mounts.mount(str(device), place, layout.format, _FLAGS)
         except FalError:
             if not image.finished:
@@ -179,19 +179,19 @@ class ImageMounts:
                 return
             if os.major(device) != loop.MAJOR:
                 raise driver_failed(f"image {image.id} is not behind a loop device", remedy="Remove its containers.")
-            loop.change_file(os.minor(device), fd, self._folder)
+            loop.change_file(os.minor(device), fd, self.folder)
         finally:
             os.close(fd)
         self._write(image.id, _Mounted(str(layout.file), layout.format, image.finished, fuse))
 
     def _move(self, image: Image) -> None:
-        mounted, state = _device_at(self._folder / image.id), self._state(image.id)
+        mounted, state = _device_at(self.folder / image.id), self._state(image.id)
         if mounted is None or state is None or state.finished:
             return
         self._improve(image, _read(image), mounted, state)
 
     async def _take_down(self, id: str) -> None:
-        place, state = self._folder / id, await asyncio.to_thread(self._state, id)
+        place, state = self.folder / id, await asyncio.to_thread(self._state, id)
         self._forget_later(id)
         down = asyncio.create_task(asyncio.to_thread(_unmount, place), name=f"umount {id[:12]}")
         done, _ = await asyncio.wait({down}, timeout=STUCK_S)
@@ -202,7 +202,7 @@ class ImageMounts:
         if not done:
             raise driver_failed(f"image {id} cannot be unmounted", remedy="A read of its file hangs in the kernel.")
         await down
-        (self._folder / f"{id}.json").unlink(missing_ok=True)
+        (self.folder / f"{id}.json").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             place.rmdir()
 
