@@ -19,6 +19,8 @@ from types import MappingProxyType
 from typing import Final, Literal, Protocol
 
 from fal_contract.errors import Code, FalError, invalid, not_found
+from fal_runtime.container_use import ContainerUse
+from fal_runtime.exec_session import ExecSession, Terminal
 
 Network = Literal["none", "egress", "host"]
 Stream = Literal["stdout", "stderr"]
@@ -221,8 +223,22 @@ class Driver(Protocol):
         """Kill it if it runs and leave nothing behind: no mount, cgroup, process, file. Unknown ids are fine."""
         ...
 
-    def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncGenerator[LogLine, None]:
-        """The last `tail_lines` lines, then with `follow` every further one until the container has exited."""
+    def logs(self, id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0) -> AsyncGenerator[LogLine, None]:
+        """The last `tail_lines` lines, then with `follow` every further one until the container has exited.
+
+        `since_s`: only those from then on (seconds since 1970).
+        """
+        ...
+
+    async def exec(self, id: str, command: tuple[str, ...], *, terminal: Terminal | None = None) -> ExecSession:
+        """Run a command beside its own, under the same limits; empty: the first shell that exists inside.
+
+        NOT_FOUND, FAILED_PRECONDITION (it does not run), INVALID (command), DRIVER_FAILED (with the runtime's words).
+        """
+        ...
+
+    async def top(self, id: str) -> ContainerUse:
+        """What it uses, and its processes. NOT_FOUND; zeros once it has ended."""
         ...
 
     async def attach_model(self, id: str, name: str, source: Path) -> str:
@@ -287,6 +303,14 @@ def check_model_name(name: str) -> str:
 
 def unknown_container(id: str) -> FalError:
     return not_found("container", id, remedy="List the containers; it may have been removed.")
+
+
+def not_running(id: str, status: ContainerStatus) -> FalError:
+    return FalError(
+        Code.FAILED_PRECONDITION,
+        f"container {id} is {status.phase}{': ' + status.reason if status.reason else ''}",
+        remedy="Run commands in containers that run.",
+    )
 
 
 def driver_failed(what: str, *, remedy: str) -> FalError:

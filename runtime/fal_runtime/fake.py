@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from fal_contract.clock import Clock, SystemClock
+from fal_runtime.container_use import COMMAND_BYTES_MAX, ContainerUse, ProcessUse
 from fal_runtime.driver import (
     MODELS_DIR_INSIDE,
     Capabilities,
@@ -28,8 +29,11 @@ from fal_runtime.driver import (
     check_model_name,
     check_spec,
     driver_failed,
+    not_running,
     unknown_container,
 )
+from fal_runtime.exec_session import ExecSession, Terminal, check_exec, checked_terminal
+from fal_runtime.fake_exec import FakeExec
 
 LOG_LINES_MAX: Final = 1000
 
@@ -65,6 +69,7 @@ class _Container:
     models: dict[str, Path] = field(default_factory=dict)
     timer: asyncio.TimerHandle | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 ScriptOf = Callable[[ContainerSpec], Script]
@@ -117,6 +122,7 @@ class Machine:
             oom_killed=oom_killed or container.script.oom_killed,
             reason=reason or f"exited with code {exit_code}",
         )
+        container.ended.set()
         self._notify(container)
 
     def log(self, id: str, text: str) -> None:
@@ -231,7 +237,9 @@ class FakeDriver:
             await self.kill(id)
             self.machine.drop(id)
 
-    async def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncGenerator[LogLine, None]:
+    async def logs(
+        self, id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0
+    ) -> AsyncGenerator[LogLine, None]:
         container = self._get(id)
         seen = container.lines_total - min(max(tail_lines, 0), len(container.lines))
         while True:
@@ -239,10 +247,30 @@ class FakeDriver:
             fresh = min(container.lines_total - seen, len(container.lines))
             seen = container.lines_total
             for line in list(container.lines)[len(container.lines) - fresh :]:
-                yield line
+                if line.time_s >= since_s:
+                    yield line
             if not follow or container.status.phase is Phase.EXITED or id not in self.machine.containers:
                 return
             await changed.wait()
+
+    async def exec(self, id: str, command: tuple[str, ...], *, terminal: Terminal | None = None) -> ExecSession:
+        container = self._get(id)
+        check_exec(command)
+        if container.status.phase is not Phase.RUNNING:
+            raise not_running(id, container.status)
+        if command[:1] == ("/no/such/program",):
+            raise driver_failed(f"{command[0]}: no such file or directory", remedy="Check the command's path.")
+        words = command[3:] if command else ("say=a shell", "cat")
+        return FakeExec(words, checked_terminal(terminal), container.ended)
+
+    async def top(self, id: str) -> ContainerUse:
+        container, now_s = self._get(id), self.machine.clock.wall_s()
+        pid = container.status.pid
+        if pid is None:
+            return ContainerUse(now_s)
+        command = " ".join(container.spec.command)[:COMMAND_BYTES_MAX]
+        row = ProcessUse(pid, 1, 0, "S", 0.0, 1 << 20, 1, command)
+        return ContainerUse(now_s, 0.0, 1 << 20, container.spec.resources.memory_bytes, 1, processes=(row,))
 
     async def attach_model(self, id: str, name: str, source: Path) -> str:
         self._get(id).models[check_model_name(name)] = source

@@ -25,7 +25,8 @@ from typing import Any, Final
 
 from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import invalid
-from fal_runtime import socket_dir
+from fal_runtime import process_exec, socket_dir
+from fal_runtime.container_use import ContainerUse
 from fal_runtime.driver import (
     MODELS_DIR_ENV,
     MODELS_DIR_INSIDE,
@@ -40,8 +41,10 @@ from fal_runtime.driver import (
     check_model_name,
     check_spec,
     driver_failed,
+    not_running,
     unknown_container,
 )
+from fal_runtime.exec_session import ExecSession, Terminal
 from fal_runtime.log_file import read_log
 from fal_runtime.process_supervisor import start_ticks, write_whole
 from fal_runtime.watch import Watcher
@@ -216,16 +219,33 @@ class ProcessDriver:
                 shutil.rmtree(spec["models_dir"], ignore_errors=True)
         shutil.rmtree(directory)
 
-    async def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncGenerator[LogLine, None]:
+    async def logs(
+        self, id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0
+    ) -> AsyncGenerator[LogLine, None]:
         directory = self._directory(id)
 
         async def ended() -> bool:
             status = await self.status(id)
             return status is None or status.phase is Phase.EXITED
 
-        lines = read_log(directory / "log", self._watcher, ended, tail_lines=tail_lines, follow=follow)
+        log = directory / "log"
+        lines = read_log(log, self._watcher, ended, tail_lines=tail_lines, follow=follow, since_s=since_s)
         async for line in lines:
             yield line
+
+    async def exec(self, id: str, command: tuple[str, ...], *, terminal: Terminal | None = None) -> ExecSession:
+        directory = self._directory(id)
+        status = self._status(directory)
+        if status.phase is not Phase.RUNNING:
+            raise not_running(id, status)
+        spec = _read(directory / "spec.json")
+        return await process_exec.open_exec(id, directory, status.pid or 0, spec["env"], command, terminal)
+
+    async def top(self, id: str) -> ContainerUse:
+        pids = _read(self._directory(id) / "pids.json")
+        child = _Process(*pids["child"]) if pids else _Process(0, 0)
+        roots = (child.pid,) if child.alive() else ()
+        return await asyncio.to_thread(process_exec.use, roots, self._clock.wall_s())
 
     async def attach_model(self, id: str, name: str, source: Path) -> str:
         models = self._models_dir(id)

@@ -18,6 +18,7 @@ from typing import Final
 from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import FalError
 from fal_runtime import models_dir
+from fal_runtime.container_use import ContainerUse
 from fal_runtime.driver import (
     MODELS_DIR_INSIDE,
     Capabilities,
@@ -27,11 +28,14 @@ from fal_runtime.driver import (
     LogLine,
     Phase,
     driver_failed,
+    not_running,
     unknown_container,
 )
+from fal_runtime.exec_session import ExecSession, Terminal
 from fal_runtime.log_file import read_log
-from fal_runtime.oci import leftovers, probe, processes, start
+from fal_runtime.oci import leftovers, probe, processes, start, top
 from fal_runtime.oci.conmon import Mode
+from fal_runtime.oci.exec import open_exec
 from fal_runtime.oci.place import Place
 from fal_runtime.oci.record import ContainerFiles, Record, boot_id
 from fal_runtime.watch import Watcher
@@ -177,15 +181,30 @@ class OciDriver:
         if record is not None and record.image:
             self._place.images.let_go(record.image)
 
-    async def logs(self, id: str, *, tail_lines: int, follow: bool) -> AsyncGenerator[LogLine, None]:
+    async def logs(
+        self, id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0
+    ) -> AsyncGenerator[LogLine, None]:
         log = self._files(id).paths().log
 
         async def ended() -> bool:
             status = await self.status(id)
             return status is None or status.phase is Phase.EXITED
 
-        async for line in read_log(log, self._watcher, ended, tail_lines=tail_lines, follow=follow):
+        lines = read_log(log, self._watcher, ended, tail_lines=tail_lines, follow=follow, since_s=since_s)
+        async for line in lines:
             yield line
+
+    async def exec(self, id: str, command: tuple[str, ...], *, terminal: Terminal | None = None) -> ExecSession:
+        status, record = self._status(id), self._files(id).record()
+        if status.phase is not Phase.RUNNING or record is None:
+            raise not_running(id, status)
+        return await open_exec(self._files(id), self._place.runtime(record.runtime), command, terminal)
+
+    async def top(self, id: str) -> ContainerUse:
+        record = self._files(id).record()
+        if record is None:
+            raise unknown_container(id)
+        return await asyncio.to_thread(top.use, record, self._clock.wall_s())
 
     async def attach_model(self, id: str, name: str, source: Path) -> str:
         record = self._record_with_models(id)

@@ -36,7 +36,8 @@ def sweep(place: Place) -> list[str]:
     records = [place.files(id).record() for id in known]
     used = {path for record in records if record is not None for path in (record.etc, record.skeleton)}
     for path in sorted(place.run.iterdir()) if place.run.exists() else ():
-        if path.name in known or path in (place.runtime_root, place.copied_etc, place.images.folder) or str(path) in used:
+        ours = (place.runtime_root, place.copied_etc, place.images.folder)
+        if path.name in known or path in ours or str(path) in used:
             continue
         rootfs.dismantle(path)
         if not path.name.startswith(("etc-", "skeleton-")):  # copies that nobody uses any more are no leftovers
