@@ -29,8 +29,11 @@ _CHUNK_DIGITS_MAX: Final = 15
 _TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _TARGET: Final = re.compile(rb"[\x21-\x7e]+")
+# All header lines of a head and its empty line, at once: what is not of this form is looked at line by line.
+_HEADER_BLOCK: Final = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _HEX: Final = re.compile(rb"[0-9A-Fa-f]+")
+_NO_OPTIONS: Final[frozenset[bytes]] = frozenset()
 _HOP_BY_HOP: Final = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade"})
 
 
@@ -130,26 +133,31 @@ def parse_response_head(head: bytes, *, method: bytes) -> ResponseHead:
 
 def header(headers: Headers, name: bytes) -> bytes | None:
     """The first value of `name` (lower case)."""
-    return next((value for key, value in headers if key == name), None)
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
 
 
 def connection_options(headers: Headers) -> frozenset[bytes]:
     """The words of the Connection headers, lower case."""
-    words = (word for key, value in headers if key == b"connection" for word in value.lower().split(b","))
-    return frozenset(word.strip() for word in words)
+    values = [value for key, value in headers if key == b"connection"]
+    if not values:
+        return _NO_OPTIONS
+    return frozenset([word.strip() for value in values for word in value.lower().split(b",")])
 
 
 def without_hop_by_hop(headers: Headers) -> list[tuple[bytes, bytes]]:
     """Headers that may travel on; the framing headers stay, because the bytes are passed as they are."""
-    named = connection_options(headers) - {b"content-length", b"transfer-encoding"}
-    return [item for item in headers if item[0] not in _HOP_BY_HOP and item[0] not in named]
+    named = connection_options(headers)
+    dropped = _HOP_BY_HOP | (named - {b"content-length", b"transfer-encoding"}) if named else _HOP_BY_HOP
+    return [item for item in headers if item[0] not in dropped]
 
 
 def encode_head(first_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """A head with its empty line. The caller answers for the values (`is_header_value`)."""
-    lines = [first_line]
-    lines += [name + b": " + value for name, value in headers]
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    lines = [first_line, *[b"%b: %b" % item for item in headers], b"\r\n"]
+    return b"\r\n".join(lines)
 
 
 def is_header_value(value: bytes) -> bool:
@@ -269,7 +277,14 @@ def _split_head(head: bytes) -> tuple[bytes, Headers]:
     lines = head[:-4].split(b"\r\n")
     if len(lines) - 1 > HEADERS_MAX:
         raise HttpError(431, f"the head has more than {HEADERS_MAX} headers")
-    return lines[0], tuple(_parse_header_line(line) for line in lines[1:])
+    first = lines.pop(0)
+    if not _HEADER_BLOCK.fullmatch(head, len(first) + 2):
+        return first, tuple([_parse_header_line(line) for line in lines])
+    headers = []
+    for line in lines:
+        name, _, value = line.partition(b":")
+        headers.append((name.lower(), value.strip(b" \t")))
+    return first, tuple(headers)
 
 
 def _parse_header_line(line: bytes) -> tuple[bytes, bytes]:

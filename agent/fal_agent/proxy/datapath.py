@@ -9,13 +9,12 @@ import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
-from typing import Final, Protocol
+from typing import Protocol
 
 from fal_agent.proxy.messages import RunnerEntry
 from fal_agent.proxy.slots import Outcome, Refused, SlotTable
 from fal_agent.proxy.worker_pool import WorkerConnection, WorkerPool
 from fal_contract.identity import PeerIdentity
-from fal_contract.ids import random_suffix
 from fal_contract.limits import (
     DATA_CONNECT_TIMEOUT_S,
     DATA_CONNECTIONS_MAX,
@@ -26,7 +25,6 @@ from fal_contract.revocation import RevokedPeer, RevokedPeers
 from fal_contract.telemetry import get_logger
 
 _log = get_logger("proxy.datapath")
-_REQUEST_ID_CHARS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,4 +128,4 @@ class DataPath:
 
     def new_request_id(self) -> bytes:
         """For requests that came without one."""
-        return random_suffix(self._rng, _REQUEST_ID_CHARS).encode()
+        return b"%016x" % self._rng.getrandbits(64)

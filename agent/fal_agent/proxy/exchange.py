@@ -16,6 +16,7 @@ from typing import Final, Protocol
 
 from fal_agent.proxy import routing
 from fal_agent.proxy.datapath import DataPath
+from fal_agent.proxy.lazy_timer import LazyTimer
 from fal_agent.proxy.messages import RunnerEntry
 from fal_agent.proxy.slots import Outcome, Refused
 from fal_agent.proxy.worker_pool import WRITE_BUFFER_BYTES_MAX, WorkerConnection
@@ -28,6 +29,11 @@ _CHECKS_PER_STALL: Final = 4
 
 class Client(Protocol):
     """What an exchange needs of the client's connection."""
+
+    @property
+    def timer(self) -> LazyTimer:
+        """The exchange's while it lasts."""
+        ...
 
     @property
     def heard_s(self) -> float:
@@ -97,7 +103,7 @@ class Exchange:
         self._released = False
         self._heard_s = 0.0
         self._deadline_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: LazyTimer | None = client.timer
         self._task: asyncio.Task[None] | None = None
 
     # What the client's connection tells.
@@ -262,7 +268,7 @@ class Exchange:
 
     def _end(self, *, keep: bool = False) -> None:
         if self._timer is not None:
-            self._timer.cancel()
+            self._timer.clear()
             self._timer = None
         worker, self._worker = self._worker, None
         if worker is not None:
@@ -293,8 +299,7 @@ class Exchange:
 
     def _watch(self) -> None:
         """One timer for the request's deadline and for a client that neither sends nor takes what it owes."""
-        self._timer = None
-        if self._released or self._client is None:
+        if self._released or self._client is None or self._timer is None:
             return
         now_s, stall_s = self._path.now_s(), self._path.bounds.stall_timeout_s
         if now_s >= self._deadline_s:
@@ -308,5 +313,4 @@ class Exchange:
         if stalled_s >= stall_s and self._client.unsent_bytes() > WRITE_BUFFER_BYTES_MAX:
             self._client.abort()
             return
-        delay_s = min(self._deadline_s - now_s, stall_s / _CHECKS_PER_STALL)
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._watch)
+        self._timer.set(min(self._deadline_s, now_s + stall_s / _CHECKS_PER_STALL), self._watch)

@@ -16,6 +16,7 @@ from typing import Final, cast
 from fal_agent.proxy import routing
 from fal_agent.proxy.datapath import DataPath
 from fal_agent.proxy.exchange import Exchange
+from fal_agent.proxy.lazy_timer import LazyTimer
 from fal_agent.proxy.slots import Refused
 from fal_agent.proxy.worker_pool import WRITE_BUFFER_BYTES_MAX
 from fal_contract.errors import Code, FalError
@@ -55,7 +56,7 @@ class ClientConnection(asyncio.Protocol):
         self._discarded_bytes = 0
         self._close_after_discard = False
         self._keep_alive = True
-        self._timer: asyncio.TimerHandle | None = None
+        self.timer = LazyTimer()  # of whoever has the connection now: this, or its exchange
         self._heard_s = 0.0
 
     # What the data path and tunnels know of it.
@@ -111,10 +112,10 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = _State.CLOSED
         self._path.left(self)
-        self._arm(None)
         if self._exchange is not None:
             self._exchange.client_gone()
             self._exchange = None
+        self.timer.stop()
 
     def data_received(self, data: bytes) -> None:
         self._heard_s = self._path.now_s()
@@ -302,14 +303,12 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
 
     def _arm(self, delay_s: float | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if delay_s is not None:
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._expired)
+        if delay_s is None:
+            self.timer.clear()
+        else:
+            self.timer.set(self._path.now_s() + delay_s, self._expired)
 
     def _expired(self) -> None:
-        self._timer = None
         if self._state is _State.HEAD and self._buffer:
             self.write(routing.http_error(HttpError(408, "the head took too long")))
         self._close()

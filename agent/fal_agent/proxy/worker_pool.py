@@ -20,6 +20,7 @@ from fal_agent.proxy.messages import RunnerEntry
 KEPT_MAX_S: Final = 1.0  # from the connect; below the keep-alive of the servers that people use
 TRUSTED_AFTER_S: Final = 0.02  # who closes after an answer does so within this
 KEPT_PER_RUNNER_MAX: Final = 64
+_PEEK: Final = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 WRITE_BUFFER_BYTES_MAX: Final = 256 << 10
 
 
@@ -71,7 +72,7 @@ class WorkerConnection(asyncio.Protocol):
         if self.transport is None or self.transport.is_closing():
             return False
         try:
-            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self._sock.recv(1, _PEEK)
         except BlockingIOError:
             return True
         except OSError:
