@@ -34,7 +34,7 @@ class AssignmentBuilder:
     def __init__(self, manifests: ManifestSource) -> None:
         self._manifests = manifests
         self._specs: OrderedDict[tuple[str, int, str], state_pb2.AppSpec] = OrderedDict()
-        self._artifacts: OrderedDict[tuple[str, str, str, bool, bool], agent_pb2.Artifact] = OrderedDict()
+        self._artifacts: OrderedDict[tuple[str, str, str, bool, bool, int], agent_pb2.Artifact] = OrderedDict()
 
     def build(self, state: State, runner: Runner) -> agent_pb2.Assignment:
         """The message. Raises what stands in the way of a manifest (NOT_FOUND, CORRUPT, FAILED_PRECONDITION).
@@ -58,7 +58,7 @@ class AssignmentBuilder:
             return message
         message.spec.CopyFrom(self._spec(state, runner))
         if runner.goal is Goal.RUN:
-            for name in revision.spec.models:
+            for name in revision.spec.artifacts:
                 message.artifacts.append(self._artifact(state, name, revision.spec))
             team = team_of(runner.app)
             for key in revision.spec.compile_caches:
@@ -89,7 +89,9 @@ class AssignmentBuilder:
             raise FalError(Code.NOT_FOUND, f"model {name} is not registered", remedy="Register it again.")
         if model.withdrawn or not model.artifact_id:
             raise _not_usable(model)
-        key = (model.id, model.artifact_id, model.manifest_digest, spec.stream_weights, spec.allow_provisional)
+        ordered = len(model.image.first_pieces) if model.image is not None else 0  # they are set once
+        stream, provisional = spec.stream_weights, spec.allow_provisional
+        key = (model.id, model.artifact_id, model.manifest_digest, stream, provisional, ordered)
         artifact = self._artifacts.get(key)
         if artifact is None:
             artifact = self._artifacts[key] = artifact_message(model, self._manifests.get(model.artifact_id), spec)
@@ -111,7 +113,11 @@ def entry_for(state: State, team: str, key: str) -> CacheEntry | None:
 
 
 def artifact_message(model: Model, manifest: state_pb2.ModelManifest, spec: Spec | None = None) -> agent_pb2.Artifact:
-    """What a node is told of a model: with its manifest where that is small, else by id and digest only."""
+    """What a node is told of a model: with its manifest where that is small, else by id and digest only.
+
+    An image is always read while it arrives, the pieces first that a recorded start has read.
+    """
+    image = model.kind == "image"
     return agent_pb2.Artifact(
         model=model.id,
         kind=model.kind,
@@ -120,8 +126,9 @@ def artifact_message(model: Model, manifest: state_pb2.ModelManifest, spec: Spec
         bytes=model.bytes,
         manifest=manifest if manifest.ByteSize() <= MANIFEST_EMBEDDED_BYTES_MAX else None,
         artifact_id=model.artifact_id,
-        stream=spec.stream_weights if spec is not None else False,
-        allow_provisional=spec.allow_provisional if spec is not None else False,
+        stream=image or (spec is not None and spec.stream_weights),
+        allow_provisional=not image and spec is not None and spec.allow_provisional,
+        first_pieces=model.image.first_pieces if model.image is not None else (),
     )
 
 

@@ -64,8 +64,8 @@ class CacheBuilds:
         runner = state.runners.get(runner_id)
         task = state.catalog.builds.get(runner.app) if runner is not None else None
         status = state.status_of(runner) if runner is not None else None
-        if runner is None or task is None or status is None:
-            return  # stopped meanwhile
+        if runner is None or task is None or status is None or task.image:
+            return  # stopped meanwhile, or an image (`image_packs`)
         try:
             artifact = output_of(status.output, task)
             await self._take(runner, task, artifact)

@@ -80,6 +80,7 @@ class CacheSessions:
         self.office = TicketOffice(secret)
         self._sessions: dict[str, Outbox] = {}
         self._noted: dict[tuple[str, str, str], float] = {}
+        self.on_manifest: Callable[[str, state_pb2.ModelManifest], bool] = lambda node_id, manifest: False
         self.table = ResidencyTable()
         self.swarms = Swarms(self.table, lambda: engine.view, self.office, clock=clock, tell=self._swarm_due)
         self.wishes = WishKeeper(
@@ -222,7 +223,9 @@ class CacheSessions:
                 session.copies_due()
 
     def _offered(self, session: Outbox, manifest: state_pb2.ModelManifest) -> None:
-        """A manifest that this scheduler lacked, perhaps; who waits for it is told."""
+        """What a pack task left (`image_packs`), or a manifest that this scheduler lacked; who waits for it is told."""
+        if self.on_manifest(session.node_id, manifest):
+            return
         if self._registrar.offer_manifest(manifest):
             for other in self._sessions.values():
                 if manifest.artifact_id in other.stuck:
@@ -387,6 +390,10 @@ class CacheSessions:
             asked += self._ask_manifest(node.node_id, artifact_id)
             if asked == MANIFEST_ASKED_MAX:
                 break
+
+    def ask_manifest(self, node_id: str, artifact_id: str) -> bool:
+        """Ask one cache for a manifest that nobody has signed yet; False where it has no session."""
+        return self._push(node_id, weights_pb2.CacheDown(want_manifest=weights_pb2.WantManifest(id=artifact_id)))
 
     def _ask_manifests(self, node_id: str) -> None:
         for artifact_id in self._registrar.wanted:

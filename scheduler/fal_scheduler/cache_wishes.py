@@ -29,6 +29,7 @@ WISH_WINDOW_S: Final = 0.5
 MODELS_AT_ONCE_MAX: Final = 32
 SETTLE_S: Final = 30.0  # after that a cache that has not been heard is not waited for
 INLINE_BYTES_MAX: Final = 1 << 20  # of all manifests in one set
+_PIECE_NUMBER_BYTES: Final = 3
 _FILE_BYTES: Final = 160  # about what a file takes in a manifest, beside its pieces
 
 
@@ -207,6 +208,9 @@ class WishKeeper:
             model = catalog.models.get(one.model)
             if model is not None:
                 artifact = artifact_out(model)
+                if model.image is not None and len(model.image.first_pieces) * _PIECE_NUMBER_BYTES <= room:
+                    artifact.first_pieces.extend(model.image.first_pieces)
+                    room -= len(model.image.first_pieces) * _PIECE_NUMBER_BYTES
                 room -= self._inline(artifact, model, room)
                 message.wishes.add(artifact=artifact, tier=one.tier, expires_at_s=one.expires_at_s)
         return message

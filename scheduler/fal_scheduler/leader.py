@@ -30,6 +30,7 @@ from fal_scheduler.dispatch import Dispatcher
 from fal_scheduler.engine import Engine
 from fal_scheduler.engine_port import EngineOptions
 from fal_scheduler.event_feed import EventFeed
+from fal_scheduler.image_packs import ImagePacks
 from fal_scheduler.leadership import CurrentLeadership, Leadership, not_leading
 from fal_scheduler.models import ModelRegistrar, origin_lister
 from fal_scheduler.revocations import RevocationIndex
@@ -133,6 +134,7 @@ class Leader:
             models=models,
             manifests=manifests,
             builds=CacheBuilds(engine, models.desk, self._ca),
+            packs=ImagePacks(engine, models.desk, self._ca, caches),
             alarms=alarms,
             revocations=self._revocations,
             ca=self._ca,
@@ -174,6 +176,7 @@ class Leader:
                 task.cancel()
             await asyncio.gather(*upkeep, return_exceptions=True)
             await leadership.builds.close()
+            await leadership.packs.close()
             await leadership.models.close()
 
     def _caches(self, engine: Engine, models: ModelRegistrar, alarms: EdgeAlarms, feed: EventFeed) -> CacheSessions:

@@ -20,6 +20,7 @@ from fal_scheduler.core.state import State
 from fal_scheduler.dispatch import Dispatcher
 from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.event_feed import EventFeed
+from fal_scheduler.image_packs import ImagePacks
 from fal_scheduler.models import ModelRegistrar
 from fal_scheduler.revocations import RevocationIndex
 from fal_scheduler.sessions import AgentSessions
@@ -37,6 +38,7 @@ class Leadership:
     models: ModelRegistrar
     manifests: ManifestBlobs
     builds: CacheBuilds
+    packs: ImagePacks
     alarms: EdgeAlarms
     revocations: RevocationIndex
     ca: CertificateAuthority

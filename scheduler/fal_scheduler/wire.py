@@ -17,9 +17,10 @@ from typing import Any, Final, TypeVar, Union, cast, get_args, get_origin, get_t
 from google.protobuf.message import Message
 
 from fal_contract.errors import invalid
-from fal_contract.limits import LOG_TAIL_LINES_MAX, NODE_EVENTS_MAX, REVOCATIONS_TOLD_MAX
+from fal_contract.limits import ASSIGNMENTS_PER_NODE_MAX, LOG_TAIL_LINES_MAX, NODE_EVENTS_MAX, REVOCATIONS_TOLD_MAX
 from fal_contract.v1 import agent_pb2, cluster_pb2
 from fal_scheduler.core.events import NodeHello, NodeReport
+from fal_scheduler.core.pack_events import AccessTold
 from fal_scheduler.core.records import Residency, Revocation, RunnerState
 from fal_scheduler.core.told import Alarm, Capabilities, Endpoint, Gpu, GpuLink, Inventory, RunnerStatus
 
@@ -122,6 +123,9 @@ def hello_of(hello: agent_pb2.Hello, *, session_id: str, arrived_s: float) -> No
 
 def report_of(report: agent_pb2.Report, *, node_id: str, session_id: str, arrived_s: float) -> NodeReport:
     """The core's form of a Report."""
+    if len(report.access) > ASSIGNMENTS_PER_NODE_MAX:
+        most = ASSIGNMENTS_PER_NODE_MAX
+        raise invalid("access", len(report.access), "are too many", remedy=f"Tell at most {most} at once.")
     if len(report.events) > NODE_EVENTS_MAX:
         raise invalid("events", len(report.events), "are too many", remedy=f"Tell at most {NODE_EVENTS_MAX} at once.")
     return NodeReport(
@@ -132,6 +136,7 @@ def report_of(report: agent_pb2.Report, *, node_id: str, session_id: str, arrive
         gone=tuple(report.gone),
         inventory=inventory_of(report.inventory) if report.HasField("inventory") else None,
         tunnels=tuple(report.tunnels),
+        access=tuple(AccessTold(one.artifact_id, one.runner_id, tuple(one.pieces)) for one in report.access),
     )
 
 

@@ -15,7 +15,7 @@ from fal_scheduler.core.builds import runner_of, task_of
 from fal_scheduler.core.events import ApplyApp, DeleteApp, Event, Moment, NodeReport, Reply, StopRunner, Tick
 from fal_scheduler.core.model_commands import in_use, users
 from fal_scheduler.core.model_events import AddModel, RevokeModel
-from fal_scheduler.core.pack_events import NoteAccess, PackImage, PutImage, RemoveModel
+from fal_scheduler.core.pack_events import AccessTold, PackImage, PutImage, RemoveModel
 from fal_scheduler.core.packs import NAMESPACE, pack_of
 from fal_scheduler.core.records import (
     BuildTask,
@@ -356,6 +356,10 @@ def started(world: World) -> Runner:
     return world.state.runners[runner_id]
 
 
+def report(world: World, node_id: str, told: AccessTold) -> None:
+    assert world.step(NodeReport(node_id, world.state.live[node_id].session_id, world.now_s, access=(told,)))
+
+
 def pieces(world: World) -> tuple[int, ...]:
     facts = world.state.models[ID].image
     assert facts is not None
@@ -364,9 +368,9 @@ def pieces(world: World) -> tuple[int, ...]:
 
 def test_the_first_recorded_start_orders_an_image(world: World) -> None:
     runner = started(world)
-    world.step(NoteAccess(runner.node, image().artifact_id, runner.id, (7, 0, 7, 41, 42, 10**6)))
+    report(world, runner.node, AccessTold(image().artifact_id, runner.id, (7, 0, 7, 41, 42, 10**6)))
     assert pieces(world) == (7, 0, 41)  # 40 pieces of 10 MiB, and two files: 42 at most
-    world.step(NoteAccess(runner.node, image().artifact_id, runner.id, (1, 2, 3)))
+    report(world, runner.node, AccessTold(image().artifact_id, runner.id, (1, 2, 3)))
     assert pieces(world) == (7, 0, 41)
 
 
@@ -374,14 +378,14 @@ def test_the_first_recorded_start_orders_an_image(world: World) -> None:
 def test_what_a_node_cannot_know_orders_nothing(world: World, lie: str) -> None:
     runner = started(world)
     other = next(node_id for node_id in world.state.nodes if node_id != runner.node)
-    event = NoteAccess(runner.node, image().artifact_id, runner.id, (1,))
+    told_of = AccessTold(image().artifact_id, runner.id, (1,))
     changes: dict[str, dict[str, object]] = {
-        "node": {"node": other},
+        "node": {},
         "artifact": {"artifact_id": "34" * 32},
         "runner": {"runner": "default/none-1"},
         "empty": {"pieces": (10**6,)},
     }
-    world.step(replace(event, **changes[lie]))  # type: ignore[arg-type]
+    report(world, other if lie == "node" else runner.node, replace(told_of, **changes[lie]))  # type: ignore[arg-type]
     assert pieces(world) == ()
 
 
@@ -390,5 +394,5 @@ def test_a_recording_is_bounded(world: World) -> None:
     large = replace(world.state.models[ID], bytes=10 << 30)
     world.state.catalog.set_model(world.state.models[ID], large)
     told_pieces = tuple(range(2 * IMAGE_FIRST_PIECES_MAX))
-    world.step(NoteAccess(runner.node, image().artifact_id, runner.id, told_pieces))
+    report(world, runner.node, AccessTold(image().artifact_id, runner.id, told_pieces))
     assert len(pieces(world)) == IMAGE_FIRST_PIECES_MAX

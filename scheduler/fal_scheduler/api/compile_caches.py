@@ -19,6 +19,7 @@ from fal_contract.v1 import cluster_pb2
 from fal_scheduler.codec_weights import cache_entry_to_pb
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry
 from fal_scheduler.core.builds import builds, runner_of_build
+from fal_scheduler.core.packs import NAMESPACE as IMAGES
 from fal_scheduler.core.records import BuildTask, CacheEntry, Resources, Scaling, Spec
 from fal_scheduler.leadership import Leadership
 
@@ -99,8 +100,8 @@ def list_entries(leader: Leadership, request: cluster_pb2.ListCacheEntriesReques
     state = leader.view
     if request.namespace:
         check_namespace(request.namespace)
-    found = {*state.catalog.cache_entries, *state.build_failures}
-    found.update((task.namespace, task.key) for _, task in builds(state))
+    found = {*state.catalog.cache_entries, *(slot for slot in state.build_failures if slot[0] != IMAGES)}
+    found.update((task.namespace, task.key) for _, task in builds(state) if not task.image)
     views = (
         _view(leader, namespace, key)
         for namespace, key in sorted(found)

@@ -24,6 +24,7 @@ from fal_scheduler.api import (
     callers,
     compile_caches,
     explain,
+    images,
     join_tokens,
     nodes,
     pools,
@@ -131,6 +132,20 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self, request: cluster_pb2.CollectModelsRequest, context: Context
     ) -> cluster_pb2.CollectModelsReply:
         return await weights.collect_models(self._current.get(), request, _actor())
+
+    async def AddImage(self, request: cluster_pb2.AddImageRequest, context: Context) -> cluster_pb2.ImageView:
+        return await images.add_image(self._current.get(), request, _actor())
+
+    async def GetImage(self, request: cluster_pb2.GetImageRequest, context: Context) -> cluster_pb2.ImageView:
+        return images.get_image(self._current.get(), request)
+
+    async def ListImages(self, request: cluster_pb2.ListImagesRequest, context: Context) -> cluster_pb2.ListImagesReply:
+        return _sized(images.list_images(self._current.get(), request), "Name a team.")
+
+    async def RemoveModel(
+        self, request: cluster_pb2.RemoveModelRequest, context: Context
+    ) -> cluster_pb2.RemoveModelReply:
+        return await images.remove_model(self._current.get(), request, _actor())
 
     async def ListCacheEntries(
         self, request: cluster_pb2.ListCacheEntriesRequest, context: Context

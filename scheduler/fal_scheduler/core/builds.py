@@ -2,9 +2,9 @@
 
 Pure. A build task is an app of the scheduler's own team with one revision and one runner, made in one commit, so its
 records are what lets one build a key run, also under the next leader. It runs once: whatever ends it ends the task
-(`ended`, `end_of_task`), and a task never comes back by itself; only one that packs an image (`core.packs`) gets another
-runner where its node failed it. Only output of such a runner becomes an entry, and an entry never changes. Failures are
-leader-local and bounded; namespaces are bounded, the oldest entries go.
+(`ended`, `end_of_task`), and a task never comes back by itself; only one that packs an image (`core.packs`) gets
+another runner where its node failed it. Only output of such a runner becomes an entry, and an entry never changes.
+Failures are leader-local and bounded; namespaces are bounded, the oldest entries go.
 """
 
 from __future__ import annotations

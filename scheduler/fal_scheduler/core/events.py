@@ -24,7 +24,7 @@ from fal_scheduler.core.model_events import (
     StageModel,
     UnstageModel,
 )
-from fal_scheduler.core.pack_events import PackCommand
+from fal_scheduler.core.pack_events import AccessTold, PackCommand
 from fal_scheduler.core.records import Change, Pool, ScaleOverride, Spec
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.told import Capabilities, Endpoint, Inventory, RunnerStatus
@@ -240,6 +240,7 @@ class NodeReport:
     gone: tuple[str, ...] = ()
     inventory: Inventory | None = None
     tunnels: tuple[str, ...] | None = None
+    access: tuple[AccessTold, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

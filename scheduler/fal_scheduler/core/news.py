@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fal_contract.limits import CRASH_BACKOFF_MAX_S, CRASH_BACKOFF_STEP_S
-from fal_scheduler.core import builds, suspicion
+from fal_scheduler.core import builds, packs, suspicion
 from fal_scheduler.core.events import (
     GatewayReach,
     HelloNeeded,
@@ -136,6 +136,8 @@ def report(work: Work, event: NodeReport) -> None:
     if event.tunnels is not None and event.tunnels != live.tunnels:
         live.tunnels = event.tunnels
         work.emit(NodeChanged(live.node_id))
+    for told in event.access:
+        packs.note_access(work, live.node_id, told)
     orphans = len(state.orphans)
     for status in event.statuses:
         before = _take(work, live, status)

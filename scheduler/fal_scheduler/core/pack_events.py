@@ -42,19 +42,17 @@ class RemoveModel:
 
 
 @dataclass(frozen=True, slots=True)
-class NoteAccess:
-    """What a recorded start has read of an image, told by `node`, which runs `runner`. Kept once for an image.
+class AccessTold:
+    """News, part of a node's report: what the start of `runner` has read of an image.
 
     `pieces`: numbers of pieces in order of first use.
     """
 
-    node: str
     artifact_id: str
     runner: str
     pieces: tuple[int, ...]
-    actor: str = ""
 
 
-PackCommand = PackImage | PutImage | RemoveModel | NoteAccess
+PackCommand = PackImage | PutImage | RemoveModel
 
-__all__ = ["NoteAccess", "PackCommand", "PackImage", "PutImage", "RemoveModel"]
+__all__ = ["AccessTold", "PackCommand", "PackImage", "PutImage", "RemoveModel"]

@@ -15,7 +15,7 @@ from fal_contract.pieces import piece_bytes_of
 from fal_scheduler.core import builds
 from fal_scheduler.core.events import Reply
 from fal_scheduler.core.model_commands import in_use, users
-from fal_scheduler.core.pack_events import NoteAccess, PackCommand, PackImage, PutImage, RemoveModel
+from fal_scheduler.core.pack_events import AccessTold, PackCommand, PackImage, PutImage, RemoveModel
 from fal_scheduler.core.records import App, BuildTask, Model, ModelState, Wish
 from fal_scheduler.core.state import State
 from fal_scheduler.core.work import Work
@@ -33,8 +33,6 @@ def command(work: Work, event: PackCommand) -> Reply:
             return _put(work, event)
         case RemoveModel():
             return _remove(work, event)
-        case NoteAccess():
-            return _note_access(work, event)
 
 
 def pack_of(state: State, image: str) -> tuple[App, BuildTask] | None:
@@ -161,23 +159,25 @@ def _check_unused(state: State, model: Model) -> None:
         raise FalError(Code.FAILED_PRECONDITION, what, remedy="Wait until they have ended.", field="id")
 
 
-def _note_access(work: Work, event: NoteAccess) -> Reply:
-    """Believed of a node that runs this image now; numbers that cannot be are left out."""
+def note_access(work: Work, node_id: str, told: AccessTold) -> None:
+    """Keep what a recorded start has read, once for an image, to be fetched first from then on.
+
+    Believed of a node that runs this image now; numbers that cannot be are left out.
+    """
     state = work.state
-    runner = state.runners.get(event.runner)
+    runner = state.runners.get(told.runner)
     revision = state.revisions.get((runner.app, runner.revision)) if runner is not None else None
     image = state.models.get(revision.spec.image) if revision is not None else None
-    if runner is None or runner.node != event.node or image is None or image.artifact_id != event.artifact_id:
-        return Reply("unchanged", event.artifact_id)
+    if runner is None or runner.node != node_id or image is None or image.artifact_id != told.artifact_id:
+        return
     if image.image is None or image.image.first_pieces:
-        return Reply("unchanged", image.id)
+        return
     most = -(-image.bytes // piece_bytes_of(image.kind, image.bytes)) + image.files  # a file's last piece is shorter
-    known = dict.fromkeys(piece for piece in event.pieces[:IMAGE_FIRST_PIECES_MAX] if 0 <= piece < most)
+    known = dict.fromkeys(piece for piece in told.pieces[:IMAGE_FIRST_PIECES_MAX] if 0 <= piece < most)
     if not known:
-        return Reply("unchanged", image.id)
+        return
     work.put(replace(image, image=replace(image.image, first_pieces=tuple(known))), image)
-    work.log("IMAGE_ORDERED", image.id, f"{len(known)} pieces are fetched first, as a start on {event.node} read them")
-    return Reply("changed", image.id)
+    work.log("IMAGE_ORDERED", image.id, f"{len(known)} pieces are fetched first, as a start on {node_id} read them")
 
 
-__all__ = ["NAMESPACE", "command", "pack_of"]
+__all__ = ["NAMESPACE", "command", "note_access", "pack_of"]

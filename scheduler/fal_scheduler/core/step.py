@@ -53,7 +53,7 @@ from fal_scheduler.core.model_events import (
     StageModel,
     UnstageModel,
 )
-from fal_scheduler.core.pack_events import NoteAccess, PackImage, PutImage, RemoveModel
+from fal_scheduler.core.pack_events import PackImage, PutImage, RemoveModel
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.reconcile import reconcile
 from fal_scheduler.core.records import Change
@@ -190,7 +190,7 @@ def _model_command(work: Work, event: Command) -> Reply:
             return model_commands.collect_models(work, event)
         case BuildCache() | PutCacheEntry() | FailBuild() | TrimCache() | EvictCacheEntry():
             return builds.command(work, event)
-        case PackImage() | PutImage() | RemoveModel() | NoteAccess():
+        case PackImage() | PutImage() | RemoveModel():
             return packs.command(work, event)
     raise FalError(Code.INTERNAL, f"{type(event).__name__} is no command", remedy="Report this.")
 
