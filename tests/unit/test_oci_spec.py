@@ -89,10 +89,11 @@ def test_cgroup_v2_has_no_swap_and_dies_as_one() -> None:
     pids_max=st.integers(0, 1 << 20),
     user_namespace=st.booleans(),
     cgroup_v2=st.booleans(),
-    network=st.sampled_from(["none", "host"]),
+    network=st.sampled_from(["none", "egress", "host"]),
+    netns=st.sampled_from(["", "/run/falctl/net-1/netns/a"]),
 )
 def test_no_input_weakens_the_walls(
-    cpu_milli: int, memory_bytes: int, pids_max: int, user_namespace: bool, cgroup_v2: bool, network: str
+    cpu_milli: int, memory_bytes: int, pids_max: int, user_namespace: bool, cgroup_v2: bool, network: str, netns: str
 ) -> None:
     spec = ContainerSpec(
         id="a",
@@ -100,7 +101,8 @@ def test_no_input_weakens_the_walls(
         resources=Resources(cpu_milli=cpu_milli, memory_bytes=memory_bytes, pids_max=pids_max),
         network=network,  # type: ignore[arg-type]
     )
-    made = build(spec, host(user_namespace=user_namespace, cgroup_v2=cgroup_v2, devices=(), binds=()))
+    netns = netns if network == "egress" else ""
+    made = build(spec, host(user_namespace=user_namespace, cgroup_v2=cgroup_v2, devices=(), binds=(), netns=netns))
     process, linux = made["process"], made["linux"]
     assert made["root"]["readonly"] is True
     assert process["noNewPrivileges"] is True
@@ -108,9 +110,11 @@ def test_no_input_weakens_the_walls(
     assert process["user"]["uid"] != 0 or user_namespace
     kinds = {namespace["type"] for namespace in linux["namespaces"]}
     assert {"pid", "ipc", "uts", "mount"} <= kinds
-    assert ("network" in kinds) == (network == "none")
+    assert ("network" in kinds) == (network != "host")
     assert ("user" in kinds) == user_namespace
-    assert all("path" not in namespace for namespace in linux["namespaces"])
+    joined = {namespace["type"]: namespace["path"] for namespace in linux["namespaces"] if "path" in namespace}
+    assert joined == ({"network": netns} if netns else {})
+    assert any(mount["destination"] == "/sys" for mount in made["mounts"]) == (network == "none")
     assert linux["resources"]["devices"] == [{"allow": False, "access": "rwm"}]
     assert linux["seccomp"] == profile()
     assert ("pids" in linux["resources"]) == (pids_max > 0)

@@ -11,13 +11,14 @@ import asyncio
 import builtins
 import contextlib
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Final
 
 from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import FalError
 from fal_runtime import models_dir
+from fal_runtime.cdi.reader import DIRECTORIES
 from fal_runtime.container_use import ContainerUse
 from fal_runtime.driver import (
     MODELS_DIR_INSIDE,
@@ -33,6 +34,7 @@ from fal_runtime.driver import (
 )
 from fal_runtime.exec_session import ExecSession, Terminal
 from fal_runtime.log_file import read_log
+from fal_runtime.network.egress import Settings as EgressSettings
 from fal_runtime.oci import leftovers, probe, processes, start, top
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.exec import open_exec
@@ -57,9 +59,16 @@ class OciDriver:
     isolates: Final = True
 
     def __init__(
-        self, state_dir: Path, *, run_dir: Path = RUN_DIR, clock: Clock | None = None, mode: Mode | None = None
+        self,
+        state_dir: Path,
+        *,
+        run_dir: Path = RUN_DIR,
+        clock: Clock | None = None,
+        mode: Mode | None = None,
+        egress: EgressSettings = EgressSettings(),
+        cdi: Sequence[Path] = DIRECTORIES,
     ) -> None:
-        self._place = Place(state_dir, run_dir)
+        self._place = Place(state_dir, run_dir, egress, cdi)
         self._containers, self._run = self._place.containers, self._place.run
         self._clock: Clock = clock or SystemClock()
         self._watcher = Watcher()
@@ -69,7 +78,7 @@ class OciDriver:
 
     async def probe(self) -> Capabilities:
         async with self._probing:
-            return await self._probe()
+            return await probe.with_features(await self._probe(), self._place)
 
     async def _probe(self) -> Capabilities:
         mode, capabilities = await probe.find(self._run_once, self._place.userns, self._run)
@@ -156,7 +165,9 @@ class OciDriver:
             return status
         self._signal(id, signal.SIGKILL)
         try:
-            async with asyncio.timeout(EXIT_TIMEOUT_S):
+            record = self._files(id).record()
+            image = record.image if record is not None else ""
+            async with asyncio.timeout(EXIT_TIMEOUT_S), self._place.images.unstuck(image, id):
                 return await self.wait(id)
         except TimeoutError:
             raise driver_failed(

@@ -18,7 +18,8 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,12 +52,11 @@ class _Mounted:
 
 
 class ImageMounts:
-    """See the module's docstring. `in_use(id)` says whether a record of a container names that image; asked in a
-    thread."""
+    """See the module's docstring. `users_of(id)`: the containers whose records name that image; asked in threads."""
 
-    def __init__(self, folder: Path, in_use: Callable[[str], bool], *, keep_s: float = KEEP_S) -> None:
+    def __init__(self, folder: Path, users_of: Callable[[str], frozenset[str]], *, keep_s: float = KEEP_S) -> None:
         self.folder = folder
-        self._in_use = in_use
+        self._users_of = users_of
         self._keep_s = keep_s
         self._locks: dict[str, asyncio.Lock] = {}
         self._later: dict[str, asyncio.TimerHandle] = {}
@@ -85,10 +85,27 @@ class ImageMounts:
     async def release(self, id: str) -> bool:
         """Unmount it unless a container uses it; True when it is not mounted any more."""
         async with self._lock(id):
-            if await asyncio.to_thread(self._in_use, id):
+            if await asyncio.to_thread(self._users_of, id):
                 return False
             await self._take_down(id)
             return True
+
+    @asynccontextmanager
+    async def unstuck(self, id: str, container: str) -> AsyncIterator[None]:
+        """While a killed container is waited for: its reads of an unfinished image (if any) end after a while.
+
+        A reader of SquashFS cannot be killed before its read ends. Where others read the same image, it waits for
+        fsd's own bound; theirs must not fail.
+        """
+        if not id:
+            yield
+            return
+        freeing = asyncio.create_task(self._free(id, container), name=f"reads of {container}")
+        try:
+            yield
+        finally:
+            freeing.cancel()
+            await asyncio.gather(freeing, return_exceptions=True)
 
     async def clean(self) -> list[str]:
         """Unmount what no container uses; what was found, in words."""
@@ -190,6 +207,14 @@ class ImageMounts:
             return
         self._improve(image, _read(image), mounted, state)
 
+    async def _free(self, id: str, container: str) -> None:
+        await asyncio.sleep(STUCK_S)
+        async with self._lock(id):
+            state = await asyncio.to_thread(self._state, id)
+            if state is not None and state.fuse and await asyncio.to_thread(self._users_of, id) == {container}:
+                _log.warning("image_aborted", image=id, why=f"{container} cannot be killed while it reads")
+                await asyncio.to_thread(_abort, state.fuse)
+
     async def _take_down(self, id: str) -> None:
         place, state = self.folder / id, await asyncio.to_thread(self._state, id)
         self._forget_later(id)
@@ -211,7 +236,8 @@ def _read(image: Image) -> ImageLayout:
     if not image.finished:
         config = image.folder / CONFIG_FILE
         try:
-            config.open("rb").read(1)  # waits for its piece; what goes wrong here passes
+            with config.open("rb") as file:
+                file.read(1)  # waits for its piece; what goes wrong here passes
         except OSError as exc:
             raise _not_here(config, exc) from exc
     return read_layout(image.folder)

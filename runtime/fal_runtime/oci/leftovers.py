@@ -19,6 +19,7 @@ def take_away(place: Place, files: ContainerFiles, record: Record | None) -> Non
     """Everything of a dead container; takes tens of milliseconds of system calls, so not on the loop."""
     if record is not None:
         cgroups.remove(record.cgroup_path)
+        place.egress.close(record.id)
         shutil.rmtree(place.runtime_root / record.id, ignore_errors=True)
         rootfs.dismantle(Path(record.run_dir))
         if record.socket_dir:
@@ -47,6 +48,7 @@ def sweep(place: Place) -> list[str]:
         if scope == place.scope and id not in known:
             cgroups.remove(f"/{socket_dir.CGROUP_PARENT}/{name}")
             words.append(f"cgroup {name}")
+    words += place.egress.clean(frozenset(known))
     if not known:
         shutil.rmtree(place.run, ignore_errors=True)
         place.copied_etc = None

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -19,6 +20,7 @@ from fal_contract.errors import FalError
 from fal_runtime.driver import Capabilities, ContainerSpec, driver_failed
 from fal_runtime.oci import cgroups, mounts
 from fal_runtime.oci.conmon import Mode
+from fal_runtime.oci.place import Place
 from fal_runtime.oci.userns import UsernsCache
 from fal_runtime.socket_dir import CGROUP_PARENT
 from fal_runtime.uid_ranges import FIRST_ID
@@ -71,6 +73,14 @@ async def find(run_once: RunOnce, userns: UsernsCache, run_dir: Path) -> tuple[M
             )
     reasons = "; ".join(f"{name}: {why}" for name, why in details.items())
     raise driver_failed(f"no container can be run here ({reasons})", remedy="Use --driver process, or fix the first.")
+
+
+async def with_features(found: Capabilities, place: Place) -> Capabilities:
+    """What was found, with what the driver can do beyond running a container; each was tried."""
+    why_not = await asyncio.to_thread(place.egress.probe)
+    features = () if why_not else ("egress",)
+    details = {**found.details, "egress": why_not or "works"}
+    return replace(found, features=(*found.features, *features), details=MappingProxyType(details))
 
 
 async def _try(run_once: RunOnce, mode: Mode, details: dict[str, str]) -> int | None:

@@ -16,6 +16,7 @@ from typing import Final
 
 from fal_contract.errors import FalError
 from fal_runtime import host_image
+from fal_runtime.cdi.model import NO_EDITS, Edits
 from fal_runtime.driver import (
     MODELS_DIR_INSIDE,
     SOCKET_DIR_INSIDE,
@@ -65,9 +66,14 @@ def place_mounts(run_dir: Path, spec: ContainerSpec, *, userns_fd: int | None) -
         attach(mount.source, place, flags, userns_fd)
 
 
-def extra_mount_points(spec: ContainerSpec, layout: host_image.Layout) -> tuple[tuple[str, bool], ...]:
-    """The mount points that this spec needs in its skeleton, as (path inside, is a directory)."""
-    wanted = sorted((mount.target, mount.source.is_dir()) for mount in spec.mounts)
+def extra_mount_points(
+    spec: ContainerSpec, layout: host_image.Layout, edits: Edits = NO_EDITS
+) -> tuple[tuple[str, bool], ...]:
+    """The mount points that this spec and its CDI edits need in its skeleton, as (path inside, is a directory)."""
+    wanted = sorted(
+        {(mount.target, mount.source.is_dir()) for mount in spec.mounts}
+        | {(mount.container_path, os.path.isdir(mount.host_path)) for mount in edits.mounts}
+    )
     return tuple((target, is_directory) for target, is_directory in wanted if not _below_a_bind(target, layout))
 
 
@@ -84,9 +90,13 @@ def binds(run_dir: Path, spec: ContainerSpec) -> tuple[Bind, ...]:
     if spec.models_dir is not None:
         found.append(Bind(spec.models_dir, MODELS_DIR_INSIDE, ("rbind", "rslave", "ro", "nosuid", "nodev", "noexec")))
     if spec.network == "host":
-        resolv = Path("/etc/resolv.conf")
-        found.append(Bind(resolv.resolve(), "/etc/resolv.conf", ("bind", "ro", *locked_flags(resolv))))
+        found.append(bind_resolv_conf(Path("/etc/resolv.conf")))
     return tuple(found)
+
+
+def bind_resolv_conf(source: Path) -> Bind:
+    """Shows `source` as the container's list of name servers."""
+    return Bind(source.resolve(), "/etc/resolv.conf", ("bind", "ro", *locked_flags(source)))
 
 
 def _bind(place: Path, mount: Mount) -> Bind:

@@ -94,6 +94,7 @@ class HostLayout:
     open_files_max: int  # the agent's own hard limit, which needs CAP_SYS_RESOURCE to exceed
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     binds: tuple[Bind, ...] = ()
+    netns: str = ""  # a network namespace to join, made before; empty: as `ContainerSpec.network` says
     devices: tuple[DeviceNode, ...] = ()
     limits: HostLimits = HostLimits()
     edits: Edits = NO_EDITS
@@ -188,7 +189,7 @@ def _mounts(spec: ContainerSpec, host: HostLayout) -> list[dict[str, Any]]:
 
 def _linux(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
     kinds = ["pid", "ipc", "uts", "mount"]
-    if spec.network == "none":
+    if spec.network != "host" and not host.netns:
         kinds.append("network")
     linux: dict[str, Any] = {
         "resources": _resources(spec, host),
@@ -211,6 +212,10 @@ def _linux(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
             for d in host.devices
         ]
     linux["namespaces"] = [{"type": kind} for kind in kinds]
+    if spec.network == "none":
+        linux["sysctl"] = {"net.ipv4.ip_unprivileged_port_start": "0"}  # any port of its own namespace
+    if host.netns:
+        linux["namespaces"].append({"type": "network", "path": host.netns})
     return linux
 
 

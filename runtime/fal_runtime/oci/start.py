@@ -6,11 +6,11 @@ between leaves what `leftovers` can take away. Called by the oci driver.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 from dataclasses import replace
 
-from fal_contract.errors import invalid
 from fal_runtime.driver import ContainerSpec, check_spec
 from fal_runtime.oci import cgroups, conmon, limits, rootfs, roots
 from fal_runtime.oci.conmon import Mode
@@ -23,8 +23,6 @@ from fal_runtime.uid_ranges import RANGE_IDS
 def check(spec: ContainerSpec) -> None:
     """Raise INVALID, naming the field, for what this driver cannot do."""
     check_spec(spec)
-    if spec.network == "egress":
-        raise invalid("network", spec.network, "is not supported by this driver yet", remedy='Use "none" or "host".')
 
 
 async def create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
@@ -36,8 +34,9 @@ async def create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
         uid_start = place.ranges.allocate(files.directory)
     run_dir = place.run / spec.id
     place.run.mkdir(parents=True, exist_ok=True, mode=0o711)
+    edits = place.edits(spec, user_namespace=mode.user_namespace)
     etc = place.etc() if spec.image is None else None
-    skeleton = place.skeleton(spec) if spec.image is None else None
+    skeleton = place.skeleton(spec, edits) if spec.image is None else None
     record = Record(
         id=spec.id,
         runtime=mode.program,
@@ -54,6 +53,7 @@ async def create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
     files.make(record)
     userns_fd = await place.userns.get(uid_start) if mode.user_namespace else None
     root = await roots.make_root(place, run_dir, spec, skeleton, etc, uid_start=uid_start, userns_fd=userns_fd)
+    network = await asyncio.to_thread(place.egress.open, spec.id, spec.egress) if spec.network == "egress" else None
     host = HostLayout(
         rootfs=root.path,
         cgroup_path=record.cgroup_path,
@@ -63,9 +63,11 @@ async def create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
         cgroup_v2=cgroups.mode() == "v2",
         open_files_max=_open_files_max(),
         env=root.env,
-        binds=root.binds,
+        binds=root.binds if network is None else (*root.binds, rootfs.bind_resolv_conf(network.resolv_conf)),
+        netns=str(network.netns) if network is not None else "",
         devices=rootfs.devices(spec.gpu_devices),
         limits=limits.read(io=spec.resources.io_bytes_s > 0),
+        edits=edits,
         cwd=root.cwd,
         uid=root.user.uid,
         gid=root.user.gid,
