@@ -1,0 +1,168 @@
+"""A container with CDI devices of a driver that is not there, seen from inside."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import shutil
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.driver_cases import oci_missing
+from driver_tree import UUIDS, VERSION, make_tree
+from fal_contract.errors import Code, FalError
+from fal_runtime import host_image
+from fal_runtime.cdi.driver_tree import find_driver, write_specification
+from fal_runtime.cdi.nvidia import INSIDE, Gpu, qualified
+from fal_runtime.driver import ContainerSpec
+from fal_runtime.oci import cgroups
+from fal_runtime.oci.conmon import Mode
+from fal_runtime.oci.driver import OciDriver
+
+pytestmark = [
+    pytest.mark.oci,
+    pytest.mark.root,
+    pytest.mark.skipif(bool(oci_missing()), reason=f"no containers here: {oci_missing()}"),
+]
+TIMEOUT_S = 60.0
+PYTHON = host_image.this_layout().python
+LOOK = """
+import ctypes, json, os, stat, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def opened(path):
+    try:
+        fd = os.open(path, os.O_RDWR)
+        got = os.read(fd, 2)
+        os.close(fd)
+        return got.hex()
+    except OSError as error:
+        return error.errno
+def made(path, major, minor):
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(major, minor))
+        return opened(path)
+    except OSError as error:
+        return error.errno
+folder = sys.argv[1]
+print(json.dumps({
+    "nodes": sorted(name for name in os.listdir("/dev") if name.startswith("nvidia")),
+    "opened": {name: opened("/dev/" + name) for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm")},
+    "numbers": [os.major(os.stat("/dev/nvidia0").st_rdev), os.minor(os.stat("/dev/nvidia0").st_rdev)],
+    "made": [made(folder_ + "/own", 10, 237) for folder_ in ("/dev", "/tmp")],
+    "libraries": {name: open(f"{folder}/lib/{name}").read() for name in sorted(os.listdir(folder + "/lib"))},
+    "path": os.environ["PATH"], "library_path": os.environ["LD_LIBRARY_PATH"],
+    "env": {name: os.environ.get(name) for name in ("NVIDIA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")},
+    "smi": subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout,
+    "written": opened(f"{folder}/lib/libcuda.so.1"),
+}))
+"""
+
+
+def run(main: Coroutine[Any, Any, Any]) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await main
+
+    return asyncio.run(bounded())
+
+
+@pytest.fixture
+def cdi(tmp_path: Path) -> Path:
+    """A folder with the specification of the driver that is not there."""
+    for folder in (tmp_path, *list(tmp_path.parents)[:3]):
+        if folder.stat().st_uid == os.geteuid():
+            folder.chmod(0o755)
+    _folder, dev = make_tree(tmp_path / "tree")
+    gpus = [Gpu((uuid, str(at)), (f"/dev/nvidia{at}",)) for at, uuid in enumerate(UUIDS)]
+    write_specification(tmp_path / "cdi", gpus, find_driver(VERSION, root=tmp_path / "tree", dev=dev))
+    return tmp_path / "cdi"
+
+
+@pytest.fixture(params=[True, False], ids=["user namespace", "none"])
+def driver(request: pytest.FixtureRequest, tmp_path: Path, cdi: Path) -> Iterator[OciDriver]:
+    runtime = shutil.which("runc")
+    if runtime is None:
+        pytest.skip("needs runc")
+    made = OciDriver(tmp_path / "state", mode=Mode(runtime, request.param), cdi=(cdi,))
+    yield made
+    run(made.clean(frozenset()))
+    made.close()
+
+
+async def said(driver: OciDriver, spec: ContainerSpec) -> tuple[dict[str, Any], str]:
+    """What the look printed, and its devices cgroup's list while it waited to be started."""
+    await driver.create(spec)
+    listed = ""
+    for hierarchy in cgroups.hierarchies():
+        for path in hierarchy.glob(f"falctl/*.{spec.id}/devices.list"):
+            listed = path.read_text()
+    await driver.start(spec.id)
+    status = await driver.wait(spec.id)
+    lines = [line.text async for line in driver.logs(spec.id, tail_lines=100, follow=False)]
+    assert status.exit_code == 0, (status, lines)
+    return json.loads(lines[-1]), listed
+
+
+def spec(*names: str) -> ContainerSpec:
+    env = {"LD_LIBRARY_PATH": "/mine"}
+    return ContainerSpec(f"cdi-{os.urandom(4).hex()}", (PYTHON, "-c", LOOK, INSIDE), env=env, cdi=names)
+
+
+def test_only_what_was_granted_is_there(driver: OciDriver) -> None:
+    seen, listed = run(said(driver, spec(qualified(UUIDS[0]))))
+    assert seen["nodes"] == ["nvidia-uvm", "nvidia0", "nvidiactl"]
+    assert seen["opened"] == {"nvidia0": "0000", "nvidia1": errno.ENOENT, "nvidiactl": "", "nvidia-uvm": ""}
+    assert seen["numbers"] == [1, 5]
+    assert set(seen["made"]) <= {errno.EPERM, errno.EACCES}
+    assert set(seen["libraries"]) == {
+        *("libcuda.so", "libcuda.so.1", f"libcuda.so.{VERSION}", "libnvidia-ml.so.1", f"libnvidia-ml.so.{VERSION}"),
+        *("libnvidia-ptxjitcompiler.so.1", f"libnvidia-ptxjitcompiler.so.{VERSION}", f"libnvidia-gpucomp.so.{VERSION}"),
+    }
+    assert seen["libraries"]["libcuda.so.1"] == f"libcuda {VERSION}\n"
+    assert seen["library_path"] == f"/mine:{INSIDE}/lib"
+    assert seen["path"].endswith(f":{INSIDE}/bin")
+    assert seen["smi"] == "GPU: /dev/nvidia0\n"
+    assert seen["written"] in (errno.EROFS, errno.EACCES)
+    if listed:
+        assert "c 1:5 rw" in listed
+        assert "c 10:237" not in listed
+
+
+def test_both_gpus_by_the_name_for_all(driver: OciDriver) -> None:
+    seen, listed = run(said(driver, spec("nvidia.com/gpu=all")))
+    assert seen["nodes"] == ["nvidia-uvm", "nvidia0", "nvidia1", "nvidiactl"]
+    assert seen["opened"]["nvidia1"] != errno.EPERM
+    assert "c 10:237 rw" in listed or not listed
+
+
+def test_without_devices_there_is_nothing_of_the_driver(driver: OciDriver) -> None:
+    look = ContainerSpec(f"cdi-{os.urandom(4).hex()}", (PYTHON, "-c", "import os; print(os.listdir('/dev'))"))
+
+    async def main() -> str:
+        await driver.create(look)
+        await driver.start(look.id)
+        await driver.wait(look.id)
+        return "".join([line.text async for line in driver.logs(look.id, tail_lines=9, follow=False)])
+
+    assert "nvidia" not in run(main())
+
+
+def test_a_device_that_is_gone_is_one_clear_error(driver: OciDriver, tmp_path: Path) -> None:
+    async def refused(name: str) -> FalError:
+        with pytest.raises(FalError) as caught:
+            await driver.create(spec(name))
+        assert await driver.list() == []
+        return caught.value
+
+    unknown = run(refused("nvidia.com/gpu=GPU-nobody"))
+    assert unknown.code is Code.NOT_FOUND
+    assert UUIDS[0] in unknown.remedy
+    (tmp_path / "tree/dev/nvidia0").unlink()
+    gone = run(refused(qualified(UUIDS[0])))
+    assert gone.code is Code.NOT_FOUND
+    assert "nvidia0" in gone.what
