@@ -37,7 +37,9 @@ def artifact_of(spec: dict[str, Any]) -> Artifact:
 
 
 def content_of(spec: dict[str, Any], path: str) -> bytes:
-    """A file's bytes."""
+    """A file's bytes: random ones, or those of the spec's `folder`."""
+    if "folder" in spec:
+        return Path(spec["folder"], path).read_bytes()
     size = next(size for name, size in spec["files"] if name == path)
     return random.Random(f"{spec['seed']} {path}").randbytes(size)
 
@@ -171,6 +173,8 @@ class Serving:
                 mounts.fail(artifact_id, words["reason"])
             case "cancel":
                 return mounts.cancel_reads(words["pids"])
+            case "give":
+                self.config["give"] = words["on"]
             case "close":
                 await mounts.close(artifact_id)
             case "forget_part":  # as a node that has finished it and moved the files
