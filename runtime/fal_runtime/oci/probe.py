@@ -18,7 +18,7 @@ from typing import Final
 
 from fal_contract.errors import FalError
 from fal_runtime.driver import Capabilities, ContainerSpec, driver_failed
-from fal_runtime.oci import cgroups, mounts
+from fal_runtime.oci import cgroups, image_probe, mounts
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.place import Place
 from fal_runtime.oci.userns import UsernsCache
@@ -78,8 +78,13 @@ async def find(run_once: RunOnce, userns: UsernsCache, run_dir: Path) -> tuple[M
 async def with_features(found: Capabilities, place: Place) -> Capabilities:
     """What was found, with what the driver can do beyond running a container; each was tried."""
     why_not = await asyncio.to_thread(place.egress.probe)
-    features = () if why_not else ("egress",)
-    details = {**found.details, "egress": why_not or "works"}
+    features: tuple[str, ...] = () if why_not else ("egress",)
+    userns_fd = await place.userns.get(FIRST_ID) if found.user_namespaces else None
+    formats = await asyncio.to_thread(image_probe.try_formats, place.run, userns_fd)
+    if not all(formats.values()):
+        features = (*features, "images")
+    words = {f"images of {format_}": why or "works" for format_, why in formats.items()}
+    details = {**found.details, "egress": why_not or "works", **words}
     return replace(found, features=(*found.features, *features), details=MappingProxyType(details))
 
 
