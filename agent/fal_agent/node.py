@@ -29,7 +29,10 @@ from fal_contract.errors import Code, FalError, not_found
 from fal_contract.limits import NODE_EVENTS_MAX
 from fal_contract.v1 import agent_pb2
 from fal_contract.versions import FEATURES, WIRE_MAX, WIRE_MIN
+from fal_runtime.container_use import ContainerUse
 from fal_runtime.driver import LogLine
+from fal_runtime.driver import Phase as ContainerPhase
+from fal_runtime.exec_session import ExecSession, Terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +202,9 @@ class Node:
         self._events.clear()
         return report
 
-    async def logs(self, runner_id: str, *, tail_lines: int, follow: bool) -> AsyncIterator[LogLine]:
+    async def logs(
+        self, runner_id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0
+    ) -> AsyncIterator[LogLine]:
         """A runner's output; of one that is gone, its last lines."""
         runner = self._runners.get(runner_id)
         if runner is None:
@@ -209,8 +214,34 @@ class Node:
                 yield LogLine(0.0, "stdout", text)
             return
         id = launch.container_id(runner_id)
-        async for line in self._tools.driver.logs(id, tail_lines=tail_lines, follow=follow):
+        async for line in self._tools.driver.logs(id, tail_lines=tail_lines, follow=follow, since_s=since_s):
             yield line
+
+    async def exec(self, runner_id: str, command: tuple[str, ...], terminal: Terminal | None) -> ExecSession:
+        """Run a command in its container."""
+        return await self._tools.driver.exec(self._container(runner_id), command, terminal=terminal)
+
+    async def top(self, runner_id: str) -> ContainerUse:
+        """What its container uses."""
+        return await self._tools.driver.top(self._container(runner_id))
+
+    async def why_ended(self, runner_id: str) -> str:
+        """Why its container does not run; empty while it does."""
+        runner = self._runners.get(runner_id)
+        status = await self._tools.driver.status(launch.container_id(runner_id)) if runner is not None else None
+        if status is None:
+            return "it is gone"
+        return "" if status.phase is not ContainerPhase.EXITED else status.reason or "it has exited"
+
+    def _container(self, runner_id: str) -> str:
+        """Its container's id. NOT_FOUND, FAILED_PRECONDITION: it has none yet, or none any more."""
+        runner = self._runners.get(runner_id)
+        if runner is None:
+            raise not_found("runner", runner_id, remedy="falctl runner list shows which node it is on.")
+        if not Phase.CREATED <= runner.task.phase < Phase.REMOVED:
+            what = f"runner {runner_id} has no container now"
+            raise FalError(Code.FAILED_PRECONDITION, what, remedy="falctl runner show tells why.")
+        return launch.container_id(runner_id)
 
     # ---- what the proxy tells
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Final, Protocol
 
+from fal_agent.execs import Execs
 from fal_agent.node import Node
 from fal_agent.wire import complete_of, cut, delta_of, leader_of
 from fal_contract.errors import Code, FalError
@@ -123,6 +124,7 @@ class _Talk:
         self._seq = 1
         self._sending = asyncio.Lock()
         self._logs: dict[int, asyncio.Task[None]] = {}
+        self._execs = Execs(node, self._send)
 
     async def run(self, over: asyncio.Event) -> None:
         """Ends with the first error of either direction, or when it is `over`."""
@@ -140,7 +142,7 @@ class _Talk:
         finally:
             for task in (*jobs, *self._logs.values()):
                 task.cancel()
-            await asyncio.gather(*jobs, *self._logs.values(), return_exceptions=True)
+            await asyncio.gather(*jobs, *self._logs.values(), self._execs.close(), return_exceptions=True)
 
     async def _report(self) -> None:
         interval_s = self._welcome.heartbeat_interval_s or HEARTBEAT_INTERVAL_S
@@ -167,6 +169,12 @@ class _Talk:
                     await self._node.revocations(message.revocations)
                 case "log_request":
                     self._log_request(message.log_request)
+                case "exec_open":
+                    self._execs.open(message.exec_open)
+                case "exec_input":
+                    self._execs.input(message.exec_input)
+                case "top":
+                    self._execs.top(message.top)
                 case "welcome":
                     raise FalError(Code.INVALID, "a second welcome came", remedy="The session starts over by itself.")
                 case _:
@@ -206,12 +214,16 @@ class _Talk:
     async def _pump_log(self, request: agent_pb2.LogRequest) -> None:
         """Lines in chunks: the first at once, then what gathered in a short window."""
         tail = min(request.tail_lines, _LOG_TAIL_LINES_MAX)
+        if request.request_id:  # its lines may be far between others
+            tail = _LOG_TAIL_LINES_MAX
+        wanted = self._node.logs(request.runner_id, tail_lines=tail, follow=request.follow, since_s=request.since_s)
         lines: asyncio.Queue[LogLine | FalError | None] = asyncio.Queue(_LOG_CHUNK_LINES)
 
         async def read() -> None:
             try:
-                async for line in self._node.logs(request.runner_id, tail_lines=tail, follow=request.follow):
-                    await lines.put(line)
+                async for line in wanted:
+                    if request.request_id in line.text:
+                        await lines.put(line)
                 await lines.put(None)
             except FalError as exc:
                 await lines.put(exc)

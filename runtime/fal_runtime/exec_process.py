@@ -82,7 +82,7 @@ class HelperExec:
         owner_uid: int | None = None,
         enter: Callable[[int], None] = lambda pid: None,
     ) -> HelperExec:
-        """Start it; DRIVER_FAILED with the runtime's words when it does not. `work_dir` is made, and removed by `close`.
+        """Start it; DRIVER_FAILED with the runtime's words when it does not. `work_dir` is made, gone after `close`.
 
         `owner_uid`: who may open the pipes again by their names in /proc. `enter` moves the helper to its cgroup.
         """

@@ -37,14 +37,16 @@ class LogStreams:
         self._ids = itertools.count(1)
 
     async def follow(
-        self, node_id: str, runner_id: str, *, tail_lines: int, follow: bool
+        self, node_id: str, runner_id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0, request_id: str = ""
     ) -> AsyncIterator[agent_pb2.LogChunk]:
         """The chunks, until the end. Raises UNAVAILABLE when the node is silent, BUSY at the bound of streams."""
         if len(self._streams) >= STREAMS_MAX:
             raise FalError(Code.BUSY, f"{STREAMS_MAX} log streams are open", remedy="Close some, or try later.")
         id_ = next(self._ids)
         stream = _Stream(node_id, asyncio.Queue(CHUNKS_WAITING_MAX + 1))
-        request = agent_pb2.LogRequest(id=id_, runner_id=runner_id, tail_lines=tail_lines, follow=follow)
+        request = agent_pb2.LogRequest(
+            id=id_, runner_id=runner_id, tail_lines=tail_lines, follow=follow, since_s=since_s, request_id=request_id
+        )
         self._streams[id_] = stream
         finished = False
         try:

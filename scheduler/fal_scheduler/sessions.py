@@ -39,6 +39,7 @@ from fal_scheduler.core.events import (
 )
 from fal_scheduler.core.records import Goal, Runner
 from fal_scheduler.engine_port import EnginePort
+from fal_scheduler.exec_streams import ExecStreams
 from fal_scheduler.leading_edge import LeadingEdge
 from fal_scheduler.log_streams import LogStreams
 from fal_scheduler.stream_edges import first_message, send_bounded, too_slow, until_first
@@ -101,6 +102,7 @@ class AgentSessions:
         self._sessions: dict[str, _Session] = {}
         self._gateways: Callable[[str], agent_pb2.GatewaySet] = lambda node_id: agent_pb2.GatewaySet()
         self.logs = LogStreams(self.push)
+        self.execs = ExecStreams(self.push, self.backlog)
         self._unsubscribe = engine.subscribe(self._on_effect)
 
     # --- one stream -------------------------------------------------------------------------------------------------
@@ -151,6 +153,7 @@ class AgentSessions:
         if self._sessions.get(session.node_id) is session:
             del self._sessions[session.node_id]
             self.logs.node_gone(session.node_id)
+            self.execs.node_gone(session.node_id)
         self._engine.offer(NodeDisconnected(session.node_id, session.id))
 
     def _welcome(self, version: int, features: list[str]) -> agent_pb2.Welcome:
@@ -212,6 +215,10 @@ class AgentSessions:
             self._check_set(session, message.report.assignments_revision, arrived_s)
         elif kind == "log_chunk":
             self.logs.take(session.node_id, message.log_chunk)
+        elif kind == "exec_output":
+            self.execs.take(session.node_id, message.exec_output)
+        elif kind == "top":
+            self.execs.take_top(session.node_id, message.top)
         elif kind == "hello":
             raise invalid("hello", session.node_id, "came twice in one session", remedy="Open a new stream.")
         # A kind of a later release: ignored, as features are agreed before they are used.
@@ -375,6 +382,11 @@ class AgentSessions:
     def set_gateways(self, gateways: Callable[[str], agent_pb2.GatewaySet]) -> None:
         """Where a new session asks for the gateways that want its tunnel; changes come by `push`."""
         self._gateways = gateways
+
+    def backlog(self, node_id: str) -> int:
+        """Messages beside assignments that wait to be sent to a node."""
+        session = self._sessions.get(node_id)
+        return len(session.control) if session is not None else 0
 
     def connected(self, node_id: str) -> bool:
         """Whether the node has a session now."""

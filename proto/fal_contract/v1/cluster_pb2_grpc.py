@@ -181,6 +181,21 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.EvictCacheEntryRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.FromString,
                 _registered_method=True)
+        self.SetSecret = channel.unary_unary(
+                '/fal.v1.Cluster/SetSecret',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.SetSecretRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.SecretView.FromString,
+                _registered_method=True)
+        self.ListSecrets = channel.unary_unary(
+                '/fal.v1.Cluster/ListSecrets',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListSecretsRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListSecretsReply.FromString,
+                _registered_method=True)
+        self.UnsetSecret = channel.unary_unary(
+                '/fal.v1.Cluster/UnsetSecret',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.UnsetSecretRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.SecretView.FromString,
+                _registered_method=True)
         self.ApplyApp = channel.unary_unary(
                 '/fal.v1.Cluster/ApplyApp',
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ApplyAppRequest.SerializeToString,
@@ -225,6 +240,16 @@ class ClusterStub:
                 '/fal.v1.Cluster/RunnerLogs',
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.RunnerLogsRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_agent__pb2.LogChunk.FromString,
+                _registered_method=True)
+        self.ExecRunner = channel.stream_stream(
+                '/fal.v1.Cluster/ExecRunner',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ExecRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ExecReply.FromString,
+                _registered_method=True)
+        self.TopRunner = channel.unary_unary(
+                '/fal.v1.Cluster/TopRunner',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.TopRunnerRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_agent__pb2.TopReply.FromString,
                 _registered_method=True)
         self.StopRunner = channel.unary_unary(
                 '/fal.v1.Cluster/StopRunner',
@@ -455,6 +480,27 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetSecret(self, request, context):
+        """Makes a team's secret, or gives it another value; runners that start from then on get it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSecrets(self, request, context):
+        """Secrets, never their values.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnsetSecret(self, request, context):
+        """Forgets a secret that no app names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ApplyApp(self, request, context):
         """Deploys: makes a revision and lets it run. All or nothing.
         """
@@ -513,6 +559,20 @@ class ClusterServicer:
 
     def RunnerLogs(self, request, context):
         """A runner's output.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExecRunner(self, request_iterator, context):
+        """Runs a command in a runner's container, beside its own; its end, or the caller's, ends the other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TopRunner(self, request, context):
+        """What runs in a runner's container, and what it uses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -694,6 +754,21 @@ def add_ClusterServicer_to_server(servicer, server):
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.EvictCacheEntryRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.CacheEntryView.SerializeToString,
             ),
+            'SetSecret': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetSecret,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.SetSecretRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.SecretView.SerializeToString,
+            ),
+            'ListSecrets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSecrets,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListSecretsRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListSecretsReply.SerializeToString,
+            ),
+            'UnsetSecret': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnsetSecret,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.UnsetSecretRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.SecretView.SerializeToString,
+            ),
             'ApplyApp': grpc.unary_unary_rpc_method_handler(
                     servicer.ApplyApp,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ApplyAppRequest.FromString,
@@ -738,6 +813,16 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.RunnerLogs,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.RunnerLogsRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_agent__pb2.LogChunk.SerializeToString,
+            ),
+            'ExecRunner': grpc.stream_stream_rpc_method_handler(
+                    servicer.ExecRunner,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ExecRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ExecReply.SerializeToString,
+            ),
+            'TopRunner': grpc.unary_unary_rpc_method_handler(
+                    servicer.TopRunner,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.TopRunnerRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_agent__pb2.TopReply.SerializeToString,
             ),
             'StopRunner': grpc.unary_unary_rpc_method_handler(
                     servicer.StopRunner,
@@ -1555,6 +1640,87 @@ class Cluster:
             _registered_method=True)
 
     @staticmethod
+    def SetSecret(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/SetSecret',
+            fal__contract_dot_v1_dot_cluster__pb2.SetSecretRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.SecretView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSecrets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/ListSecrets',
+            fal__contract_dot_v1_dot_cluster__pb2.ListSecretsRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.ListSecretsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnsetSecret(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/UnsetSecret',
+            fal__contract_dot_v1_dot_cluster__pb2.UnsetSecretRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.SecretView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ApplyApp(request,
             target,
             options=(),
@@ -1787,6 +1953,60 @@ class Cluster:
             '/fal.v1.Cluster/RunnerLogs',
             fal__contract_dot_v1_dot_cluster__pb2.RunnerLogsRequest.SerializeToString,
             fal__contract_dot_v1_dot_agent__pb2.LogChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExecRunner(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fal.v1.Cluster/ExecRunner',
+            fal__contract_dot_v1_dot_cluster__pb2.ExecRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.ExecReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TopRunner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/TopRunner',
+            fal__contract_dot_v1_dot_cluster__pb2.TopRunnerRequest.SerializeToString,
+            fal__contract_dot_v1_dot_agent__pb2.TopReply.FromString,
             options,
             channel_credentials,
             insecure,

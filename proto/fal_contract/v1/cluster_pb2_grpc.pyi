@@ -92,6 +92,12 @@ class ClusterStub:
     """Looks an entry up, or has it built: one build at a time for a key."""
     EvictCacheEntry: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.EvictCacheEntryRequest, _cluster_pb2.CacheEntryView]
     """Forgets an entry, so that it can be built anew; what runs keeps what it has."""
+    SetSecret: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetSecretRequest, _cluster_pb2.SecretView]
+    """Makes a team's secret, or gives it another value; runners that start from then on get it."""
+    ListSecrets: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListSecretsRequest, _cluster_pb2.ListSecretsReply]
+    """Secrets, never their values."""
+    UnsetSecret: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.UnsetSecretRequest, _cluster_pb2.SecretView]
+    """Forgets a secret that no app names."""
     ApplyApp: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]
     """Deploys: makes a revision and lets it run. All or nothing."""
     PlanApp: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]
@@ -110,6 +116,10 @@ class ClusterStub:
     """One runner."""
     RunnerLogs: _grpc.UnaryStreamMultiCallable[_cluster_pb2.RunnerLogsRequest, _agent_pb2.LogChunk]
     """A runner's output."""
+    ExecRunner: _grpc.StreamStreamMultiCallable[_cluster_pb2.ExecRequest, _cluster_pb2.ExecReply]
+    """Runs a command in a runner's container, beside its own; its end, or the caller's, ends the other."""
+    TopRunner: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.TopRunnerRequest, _agent_pb2.TopReply]
+    """What runs in a runner's container, and what it uses."""
     StopRunner: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.StopRunnerRequest, _cluster_pb2.RunnerView]
     """Stops a runner; the app replaces it while it still wants one."""
     Explain: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ExplainRequest, _cluster_pb2.ExplainReply]
@@ -182,6 +192,12 @@ class ClusterAsyncStub(ClusterStub):
     """Looks an entry up, or has it built: one build at a time for a key."""
     EvictCacheEntry: _aio.UnaryUnaryMultiCallable[_cluster_pb2.EvictCacheEntryRequest, _cluster_pb2.CacheEntryView]  # type: ignore[assignment]
     """Forgets an entry, so that it can be built anew; what runs keeps what it has."""
+    SetSecret: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetSecretRequest, _cluster_pb2.SecretView]  # type: ignore[assignment]
+    """Makes a team's secret, or gives it another value; runners that start from then on get it."""
+    ListSecrets: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListSecretsRequest, _cluster_pb2.ListSecretsReply]  # type: ignore[assignment]
+    """Secrets, never their values."""
+    UnsetSecret: _aio.UnaryUnaryMultiCallable[_cluster_pb2.UnsetSecretRequest, _cluster_pb2.SecretView]  # type: ignore[assignment]
+    """Forgets a secret that no app names."""
     ApplyApp: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]  # type: ignore[assignment]
     """Deploys: makes a revision and lets it run. All or nothing."""
     PlanApp: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ApplyAppRequest, _cluster_pb2.ApplyAppReply]  # type: ignore[assignment]
@@ -200,6 +216,10 @@ class ClusterAsyncStub(ClusterStub):
     """One runner."""
     RunnerLogs: _aio.UnaryStreamMultiCallable[_cluster_pb2.RunnerLogsRequest, _agent_pb2.LogChunk]  # type: ignore[assignment]
     """A runner's output."""
+    ExecRunner: _aio.StreamStreamMultiCallable[_cluster_pb2.ExecRequest, _cluster_pb2.ExecReply]  # type: ignore[assignment]
+    """Runs a command in a runner's container, beside its own; its end, or the caller's, ends the other."""
+    TopRunner: _aio.UnaryUnaryMultiCallable[_cluster_pb2.TopRunnerRequest, _agent_pb2.TopReply]  # type: ignore[assignment]
+    """What runs in a runner's container, and what it uses."""
     StopRunner: _aio.UnaryUnaryMultiCallable[_cluster_pb2.StopRunnerRequest, _cluster_pb2.RunnerView]  # type: ignore[assignment]
     """Stops a runner; the app replaces it while it still wants one."""
     Explain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ExplainRequest, _cluster_pb2.ExplainReply]  # type: ignore[assignment]
@@ -445,6 +465,30 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         """Forgets an entry, so that it can be built anew; what runs keeps what it has."""
 
     @_abc_1.abstractmethod
+    def SetSecret(
+        self,
+        request: _cluster_pb2.SetSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.SecretView, _abc.Awaitable[_cluster_pb2.SecretView]]:
+        """Makes a team's secret, or gives it another value; runners that start from then on get it."""
+
+    @_abc_1.abstractmethod
+    def ListSecrets(
+        self,
+        request: _cluster_pb2.ListSecretsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ListSecretsReply, _abc.Awaitable[_cluster_pb2.ListSecretsReply]]:
+        """Secrets, never their values."""
+
+    @_abc_1.abstractmethod
+    def UnsetSecret(
+        self,
+        request: _cluster_pb2.UnsetSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.SecretView, _abc.Awaitable[_cluster_pb2.SecretView]]:
+        """Forgets a secret that no app names."""
+
+    @_abc_1.abstractmethod
     def ApplyApp(
         self,
         request: _cluster_pb2.ApplyAppRequest,
@@ -515,6 +559,22 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_agent_pb2.LogChunk], _abc.AsyncIterator[_agent_pb2.LogChunk]]:
         """A runner's output."""
+
+    @_abc_1.abstractmethod
+    def ExecRunner(
+        self,
+        request_iterator: _MaybeAsyncIterator[_cluster_pb2.ExecRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_pb2.ExecReply], _abc.AsyncIterator[_cluster_pb2.ExecReply]]:
+        """Runs a command in a runner's container, beside its own; its end, or the caller's, ends the other."""
+
+    @_abc_1.abstractmethod
+    def TopRunner(
+        self,
+        request: _cluster_pb2.TopRunnerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.TopReply, _abc.Awaitable[_agent_pb2.TopReply]]:
+        """What runs in a runner's container, and what it uses."""
 
     @_abc_1.abstractmethod
     def StopRunner(

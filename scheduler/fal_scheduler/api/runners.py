@@ -75,6 +75,8 @@ async def runner_logs(leader: Leadership, request: cluster_pb2.RunnerLogsRequest
         request.id,
         tail_lines=min(request.tail_lines, TAIL_LINES_MAX),
         follow=request.follow,
+        since_s=request.since_s,
+        request_id=request.request_id,
     )
     async for chunk in chunks:
         yield chunk

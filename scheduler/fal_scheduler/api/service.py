@@ -23,12 +23,14 @@ from fal_scheduler.api import (
     caches,
     callers,
     compile_caches,
+    execs,
     explain,
     images,
     join_tokens,
     nodes,
     pools,
     runners,
+    secrets,
     status,
     weights,
 )
@@ -160,6 +162,17 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     ) -> cluster_pb2.CacheEntryView:
         return await compile_caches.evict_entry(self._current.get(), request, _actor())
 
+    async def SetSecret(self, request: cluster_pb2.SetSecretRequest, context: Context) -> cluster_pb2.SecretView:
+        return await secrets.set_secret(self._current.get(), request, _actor())
+
+    async def ListSecrets(
+        self, request: cluster_pb2.ListSecretsRequest, context: Context
+    ) -> cluster_pb2.ListSecretsReply:
+        return _sized(secrets.list_secrets(self._current.get(), request), "Name a team.")
+
+    async def UnsetSecret(self, request: cluster_pb2.UnsetSecretRequest, context: Context) -> cluster_pb2.SecretView:
+        return await secrets.unset_secret(self._current.get(), request, _actor())
+
     async def ApplyApp(self, request: cluster_pb2.ApplyAppRequest, context: Context) -> cluster_pb2.ApplyAppReply:
         return await apps.apply_app(self._current.get(), request, _actor())
 
@@ -191,6 +204,15 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     ) -> AsyncIterator[agent_pb2.LogChunk]:
         async for chunk in runners.runner_logs(self._current.get(), request):
             yield chunk
+
+    async def ExecRunner(
+        self, request_iterator: AsyncIterator[cluster_pb2.ExecRequest], context: Context
+    ) -> AsyncIterator[cluster_pb2.ExecReply]:
+        async for output in execs.exec_runner(self._current.get(), request_iterator, _actor()):
+            yield cluster_pb2.ExecReply(output=output)
+
+    async def TopRunner(self, request: cluster_pb2.TopRunnerRequest, context: Context) -> agent_pb2.TopReply:
+        return await execs.top_runner(self._current.get(), request)
 
     async def StopRunner(self, request: cluster_pb2.StopRunnerRequest, context: Context) -> cluster_pb2.RunnerView:
         return await runners.stop_runner(self._current.get(), request, _actor())
@@ -224,6 +246,9 @@ class AgentService(AgentServiceServicer):
         revoked = leader.revocations.is_revoked(peer)
         certificate = leader.ca.renew(request.csr_pem, peer, revoked=revoked, now_s=leader.clock.wall_s())
         return agent_pb2.RenewCertificateReply(certificate_pem=certificate)
+
+    async def GetSecrets(self, request: agent_pb2.GetSecretsRequest, context: Context) -> agent_pb2.GetSecretsReply:
+        return secrets.get_secrets(self._current.get(), request, current_peer().name)
 
 
 class CacheService(CacheServiceServicer):
