@@ -38,6 +38,7 @@ from fal_scheduler.core.records import (
     Revision,
     Revocation,
     Runner,
+    Secret,
     Suspicion,
     Wish,
     key_of,
@@ -66,6 +67,8 @@ def encode(record: Record) -> bytes:
             message = pb.Record(version=RECORD_VERSION, wish=wish_to_pb(record))
         case CacheEntry():
             message = pb.Record(version=RECORD_VERSION, cache_entry=cache_entry_to_pb(record))
+        case Secret():
+            message = pb.Record(version=RECORD_VERSION, secret=_secret_to_pb(record))
         case JoinToken():
             message = pb.Record(version=RECORD_VERSION, token=_token_to_pb(record))
         case Revocation():
@@ -105,6 +108,30 @@ def _corrupt(key: str, why: str) -> FalError:
         Code.CORRUPT,
         f"record {key!r} {why}",
         remedy="Restore the store from a copy; nothing was changed.",
+    )
+
+
+def _secret_to_pb(secret: Secret) -> pb.Secret:
+    return pb.Secret(
+        id=secret.id,
+        sealed=secret.sealed,
+        generation=secret.generation,
+        created_at_s=secret.created_at_s,
+        updated_at_s=secret.updated_at_s,
+        updated_by=secret.updated_by,
+        bytes=secret.bytes,
+    )
+
+
+def _secret_from_pb(secret: pb.Secret) -> Secret:
+    return Secret(
+        secret.id,
+        secret.sealed,
+        secret.generation,
+        secret.created_at_s,
+        secret.updated_at_s,
+        secret.updated_by,
+        secret.bytes,
     )
 
 
@@ -352,4 +379,5 @@ _DECODE: Final[dict[str, Callable[[pb.Record], Record]]] = {
     "wish": lambda message: wish_from_pb(message.wish),
     "cache_entry": lambda message: cache_entry_from_pb(message.cache_entry),
     "runner": lambda message: _runner_from_pb(message.runner),
+    "secret": lambda message: _secret_from_pb(message.secret),
 }

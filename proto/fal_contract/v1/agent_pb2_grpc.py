@@ -45,6 +45,11 @@ class AgentServiceStub:
                 request_serializer=fal__contract_dot_v1_dot_agent__pb2.RenewCertificateRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_agent__pb2.RenewCertificateReply.FromString,
                 _registered_method=True)
+        self.GetSecrets = channel.unary_unary(
+                '/fal.v1.AgentService/GetSecrets',
+                request_serializer=fal__contract_dot_v1_dot_agent__pb2.GetSecretsRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_agent__pb2.GetSecretsReply.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -65,6 +70,13 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSecrets(self, request, context):
+        """The secrets of a runner that the caller's node is to run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.RenewCertificate,
                     request_deserializer=fal__contract_dot_v1_dot_agent__pb2.RenewCertificateRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_agent__pb2.RenewCertificateReply.SerializeToString,
+            ),
+            'GetSecrets': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSecrets,
+                    request_deserializer=fal__contract_dot_v1_dot_agent__pb2.GetSecretsRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_agent__pb2.GetSecretsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class AgentService:
             '/fal.v1.AgentService/RenewCertificate',
             fal__contract_dot_v1_dot_agent__pb2.RenewCertificateRequest.SerializeToString,
             fal__contract_dot_v1_dot_agent__pb2.RenewCertificateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSecrets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.AgentService/GetSecrets',
+            fal__contract_dot_v1_dot_agent__pb2.GetSecretsRequest.SerializeToString,
+            fal__contract_dot_v1_dot_agent__pb2.GetSecretsReply.FromString,
             options,
             channel_credentials,
             insecure,

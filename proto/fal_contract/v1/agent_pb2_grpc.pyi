@@ -42,6 +42,8 @@ class AgentServiceStub:
     """The node's one control stream."""
     RenewCertificate: _grpc.UnaryUnaryMultiCallable[_agent_pb2.RenewCertificateRequest, _agent_pb2.RenewCertificateReply]
     """A new certificate for the caller's own name and role."""
+    GetSecrets: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GetSecretsRequest, _agent_pb2.GetSecretsReply]
+    """The secrets of a runner that the caller's node is to run."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -52,6 +54,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """The node's one control stream."""
     RenewCertificate: _aio.UnaryUnaryMultiCallable[_agent_pb2.RenewCertificateRequest, _agent_pb2.RenewCertificateReply]  # type: ignore[assignment]
     """A new certificate for the caller's own name and role."""
+    GetSecrets: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetSecretsRequest, _agent_pb2.GetSecretsReply]  # type: ignore[assignment]
+    """The secrets of a runner that the caller's node is to run."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the scheduler to role `node`."""
@@ -71,5 +75,13 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.RenewCertificateReply, _abc.Awaitable[_agent_pb2.RenewCertificateReply]]:
         """A new certificate for the caller's own name and role."""
+
+    @_abc_1.abstractmethod
+    def GetSecrets(
+        self,
+        request: _agent_pb2.GetSecretsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.GetSecretsReply, _abc.Awaitable[_agent_pb2.GetSecretsReply]]:
+        """The secrets of a runner that the caller's node is to run."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1031,7 +1031,7 @@ class Secret(_message.Message):
     id: _builtins.str
     """`team/name`."""
     sealed: _builtins.bytes
-    """AES-256-GCM: nonce, then ciphertext; the id is authenticated with it."""
+    """As the cluster's seal key sealed it: "fals1", nonce, AES-256-GCM with the id authenticated."""
     generation: _builtins.int
     """Raised by one on every change."""
     created_at_s: _builtins.float

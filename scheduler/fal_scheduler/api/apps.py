@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fal_contract.errors import Code, FalError, not_found
-from fal_contract.ids import check_customer
+from fal_contract.ids import check_customer, team_of
 from fal_contract.manifest import AppManifest, spec_digest
 from fal_contract.v1 import cluster_pb2, state_pb2
 from fal_scheduler.api.views import app_view, placement_view
@@ -16,6 +16,7 @@ from fal_scheduler.core.events import ApplyApp, DeleteApp, ScaleApp
 from fal_scheduler.core.explain import why_pending
 from fal_scheduler.core.model_commands import check_image, check_models
 from fal_scheduler.core.records import App, ModelState, Spec
+from fal_scheduler.core.secrets import check_secrets
 from fal_scheduler.core.state import State
 from fal_scheduler.leadership import Leadership
 
@@ -45,6 +46,7 @@ def plan_app(leader: Leadership, request: cluster_pb2.ApplyAppRequest) -> cluste
         )
     check_models(state, spec)
     check_image(state, spec)
+    check_secrets(state, team_of(request.id), spec)
     outcome = "created" if before is None else "unchanged" if before == spec else "changed"
     return _reply(state, request.id, spec, before, outcome)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from fal_contract.errors import Code, FalError, invalid, not_found
+from fal_contract.ids import team_of
 from fal_contract.limits import RUNNERS_PER_APP_MAX
 from fal_scheduler.core import tokens
 from fal_scheduler.core.events import (
@@ -44,6 +45,7 @@ from fal_scheduler.core.records import (
     ScaleOverride,
     Scaling,
 )
+from fal_scheduler.core.secrets import check_secrets
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import RunnerStatus
 from fal_scheduler.core.work import Work
@@ -81,6 +83,7 @@ def apply_app(work: Work, event: ApplyApp) -> Reply:
     _check_alive(state, event.id)
     check_models(state, event.spec)
     check_image(state, event.spec)
+    check_secrets(state, team_of(event.id), event.spec)
     if have is not None and state.revision_of(have).digest == event.digest:
         return Reply("unchanged", event.id, have.generation)
     _check_scaling(_scaled(event.spec.scaling, have.scale if have is not None else None))

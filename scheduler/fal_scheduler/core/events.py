@@ -26,6 +26,7 @@ from fal_scheduler.core.model_events import (
 )
 from fal_scheduler.core.pack_events import AccessTold, PackCommand
 from fal_scheduler.core.records import Change, Pool, ScaleOverride, Spec
+from fal_scheduler.core.secret_events import SecretCommand
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.told import Capabilities, Endpoint, Inventory, RunnerStatus
 
@@ -199,6 +200,7 @@ Command = (
     | AcceptCluster
     | BuildCommand
     | PackCommand
+    | SecretCommand
 )
 
 

@@ -340,6 +340,19 @@ class CacheEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Secret:
+    """A team's secret, sealed; `bytes`: of the value."""
+
+    id: str
+    sealed: builtins.bytes = field(repr=False)
+    generation: int = 1
+    created_at_s: float = 0.0
+    updated_at_s: float = 0.0
+    updated_by: str = ""
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Residency:
     """A model loaded in a runner."""
 
@@ -393,7 +406,7 @@ class Runner:
         return self.bindings[0].revision
 
 
-Record = Meta | Pool | Node | JoinToken | Revocation | App | Revision | Model | Wish | CacheEntry | Runner
+Record = Meta | Pool | Node | JoinToken | Revocation | App | Revision | Model | Wish | CacheEntry | Runner | Secret
 
 META_KEY: Final = "meta"
 
@@ -406,6 +419,7 @@ _KEYS: Final[dict[type, Callable[[Any], str]]] = {
     Runner: _owned_key("runner"),
     App: _owned_key("app"),
     Model: _owned_key("model"),
+    Secret: _owned_key("secret"),
     Wish: lambda one: f"team/{team_of(one.model)}/wish/{name_of(one.model)}/{one.target}",
     CacheEntry: lambda one: f"cache/{one.namespace}/{one.key}",
     Revision: lambda one: f"team/{team_of(one.app)}/revision/{name_of(one.app)}/{one.number:08d}",

@@ -27,6 +27,7 @@ from fal_scheduler.core.records import (
     Revocation,
     Runner,
     Scaling,
+    Secret,
     Suspicion,
     Wish,
 )
@@ -61,6 +62,7 @@ class State:
         self.revisions: dict[tuple[str, int], Revision] = {}
         self.catalog = Catalog()  # models, wishes, cache entries
         self.runners: dict[str, Runner] = {}
+        self.secrets: dict[str, Secret] = {}
         # Indexes. Dicts without values are ordered sets.
         self.runners_by_app: dict[str, dict[str, None]] = {}
         self.runners_by_node: dict[str, dict[str, None]] = {}
@@ -126,6 +128,8 @@ class State:
                 self.catalog.set_wish(before, after)
             case CacheEntry() as entry:
                 _set(self.catalog.cache_entries, (entry.namespace, entry.key), after)
+            case Secret() as secret:
+                _set(self.secrets, secret.id, after)
             case JoinToken() as token:
                 _set(self.tokens, token.id, after)
             case Revocation() as revocation:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import FAILOVER_GRACE_S
-from fal_scheduler.core import builds, commands, invariants, liveness, model_commands, news, packs
+from fal_scheduler.core import builds, commands, invariants, liveness, model_commands, news, packs, secrets
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry, FailBuild, PutCacheEntry, TrimCache
 from fal_scheduler.core.confirm import confirm
 from fal_scheduler.core.events import (
@@ -57,6 +57,7 @@ from fal_scheduler.core.pack_events import PackImage, PutImage, RemoveModel
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.reconcile import reconcile
 from fal_scheduler.core.records import Change
+from fal_scheduler.core.secret_events import SetSecret, UnsetSecret
 from fal_scheduler.core.state import EXPLANATIONS_PER_TICK_MAX, State
 from fal_scheduler.core.suspicion import judge_again
 from fal_scheduler.core.work import Work
@@ -192,6 +193,8 @@ def _model_command(work: Work, event: Command) -> Reply:
             return builds.command(work, event)
         case PackImage() | PutImage() | RemoveModel():
             return packs.command(work, event)
+        case SetSecret() | UnsetSecret():
+            return secrets.command(work, event)
     raise FalError(Code.INTERNAL, f"{type(event).__name__} is no command", remedy="Report this.")
 
 
