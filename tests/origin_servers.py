@@ -636,8 +636,8 @@ class Authority:
         return self.certificate, self.key
 
 
-def make_authority(folder: Path) -> Authority:
-    """A new one; its files are in `folder`."""
+def make_authority(folder: Path, *more_names: str) -> Authority:
+    """A new one; its files are in `folder`. `more_names`: of the server, beside 127.0.0.1 and localhost."""
     now = datetime.now(UTC)  # noqa: TID251  (dates of a certificate that OpenSSL compares with the machine's clock)
     keys = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "private test authority")])
@@ -655,7 +655,8 @@ def make_authority(folder: Path) -> Authority:
 
     usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
     ca = base(ca_name, keys[0]).add_extension(x509.BasicConstraints(True, None), True).add_extension(usage, True)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+    dns = [x509.DNSName(name) for name in ("localhost", *more_names)]
+    names = [*dns, x509.IPAddress(ip_address("127.0.0.1"))]
     own = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     server = base(own, keys[1]).add_extension(x509.SubjectAlternativeName(names), False)
     made = Authority(folder / "private-ca.pem", folder / "server.pem", folder / "server.key")

@@ -219,10 +219,11 @@ def failure(text: str, last_line: str, source: Source) -> FalError:
 
 
 def _short(line: str) -> str:
-    """Without logrus' frame."""
+    """Without logrus' frame, the name that everybody knows, and line ends."""
     found = re.search(r'level=fatal msg="(.*?)"?$', line)
-    text = found[1] if found else line
-    return text.replace('\\"', "'")[-300:]
+    text = (found[1] if found else line).replace('\\"', "'")
+    text = re.sub(r"^Error parsing image name '[^']*': ", "", text)
+    return re.sub(r"(?:\\+n|\s)+", " ", text).strip()[-300:]
 
 
 def _passes(stderr: str, *, known: bool) -> bool:
