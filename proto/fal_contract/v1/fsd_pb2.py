@@ -26,7 +26,7 @@ from fal_contract.v1 import agent_pb2 as fal__contract_dot_v1_dot_agent__pb2
 from fal_contract.v1 import state_pb2 as fal__contract_dot_v1_dot_state__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x61l_contract/v1/fsd.proto\x12\x06\x66\x61l.v1\x1a\x1b\x66\x61l_contract/v1/agent.proto\x1a\x1b\x66\x61l_contract/v1/state.proto\"b\n\x0cStageRequest\x12\"\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x10.fal.v1.Artifact\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x11\n\tin_flight\x18\x03 \x01(\x08\x12\x0c\n\x04tier\x18\x04 \x01(\t\"\xe0\x01\n\rStageProgress\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x16\n\x0ein_flight_path\x18\x05 \x01(\t\x12\x19\n\x11\x62ytes_from_origin\x18\x06 \x01(\x04\x12\x18\n\x10\x62ytes_from_peers\x18\x07 \x01(\x04\x12\x14\n\x0crate_bytes_s\x18\x08 \x01(\x04\x12\x13\n\x0bprovisional\x18\t \x01(\x08\x12\x11\n\twaits_for\x18\n \x01(\t\"C\n\nPinRequest\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\"\n\n\x08PinReply\"6\n\x0cUnpinRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\"\x1e\n\nUnpinReply\x12\x10\n\x08released\x18\x01 \x01(\r\"\x16\n\x14ListArtifactsRequest\"?\n\x12ListArtifactsReply\x12)\n\tartifacts\x18\x01 \x03(\x0b\x32\x16.fal.v1.CachedArtifact\"\xa4\x02\n\x0e\x43\x61\x63hedArtifact\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x11\n\tpinned_by\x18\x05 \x03(\t\x12\x13\n\x0b\x61rtifact_id\x18\x06 \x01(\t\x12\x12\n\nbytes_disk\x18\x07 \x01(\x04\x12\x14\n\x0c\x62ytes_memory\x18\x08 \x01(\x04\x12\x0c\n\x04kind\x18\t \x01(\t\x12\x0e\n\x06wanted\x18\n \x01(\x08\x12\x14\n\x0crate_bytes_s\x18\x0b \x01(\x04\x12\x19\n\x11\x62ytes_from_origin\x18\x0c \x01(\x04\x12\x18\n\x10\x62ytes_from_peers\x18\r \x01(\x04\x12\x11\n\twaits_for\x18\x0e \x01(\t\"\"\n\x12\x43\x61ncelReadsRequest\x12\x0c\n\x04pids\x18\x01 \x03(\r\"%\n\x10\x43\x61ncelReadsReply\x12\x11\n\tcancelled\x18\x01 \x01(\r\"^\n\rIngestRequest\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x11\n\tbytes_max\x18\x04 \x01(\x04\x12\r\n\x05owner\x18\x05 \x01(\t\"O\n\x0bIngestReply\x12\'\n\x08manifest\x18\x01 \x01(\x0b\x32\x15.fal.v1.ModelManifest\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\"\x17\n\x15GetCacheStatusRequest\"\x98\x02\n\x0b\x43\x61\x63heStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12;\n\x0c\x63\x61pabilities\x18\x02 \x03(\x0b\x32%.fal.v1.CacheStatus.CapabilitiesEntry\x12\x16\n\x0e\x64isk_bytes_max\x18\x03 \x01(\x04\x12\x17\n\x0f\x64isk_bytes_used\x18\x04 \x01(\x04\x12\x18\n\x10memory_bytes_max\x18\x05 \x01(\x04\x12\x19\n\x11memory_bytes_used\x18\x06 \x01(\x04\x12\r\n\x05peers\x18\x07 \x01(\r\x12\x11\n\tscheduler\x18\x08 \x01(\x08\x1a\x33\n\x11\x43\x61pabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xaa\x03\n\tNodeCache\x12\x36\n\x05Stage\x12\x14.fal.v1.StageRequest\x1a\x15.fal.v1.StageProgress0\x01\x12+\n\x03Pin\x12\x12.fal.v1.PinRequest\x1a\x10.fal.v1.PinReply\x12\x31\n\x05Unpin\x12\x14.fal.v1.UnpinRequest\x1a\x12.fal.v1.UnpinReply\x12I\n\rListArtifacts\x12\x1c.fal.v1.ListArtifactsRequest\x1a\x1a.fal.v1.ListArtifactsReply\x12\x43\n\x0b\x43\x61ncelReads\x12\x1a.fal.v1.CancelReadsRequest\x1a\x18.fal.v1.CancelReadsReply\x12\x34\n\x06Ingest\x12\x15.fal.v1.IngestRequest\x1a\x13.fal.v1.IngestReply\x12?\n\tGetStatus\x12\x1d.fal.v1.GetCacheStatusRequest\x1a\x13.fal.v1.CacheStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x61l_contract/v1/fsd.proto\x12\x06\x66\x61l.v1\x1a\x1b\x66\x61l_contract/v1/agent.proto\x1a\x1b\x66\x61l_contract/v1/state.proto\"r\n\x0cStageRequest\x12\"\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x10.fal.v1.Artifact\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x11\n\tin_flight\x18\x03 \x01(\x08\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x0e\n\x06record\x18\x05 \x01(\x08\"\xe0\x01\n\rStageProgress\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x16\n\x0ein_flight_path\x18\x05 \x01(\t\x12\x19\n\x11\x62ytes_from_origin\x18\x06 \x01(\x04\x12\x18\n\x10\x62ytes_from_peers\x18\x07 \x01(\x04\x12\x14\n\x0crate_bytes_s\x18\x08 \x01(\x04\x12\x13\n\x0bprovisional\x18\t \x01(\x08\x12\x11\n\twaits_for\x18\n \x01(\t\"C\n\nPinRequest\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\"\n\n\x08PinReply\"6\n\x0cUnpinRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\"\x1e\n\nUnpinReply\x12\x10\n\x08released\x18\x01 \x01(\r\"\x16\n\x14ListArtifactsRequest\"?\n\x12ListArtifactsReply\x12)\n\tartifacts\x18\x01 \x03(\x0b\x32\x16.fal.v1.CachedArtifact\"\xa4\x02\n\x0e\x43\x61\x63hedArtifact\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x11\n\tpinned_by\x18\x05 \x03(\t\x12\x13\n\x0b\x61rtifact_id\x18\x06 \x01(\t\x12\x12\n\nbytes_disk\x18\x07 \x01(\x04\x12\x14\n\x0c\x62ytes_memory\x18\x08 \x01(\x04\x12\x0c\n\x04kind\x18\t \x01(\t\x12\x0e\n\x06wanted\x18\n \x01(\x08\x12\x14\n\x0crate_bytes_s\x18\x0b \x01(\x04\x12\x19\n\x11\x62ytes_from_origin\x18\x0c \x01(\x04\x12\x18\n\x10\x62ytes_from_peers\x18\r \x01(\x04\x12\x11\n\twaits_for\x18\x0e \x01(\t\"\"\n\x12\x43\x61ncelReadsRequest\x12\x0c\n\x04pids\x18\x01 \x03(\r\"%\n\x10\x43\x61ncelReadsReply\x12\x11\n\tcancelled\x18\x01 \x01(\r\"(\n\x11TakeAccessRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\"!\n\x0fTakeAccessReply\x12\x0e\n\x06pieces\x18\x01 \x03(\r\"^\n\rIngestRequest\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x11\n\tbytes_max\x18\x04 \x01(\x04\x12\r\n\x05owner\x18\x05 \x01(\t\"O\n\x0bIngestReply\x12\'\n\x08manifest\x18\x01 \x01(\x0b\x32\x15.fal.v1.ModelManifest\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\"\x17\n\x15GetCacheStatusRequest\"\x98\x02\n\x0b\x43\x61\x63heStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12;\n\x0c\x63\x61pabilities\x18\x02 \x03(\x0b\x32%.fal.v1.CacheStatus.CapabilitiesEntry\x12\x16\n\x0e\x64isk_bytes_max\x18\x03 \x01(\x04\x12\x17\n\x0f\x64isk_bytes_used\x18\x04 \x01(\x04\x12\x18\n\x10memory_bytes_max\x18\x05 \x01(\x04\x12\x19\n\x11memory_bytes_used\x18\x06 \x01(\x04\x12\r\n\x05peers\x18\x07 \x01(\r\x12\x11\n\tscheduler\x18\x08 \x01(\x08\x1a\x33\n\x11\x43\x61pabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xec\x03\n\tNodeCache\x12\x36\n\x05Stage\x12\x14.fal.v1.StageRequest\x1a\x15.fal.v1.StageProgress0\x01\x12+\n\x03Pin\x12\x12.fal.v1.PinRequest\x1a\x10.fal.v1.PinReply\x12\x31\n\x05Unpin\x12\x14.fal.v1.UnpinRequest\x1a\x12.fal.v1.UnpinReply\x12I\n\rListArtifacts\x12\x1c.fal.v1.ListArtifactsRequest\x1a\x1a.fal.v1.ListArtifactsReply\x12\x43\n\x0b\x43\x61ncelReads\x12\x1a.fal.v1.CancelReadsRequest\x1a\x18.fal.v1.CancelReadsReply\x12@\n\nTakeAccess\x12\x19.fal.v1.TakeAccessRequest\x1a\x17.fal.v1.TakeAccessReply\x12\x34\n\x06Ingest\x12\x15.fal.v1.IngestRequest\x1a\x13.fal.v1.IngestReply\x12?\n\tGetStatus\x12\x1d.fal.v1.GetCacheStatusRequest\x1a\x13.fal.v1.CacheStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,37 +36,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CACHESTATUS_CAPABILITIESENTRY']._loaded_options = None
   _globals['_CACHESTATUS_CAPABILITIESENTRY']._serialized_options = b'8\001'
   _globals['_STAGEREQUEST']._serialized_start=95
-  _globals['_STAGEREQUEST']._serialized_end=193
-  _globals['_STAGEPROGRESS']._serialized_start=196
-  _globals['_STAGEPROGRESS']._serialized_end=420
-  _globals['_PINREQUEST']._serialized_start=422
-  _globals['_PINREQUEST']._serialized_end=489
-  _globals['_PINREPLY']._serialized_start=491
-  _globals['_PINREPLY']._serialized_end=501
-  _globals['_UNPINREQUEST']._serialized_start=503
-  _globals['_UNPINREQUEST']._serialized_end=557
-  _globals['_UNPINREPLY']._serialized_start=559
-  _globals['_UNPINREPLY']._serialized_end=589
-  _globals['_LISTARTIFACTSREQUEST']._serialized_start=591
-  _globals['_LISTARTIFACTSREQUEST']._serialized_end=613
-  _globals['_LISTARTIFACTSREPLY']._serialized_start=615
-  _globals['_LISTARTIFACTSREPLY']._serialized_end=678
-  _globals['_CACHEDARTIFACT']._serialized_start=681
-  _globals['_CACHEDARTIFACT']._serialized_end=973
-  _globals['_CANCELREADSREQUEST']._serialized_start=975
-  _globals['_CANCELREADSREQUEST']._serialized_end=1009
-  _globals['_CANCELREADSREPLY']._serialized_start=1011
-  _globals['_CANCELREADSREPLY']._serialized_end=1048
-  _globals['_INGESTREQUEST']._serialized_start=1050
-  _globals['_INGESTREQUEST']._serialized_end=1144
-  _globals['_INGESTREPLY']._serialized_start=1146
-  _globals['_INGESTREPLY']._serialized_end=1225
-  _globals['_GETCACHESTATUSREQUEST']._serialized_start=1227
-  _globals['_GETCACHESTATUSREQUEST']._serialized_end=1250
-  _globals['_CACHESTATUS']._serialized_start=1253
-  _globals['_CACHESTATUS']._serialized_end=1533
-  _globals['_CACHESTATUS_CAPABILITIESENTRY']._serialized_start=1482
-  _globals['_CACHESTATUS_CAPABILITIESENTRY']._serialized_end=1533
-  _globals['_NODECACHE']._serialized_start=1536
-  _globals['_NODECACHE']._serialized_end=1962
+  _globals['_STAGEREQUEST']._serialized_end=209
+  _globals['_STAGEPROGRESS']._serialized_start=212
+  _globals['_STAGEPROGRESS']._serialized_end=436
+  _globals['_PINREQUEST']._serialized_start=438
+  _globals['_PINREQUEST']._serialized_end=505
+  _globals['_PINREPLY']._serialized_start=507
+  _globals['_PINREPLY']._serialized_end=517
+  _globals['_UNPINREQUEST']._serialized_start=519
+  _globals['_UNPINREQUEST']._serialized_end=573
+  _globals['_UNPINREPLY']._serialized_start=575
+  _globals['_UNPINREPLY']._serialized_end=605
+  _globals['_LISTARTIFACTSREQUEST']._serialized_start=607
+  _globals['_LISTARTIFACTSREQUEST']._serialized_end=629
+  _globals['_LISTARTIFACTSREPLY']._serialized_start=631
+  _globals['_LISTARTIFACTSREPLY']._serialized_end=694
+  _globals['_CACHEDARTIFACT']._serialized_start=697
+  _globals['_CACHEDARTIFACT']._serialized_end=989
+  _globals['_CANCELREADSREQUEST']._serialized_start=991
+  _globals['_CANCELREADSREQUEST']._serialized_end=1025
+  _globals['_CANCELREADSREPLY']._serialized_start=1027
+  _globals['_CANCELREADSREPLY']._serialized_end=1064
+  _globals['_TAKEACCESSREQUEST']._serialized_start=1066
+  _globals['_TAKEACCESSREQUEST']._serialized_end=1106
+  _globals['_TAKEACCESSREPLY']._serialized_start=1108
+  _globals['_TAKEACCESSREPLY']._serialized_end=1141
+  _globals['_INGESTREQUEST']._serialized_start=1143
+  _globals['_INGESTREQUEST']._serialized_end=1237
+  _globals['_INGESTREPLY']._serialized_start=1239
+  _globals['_INGESTREPLY']._serialized_end=1318
+  _globals['_GETCACHESTATUSREQUEST']._serialized_start=1320
+  _globals['_GETCACHESTATUSREQUEST']._serialized_end=1343
+  _globals['_CACHESTATUS']._serialized_start=1346
+  _globals['_CACHESTATUS']._serialized_end=1626
+  _globals['_CACHESTATUS_CAPABILITIESENTRY']._serialized_start=1575
+  _globals['_CACHESTATUS_CAPABILITIESENTRY']._serialized_end=1626
+  _globals['_NODECACHE']._serialized_start=1629
+  _globals['_NODECACHE']._serialized_end=2121
 # @@protoc_insertion_point(module_scope)

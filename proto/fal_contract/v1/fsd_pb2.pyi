@@ -32,12 +32,15 @@ class StageRequest(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     """Runner for whom it is pinned while it is staged and after."""
     in_flight: _builtins.bool
     """True: also tell the folder in which it can be read while it arrives."""
     tier: _builtins.str
     """"disk" or "memory"; empty: disk."""
+    record: _builtins.bool
+    """True: also what is whole is shown through the mount of `in_flight`, so that its first use can be recorded."""
     @_builtins.property
     def artifact(self) -> _agent_pb2.Artifact:
         """What."""
@@ -49,10 +52,11 @@ class StageRequest(_message.Message):
         owner: _builtins.str = ...,
         in_flight: _builtins.bool = ...,
         tier: _builtins.str = ...,
+        record: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "in_flight", b"in_flight", "owner", b"owner", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "in_flight", b"in_flight", "owner", b"owner", "record", b"record", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -375,6 +379,52 @@ class CancelReadsReply(_message.Message):
 Global___CancelReadsReply: _TypeAlias = CancelReadsReply  # noqa: Y015
 
 @_typing.final
+class TakeAccessRequest(_message.Message):
+    """Asks what was read of an artifact."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    artifact_id: _builtins.str
+    """Names it."""
+    def __init__(
+        self,
+        *,
+        artifact_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeAccessRequest: _TypeAlias = TakeAccessRequest  # noqa: Y015
+
+@_typing.final
+class TakeAccessReply(_message.Message):
+    """What was read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of pieces, in order of first use; empty: nothing was recorded."""
+
+    def __init__(
+        self,
+        *,
+        pieces: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pieces", b"pieces"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeAccessReply: _TypeAlias = TakeAccessReply  # noqa: Y015
+
+@_typing.final
 class IngestRequest(_message.Message):
     """Takes a folder in."""
 
@@ -390,7 +440,7 @@ class IngestRequest(_message.Message):
     model: _builtins.str
     """`team/name`."""
     kind: _builtins.str
-    """"cache"."""
+    """"cache" or "image"."""
     bytes_max: _builtins.int
     """Refuse more than this."""
     owner: _builtins.str

@@ -60,6 +60,11 @@ class NodeCacheStub:
                 request_serializer=fal__contract_dot_v1_dot_fsd__pb2.CancelReadsRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_fsd__pb2.CancelReadsReply.FromString,
                 _registered_method=True)
+        self.TakeAccess = channel.unary_unary(
+                '/fal.v1.NodeCache/TakeAccess',
+                request_serializer=fal__contract_dot_v1_dot_fsd__pb2.TakeAccessRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_fsd__pb2.TakeAccessReply.FromString,
+                _registered_method=True)
         self.Ingest = channel.unary_unary(
                 '/fal.v1.NodeCache/Ingest',
                 request_serializer=fal__contract_dot_v1_dot_fsd__pb2.IngestRequest.SerializeToString,
@@ -111,6 +116,13 @@ class NodeCacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TakeAccess(self, request, context):
+        """Which pieces were read through the mount, in order of first use; ends the recording.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Ingest(self, request, context):
         """Takes a folder of this node in as an artifact: what a build task left.
         """
@@ -152,6 +164,11 @@ def add_NodeCacheServicer_to_server(servicer, server):
                     servicer.CancelReads,
                     request_deserializer=fal__contract_dot_v1_dot_fsd__pb2.CancelReadsRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_fsd__pb2.CancelReadsReply.SerializeToString,
+            ),
+            'TakeAccess': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeAccess,
+                    request_deserializer=fal__contract_dot_v1_dot_fsd__pb2.TakeAccessRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_fsd__pb2.TakeAccessReply.SerializeToString,
             ),
             'Ingest': grpc.unary_unary_rpc_method_handler(
                     servicer.Ingest,
@@ -300,6 +317,33 @@ class NodeCache:
             '/fal.v1.NodeCache/CancelReads',
             fal__contract_dot_v1_dot_fsd__pb2.CancelReadsRequest.SerializeToString,
             fal__contract_dot_v1_dot_fsd__pb2.CancelReadsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeAccess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.NodeCache/TakeAccess',
+            fal__contract_dot_v1_dot_fsd__pb2.TakeAccessRequest.SerializeToString,
+            fal__contract_dot_v1_dot_fsd__pb2.TakeAccessReply.FromString,
             options,
             channel_credentials,
             insecure,

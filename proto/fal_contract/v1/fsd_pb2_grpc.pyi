@@ -45,6 +45,8 @@ class NodeCacheStub:
     """What is here."""
     CancelReads: _grpc.UnaryUnaryMultiCallable[_fsd_pb2.CancelReadsRequest, _fsd_pb2.CancelReadsReply]
     """Ends the waits of reads of unfinished files: they fail with EINTR at once. Before a runner is killed."""
+    TakeAccess: _grpc.UnaryUnaryMultiCallable[_fsd_pb2.TakeAccessRequest, _fsd_pb2.TakeAccessReply]
+    """Which pieces were read through the mount, in order of first use; ends the recording."""
     Ingest: _grpc.UnaryUnaryMultiCallable[_fsd_pb2.IngestRequest, _fsd_pb2.IngestReply]
     """Takes a folder of this node in as an artifact: what a build task left."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_fsd_pb2.GetCacheStatusRequest, _fsd_pb2.CacheStatus]
@@ -65,6 +67,8 @@ class NodeCacheAsyncStub(NodeCacheStub):
     """What is here."""
     CancelReads: _aio.UnaryUnaryMultiCallable[_fsd_pb2.CancelReadsRequest, _fsd_pb2.CancelReadsReply]  # type: ignore[assignment]
     """Ends the waits of reads of unfinished files: they fail with EINTR at once. Before a runner is killed."""
+    TakeAccess: _aio.UnaryUnaryMultiCallable[_fsd_pb2.TakeAccessRequest, _fsd_pb2.TakeAccessReply]  # type: ignore[assignment]
+    """Which pieces were read through the mount, in order of first use; ends the recording."""
     Ingest: _aio.UnaryUnaryMultiCallable[_fsd_pb2.IngestRequest, _fsd_pb2.IngestReply]  # type: ignore[assignment]
     """Takes a folder of this node in as an artifact: what a build task left."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_fsd_pb2.GetCacheStatusRequest, _fsd_pb2.CacheStatus]  # type: ignore[assignment]
@@ -112,6 +116,14 @@ class NodeCacheServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fsd_pb2.CancelReadsReply, _abc.Awaitable[_fsd_pb2.CancelReadsReply]]:
         """Ends the waits of reads of unfinished files: they fail with EINTR at once. Before a runner is killed."""
+
+    @_abc_1.abstractmethod
+    def TakeAccess(
+        self,
+        request: _fsd_pb2.TakeAccessRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fsd_pb2.TakeAccessReply, _abc.Awaitable[_fsd_pb2.TakeAccessReply]]:
+        """Which pieces were read through the mount, in order of first use; ends the recording."""
 
     @_abc_1.abstractmethod
     def Ingest(
