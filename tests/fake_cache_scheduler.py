@@ -52,6 +52,7 @@ class FakeCacheScheduler(weights_pb2_grpc.CacheServiceServicer):
         self.reports: list[weights_pb2.CacheReport] = []
         self.claims: dict[str, dict[int, weights_pb2.PieceClaim]] = {}
         self.attestations: list[weights_pb2.Attestation] = []
+        self.manifests_told: list[state_pb2.ModelManifest] = []
         self.sessions = 0
         self.attests = True
         self.islands: Sequence[frozenset[str]] = ()
@@ -185,6 +186,8 @@ class FakeCacheScheduler(weights_pb2_grpc.CacheServiceServicer):
                         told |= {claim.piece: claim for claim in message.claims.claims}
                     case "attestation":
                         self._attestation(message.attestation)
+                    case "manifest":
+                        self.manifests_told.append(message.manifest)
                     case _:
                         pass
                 self._changed.set()

@@ -33,9 +33,9 @@ class WeightCache(Protocol):
         ...
 
     async def ingest(
-        self, folder: Path, *, model: str, bytes_max: int, owner: str, keep_s: float
+        self, folder: Path, *, model: str, bytes_max: int, owner: str, keep_s: float, kind: str = "cache"
     ) -> state_pb2.ModelManifest:
-        """Take a folder's files in as an artifact of kind cache, kept for `owner` so long. INVALID, NO_CAPACITY …"""
+        """Take a folder's files in as an artifact, kept for `owner` so long. INVALID, NO_CAPACITY …"""
         ...
 
     async def cancel_reads(self, pids: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ import grpc.aio
 
 from fal_contract import rpc
 from fal_contract.errors import Code, FalError
-from fal_contract.limits import INGEST_TIMEOUT_S, RPC_TIMEOUT_S, STAGE_TIMEOUT_S
+from fal_contract.limits import IMAGE_PACK_TIMEOUT_S, INGEST_TIMEOUT_S, RPC_TIMEOUT_S, STAGE_TIMEOUT_S
 from fal_contract.v1 import agent_pb2, fsd_pb2, fsd_pb2_grpc, state_pb2
 
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -65,14 +65,15 @@ class CacheClient:
             await self._stub.CancelReads(fsd_pb2.CancelReadsRequest(pids=pids), timeout=RPC_TIMEOUT_S)
 
     async def ingest(
-        self, folder: Path, *, model: str, bytes_max: int, owner: str, keep_s: float
+        self, folder: Path, *, model: str, bytes_max: int, owner: str, keep_s: float, kind: str = "cache"
     ) -> state_pb2.ModelManifest:
-        """Take a folder's files in as an artifact of kind cache, kept for `owner` so long. INVALID, NO_CAPACITY …"""
+        """Take a folder's files in as an artifact, kept for `owner` so long. INVALID, NO_CAPACITY …"""
         with rpc.fal_errors():
             request = fsd_pb2.IngestRequest(
-                folder=str(folder), model=model, kind="cache", bytes_max=bytes_max, owner=owner
+                folder=str(folder), model=model, kind=kind, bytes_max=bytes_max, owner=owner
             )
-            reply = await self._stub.Ingest(request, timeout=INGEST_TIMEOUT_S)
+            timeout_s = IMAGE_PACK_TIMEOUT_S if kind == "image" else INGEST_TIMEOUT_S
+            reply = await self._stub.Ingest(request, timeout=timeout_s)
             pin = fsd_pb2.PinRequest(manifest_digest=reply.manifest.artifact_id, owner=owner, ttl_s=keep_s)
             await self._stub.Pin(pin, timeout=RPC_TIMEOUT_S)
         return reply.manifest

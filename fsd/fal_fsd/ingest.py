@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +26,7 @@ from fal_contract.v1 import fsd_pb2
 from fal_fsd.disk.reading import Cancelled
 
 if TYPE_CHECKING:
+    from fal_fsd.disk.store import DiskStore
     from fal_fsd.node import CacheNode
 
 URI: Final = "push://ingest"
@@ -123,8 +125,24 @@ def _take_in(node: CacheNode, artifact: Artifact, model: str, folder: Path, owne
         raise
 
 
+def taken_in(store: DiskStore, artifact: Artifact) -> Artifact | None:
+    """What was taken in here and nobody has signed yet, with the digests of its pieces; None for all else. Blocks."""
+    if artifact.uri != URI or not all(file.sha256 for file in artifact.files):
+        return None
+    part = store.part(artifact.id)
+    opened = part is None
+    part = part or store.open_part(artifact, model="")  # as after a restart
+    try:
+        hashes = [part.digest_of(piece) for piece in range(artifact.layout.count)]
+    finally:
+        if opened:
+            part.close()
+    known = [digest for digest in hashes if digest is not None]
+    return replace(artifact, hashes=tuple(known)) if len(known) == len(hashes) else None
+
+
 def _raise(error: OSError) -> None:
     raise invalid("folder", str(error.filename), f"cannot be read: {error.strerror}", remedy="Correct its permissions.")
 
 
-__all__ = ["URI", "ingest", "read_folder"]
+__all__ = ["URI", "ingest", "read_folder", "taken_in"]

@@ -19,7 +19,7 @@ from fal_contract.limits import MESSAGE_BYTES_MAX
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2, fsd_pb2, state_pb2, weights_pb2
 from fal_contract.versions import WIRE_MAX, WIRE_MIN, software
-from fal_fsd import attest, views
+from fal_fsd import attest, ingest, views
 from fal_fsd.disk.reading import Cancelled
 from fal_fsd.disk.store import CachedRecord, DiskStore
 from fal_fsd.news import News
@@ -317,6 +317,8 @@ class CacheNode:
 
     async def _tell_manifest(self, id_: str) -> None:
         artifact = await asyncio.to_thread(self.store.artifact, id_)
+        if artifact is not None and not artifact.attested:
+            artifact = await asyncio.to_thread(ingest.taken_in, self.store, artifact)
         if artifact is not None and artifact.attested:
             self.news.manifest(to_manifest(artifact))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fal_contract.artifact import Artifact
+from fal_contract.artifact import Artifact, from_manifest
 from fal_contract.v1 import agent_pb2, weights_pb2
 from fal_fsd import fetching, wishes
 from fal_fsd.disk.store import DiskStore
@@ -146,3 +146,39 @@ def test_a_wish_that_could_not_be_followed_is_tried_again(tmp_path: Path, monkey
 
     with HttpOrigin(contents) as origin:
         run(main(origin))
+
+
+def test_what_a_pack_task_left_is_told_with_the_digests_of_its_pieces_until_it_is_signed(tmp_path: Path) -> None:
+    piece = 256 << 10
+    contents = {"config.json": b"{}", "image.erofs": bytes(range(256)) * (5 * piece // 512)}
+    folder = write(tmp_path / "packed", contents)
+
+    async def main() -> None:
+        async with cluster(tmp_path, "") as c:
+            s = c.scheduler
+
+            async def told(artifact_id: str) -> Artifact:
+                s.manifests_told.clear()
+                s.nodes["n1"].tell(want_manifest=weights_pb2.WantManifest(id=artifact_id))
+                await s.until(lambda: s.manifests_told)
+                return from_manifest(s.manifests_told[0])
+
+            async with c.node("n1") as rig:
+                await s.until(lambda: "n1" in s.nodes)
+                taken = from_manifest(
+                    await rig.client.ingest(
+                        folder, model="default/img", bytes_max=1 << 30, owner="build r", keep_s=60, kind="image"
+                    )
+                )
+                assert (taken.kind, taken.piece_bytes, taken.layout.count) == ("image", piece, 4)
+                assert await told(taken.id) == taken
+            await s.until(lambda: "n1" not in s.nodes)
+            async with c.node("n1") as rig:  # another process: only its disk knows
+                await s.until(lambda: "n1" in s.nodes)
+                assert await told(taken.id) == taken
+                assert not rig.exposed()
+                s.attest(s.signed(taken))
+                await s.until(lambda: [x for x in s.nodes["n1"].seen.values() if x.ready])
+                assert rig.exposed()
+
+    run(main())
