@@ -25,6 +25,7 @@ from fal_contract.revocation import RevokedPeer
 from fal_contract.v1 import agent_pb2, state_pb2
 from fal_runtime.fake import FakeDriver
 from fal_runtime.fake import Machine as FakeMachine
+from fal_runtime.network.reach import Port
 
 MIB = 1 << 20
 
@@ -154,9 +155,9 @@ class FakeProber:
         self._box = box
         self.sick: set[str] = set()
 
-    async def ask(self, socket: Path, path: str, timeout_s: float) -> str:
+    async def ask(self, socket: Path | Port, path: str, timeout_s: float) -> str:
         for container in self._box.machine.containers.values():
-            if container.spec.socket_dir == socket.parent:
+            if isinstance(socket, Path) and container.spec.socket_dir == socket.parent:
                 after_s, status = container.script.ready_after_s, container.status
                 if status.pid is None:
                     return "the worker's socket is not there yet"

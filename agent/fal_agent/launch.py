@@ -7,17 +7,26 @@ another runner's socket. Called by fal_agent.runner.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from fal_agent.ports import Places
+from fal_agent.ports import MachineView, Places
 from fal_contract.ids import path_of
 from fal_contract.v1 import agent_pb2
-from fal_runtime.driver import MODELS_DIR_INSIDE, SOCKET_DIR_INSIDE, ContainerSpec, Driver, Mount, Network, Resources
+from fal_runtime.driver import (
+    MODELS_DIR_INSIDE,
+    SOCKET_DIR_INSIDE,
+    ContainerSpec,
+    Driver,
+    Egress,
+    Mount,
+    Network,
+    Resources,
+)
 
 SOCKET_NAME: Final = "worker.sock"
 OUTPUT_DIR_INSIDE: Final = "/output"
@@ -39,8 +48,9 @@ def socket_dir(places: Places, runner_id: str) -> Path:
     return places.sockets / _hash(runner_id)
 
 
-def socket_path(places: Places, runner_id: str) -> Path:
-    return socket_dir(places, runner_id) / SOCKET_NAME
+def socket_path(places: Places, runner_id: str, name: str = "") -> Path:
+    """The worker's socket on this host; `name` as the app says, empty: the usual one."""
+    return socket_dir(places, runner_id) / (name or SOCKET_NAME)
 
 
 def model_name(model: str) -> str:
@@ -48,10 +58,32 @@ def model_name(model: str) -> str:
     return path_of(model)
 
 
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """How a container gets its GPUs: by CDI names, or where this node has none, by plain device nodes."""
+
+    nodes: tuple[str, ...] = ()
+    cdi: tuple[str, ...] = ()
+
+
+NO_DEVICES: Final = Devices()
+
+
+def devices(gpus: Sequence[str], view: MachineView) -> Devices:
+    """The devices of these GPUs (ids) on this machine."""
+    names = tuple(view.cdi[gpu] for gpu in gpus if gpu in view.cdi)
+    if len(names) == len(gpus):
+        return Devices(cdi=names)
+    return Devices(nodes=tuple(dict.fromkeys(node for gpu in gpus for node in view.devices.get(gpu, ()))))
+
+
 def container_spec(
-    message: agent_pb2.Assignment, driver: Driver, places: Places, devices: Iterable[str] = ()
+    message: agent_pb2.Assignment, driver: Driver, places: Places, devices: Devices = NO_DEVICES, port: int = 0
 ) -> ContainerSpec:
-    """The container of this assignment. Models are attached apart (Driver.attach_model)."""
+    """The container of this assignment. Models are attached apart (Driver.attach_model).
+
+    `port`: where its server is to listen; 0: on a unix socket.
+    """
     app, limits = message.spec, message.spec.resources
     bare = ContainerSpec(
         id=container_id(message.runner_id),
@@ -69,10 +101,14 @@ def container_spec(
         network=_NETWORKS[app.network or "none"],
         socket_dir=socket_dir(places, message.runner_id),
         models_dir=places.models / container_id(message.runner_id),
-        gpu_devices=tuple(devices),
+        gpu_devices=devices.nodes,
+        cdi=devices.cdi,
         mounts=_output_mount(message, places),
+        egress=Egress(tuple(app.egress_allow), tuple(app.egress_deny)),
     )
-    return replace(bare, env={**places.worker_env, **_env(message, driver, bare)})
+    return replace(
+        bare, env={**places.worker_env, **_env(message, driver, bare), **_listens(message, driver, bare, port)}
+    )
 
 
 def _output_mount(message: agent_pb2.Assignment, places: Places) -> tuple[Mount, ...]:
@@ -112,6 +148,13 @@ def _assignment_file(places: Places, runner_id: str) -> Path:
     return places.runners / f"{container_id(runner_id)}.assignment"
 
 
+def _listens(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec, port: int) -> dict[str, str]:
+    """Where the server is to listen. $PORT is what many servers read by themselves."""
+    if port:
+        return {"PORT": str(port), "FAL_PORT": str(port)}
+    return {"FAL_SOCKET": driver.inside(spec, f"{SOCKET_DIR_INSIDE}/{message.spec.socket or SOCKET_NAME}")}
+
+
 def _env(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec) -> dict[str, str]:
     def models(kind: str) -> list[tuple[str, str]]:
         names = [model_name(artifact.model) for artifact in message.artifacts if (artifact.kind or "model") == kind]
@@ -125,10 +168,9 @@ def _env(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec) -> 
     env |= {
         "FAL_RUNNER_ID": message.runner_id,
         "FAL_APP": message.app,
-        "FAL_SOCKET": driver.inside(spec, f"{SOCKET_DIR_INSIDE}/{SOCKET_NAME}"),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": ",".join(message.gpus),
-        "NVIDIA_VISIBLE_DEVICES": ",".join(message.gpus) or "void",
+        "NVIDIA_VISIBLE_DEVICES": "void",  # images set it; whoever else still reads it is to add nothing
     }
     # The worker's own bounds are the app's: it queues what the proxy admits, and drains for as long as it is given.
     scaling = message.spec.scaling

@@ -16,6 +16,7 @@ from fal_agent.core.admission import GpuView
 from fal_agent.proxy.messages import GatewayEntry, RunnerEntry
 from fal_contract.revocation import RevokedPeer
 from fal_contract.v1 import agent_pb2, state_pb2
+from fal_runtime.network.reach import Port
 
 
 class WeightCache(Protocol):
@@ -89,9 +90,9 @@ class ProxyPort(Protocol):
 
 
 class Prober(Protocol):
-    """Asks a worker over its unix socket."""
+    """Asks a worker over its unix socket, or on its port."""
 
-    async def ask(self, socket: Path, path: str, timeout_s: float) -> str:
+    async def ask(self, socket: Path | Port, path: str, timeout_s: float) -> str:
         """Empty when `path` answered 200 in time, else what happened instead. Never raises."""
         ...
 
@@ -105,6 +106,7 @@ class MachineView:
     memory_bytes: int = 0
     cpu_milli: int = 0
     devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # GPU id → device nodes
+    cdi: Mapping[str, str] = field(default_factory=dict)  # GPU id → CDI name, of those that have one
 
 
 class Machine(Protocol):

@@ -1,4 +1,4 @@
-"""Health probes: one HTTP GET over a worker's unix socket.
+"""Health probes: one HTTP GET over a worker's unix socket, or on a port in its network namespace.
 
 Invariant: a probe is bounded in time and bytes whatever the worker does, and never follows a symbolic link that a
 container planted. Called by fal_agent.runner, many times a second on a full node, so it is written on bare streams.
@@ -12,6 +12,8 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from fal_runtime.network.reach import Port, connect
+
 _ANSWER_BYTES_MAX: Final = 4096
 _REST_S: Final = 1.0  # for the rest of an answer; a server may keep the connection although told to close it
 _SHOWN_CHARS_MAX: Final = 200
@@ -20,7 +22,7 @@ _SHOWN_CHARS_MAX: Final = 200
 class UnixProber:
     """See fal_agent.ports.Prober."""
 
-    async def ask(self, socket: Path, path: str, timeout_s: float) -> str:
+    async def ask(self, socket: Path | Port, path: str, timeout_s: float) -> str:
         try:
             async with asyncio.timeout(timeout_s):
                 return await _get(socket, path)
@@ -28,14 +30,20 @@ class UnixProber:
             return f"{path} did not answer in {timeout_s:g} s"
         except FileNotFoundError:
             return "the worker's socket is not there yet"
+        except ConnectionRefusedError:
+            where = f"port {socket.port}" if isinstance(socket, Port) else "its socket"
+            return f"{path}: nothing listens on {where} yet"
         except (OSError, ValueError) as exc:
             return f"{path}: {exc}"
 
 
-async def _get(socket: Path, path: str) -> str:
-    if not stat.S_ISSOCK(socket.lstat().st_mode):
+async def _get(socket: Path | Port, path: str) -> str:
+    if isinstance(socket, Port):
+        reader, writer = await asyncio.open_connection(sock=await connect(socket), limit=_ANSWER_BYTES_MAX)
+    elif not stat.S_ISSOCK(socket.lstat().st_mode):
         return f"{socket.name} is not a socket"
-    reader, writer = await asyncio.open_unix_connection(str(socket), limit=_ANSWER_BYTES_MAX)
+    else:
+        reader, writer = await asyncio.open_unix_connection(str(socket), limit=_ANSWER_BYTES_MAX)
     try:
         writer.write(f"GET {path} HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n".encode())
         line = await reader.readline()

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
 
-from fal_agent import build_output, launch
+from fal_agent import build_output, launch, serving
 from fal_agent.aftermath import exit_of, gpu_in_use, log_tail
 from fal_agent.arrivals import PASSING, Arrivals, processes_of
 from fal_agent.core.assignments import Assignment, Goal
@@ -278,9 +278,10 @@ class Runner:
 
     async def _make(self, message: agent_pb2.Assignment) -> None:
         view = await self._tools.machine.look() if message.gpus else None
-        devices = [node for gpu in message.gpus for node in (view.devices.get(gpu, ()) if view else ())]
+        devices = launch.devices(message.gpus, view) if view is not None else launch.NO_DEVICES
         build_output.make(self._tools.places, message)
-        spec = launch.container_spec(message, self._tools.driver, self._tools.places, devices)
+        port = serving.port_of(message, self._tools.driver, self._tools.places)
+        spec = launch.container_spec(message, self._tools.driver, self._tools.places, devices, port)
         launch.keep_assignment(self._tools.places, message)
         await self._tools.driver.create(spec)
 
@@ -305,9 +306,9 @@ class Runner:
     async def _probe_ready(self) -> None:
         began_s = self._now_s()
         probe = probe_of(self.task.assignment)
-        path, poll_s = launch.socket_path(self._tools.places, self.id), _READY_POLL_MIN_S
+        where, poll_s = await serving.address_of(self.task, self._tools), _READY_POLL_MIN_S
         while self.task.orphan or self._now_s() < self.task.ready_by_s:
-            why = await self._tools.prober.ask(path, probe.ready_path, probe.timeout_s)
+            why = await self._tools.prober.ask(where, probe.ready_path, probe.timeout_s)
             if not why:
                 self._see(ready(self.task, ready_at_s=self._tools.clock.wall_s(), seconds=self._now_s() - began_s))
                 self._unsaved = True
@@ -318,15 +319,7 @@ class Runner:
             poll_s = min(_READY_POLL_MAX_S, 1.5 * poll_s)
 
     async def _register(self) -> None:
-        status = await self._tools.driver.status(launch.container_id(self.id))
-        assignment = self.task.assignment
-        self._entry = RunnerEntry(
-            runner_id=self.id,
-            socket_path=str(launch.socket_path(self._tools.places, self.id)),
-            max_multiplexing=assignment.max_multiplexing,
-            request_timeout_s=assignment.request_timeout_s,
-            pid=(status.pid if status else None) or 0,
-        )
+        self._entry = await serving.entry_of(self.task, self._tools)
         await self._tools.proxy.put(self._entry)
         self._see(advance(self.task, Phase.SERVING))
 
@@ -339,10 +332,10 @@ class Runner:
             await self._news.wait()
             return
         probe, failures = probe_of(self.task.assignment), 0
-        path = launch.socket_path(self._tools.places, self.id)
+        where = await serving.address_of(self.task, self._tools)
         await asyncio.sleep(self._tools.rng.uniform(0, probe.interval_s))  # a full node's probes spread out
         while True:
-            why = await self._tools.prober.ask(path, probe.live_path, probe.timeout_s)
+            why = await self._tools.prober.ask(where, probe.live_path, probe.timeout_s)
             failures = failures + 1 if why else 0
             self._trouble(f"liveness probe failed {failures} of {probe.failures_max} times: {why}" if why else "")
             if failures >= probe.failures_max and not self.task.orphan:
@@ -423,6 +416,7 @@ class Runner:
         await self._arrivals.close()
         await self._tools.cache.unpin(self.id)
         launch.drop_assignment(self._tools.places, self.id)
+        serving.drop_port(self._tools.places, self.id)
         if self.task.assignment.build:
             await build_output.remove(self._tools.places, self.id)
         self._see(advance(self.task, Phase.GONE))

@@ -139,13 +139,17 @@ def test_control_frames_of_noise_are_refused(noise: bytes) -> None:
 
 
 def test_control_messages_survive_the_wire() -> None:
-    entry = RunnerEntry("default/a-1", "/run/w.sock", 3, 60.0, cgroup="c", pid=7, draining=True)
+    entry = RunnerEntry("default/a-1", "/run/w.sock", 3, 60.0, cgroup="c", pid=7, draining=True, port=80, pid_ticks=9)
     assert (
         messages.runner_from_wire(messages.decode(messages.encode({"t": "x", **messages.runner_to_wire(entry)})[4:]))
         == entry
     )
     with pytest.raises(FalError, match="slots"):
         messages.runner_from_wire({**messages.runner_to_wire(entry), "slots": 0})
+    with pytest.raises(FalError, match="port"):
+        messages.runner_from_wire({**messages.runner_to_wire(entry), "port": 65536})
+    older = {key: value for key, value in messages.runner_to_wire(entry).items() if key not in ("port", "pid_ticks")}
+    assert messages.runner_from_wire(older).port == 0, "what a release before this one says"
     with pytest.raises(FalError, match="socket"):
         messages.runner_from_wire({**messages.runner_to_wire(entry), "socket": 5})
     assert read_greeting(tunnel_greeting("n-1")) == "n-1"

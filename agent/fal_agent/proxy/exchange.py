@@ -20,7 +20,7 @@ from fal_agent.proxy.lazy_timer import LazyTimer
 from fal_agent.proxy.messages import RunnerEntry
 from fal_agent.proxy.slots import Outcome, Refused
 from fal_agent.proxy.worker_pool import WRITE_BUFFER_BYTES_MAX, WorkerConnection
-from fal_agent.proxy.worker_socket import connect_worker
+from fal_agent.proxy.worker_socket import attach, connect_worker
 from fal_contract.errors import Code, FalError
 from fal_contract.http1 import BodyKind, BodyScanner, HttpError, ResponseHead, head_end, parse_response_head
 
@@ -289,7 +289,7 @@ class Exchange:
         try:
             sock = await connect_worker(self._entry, self._path.bounds.connect_timeout_s)
             worker = WorkerConnection(self._entry, sock, self, self._path.workers, self._path.now_s())
-            await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=sock)
+            await attach(sock, worker)
         except FalError as error:
             self._fail(Refused(Code.UNAVAILABLE, error.what))
         except OSError as exc:

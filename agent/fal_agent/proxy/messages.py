@@ -39,6 +39,8 @@ class RunnerEntry:
     cgroup: str = ""  # a component of the worker's cgroup path; empty: not checked
     pid: int = 0  # the worker is this process or a descendant; 0: not checked
     draining: bool = False  # finishes what it has, takes nothing new
+    port: int = 0  # its server listens on this port of loopback; 0: on the socket
+    pid_ticks: int = 0  # when `pid` began: the port is in that process's network namespace; 0: on the node's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,8 @@ def runner_to_wire(entry: RunnerEntry) -> dict[str, object]:
         "cgroup": entry.cgroup,
         "pid": entry.pid,
         "draining": entry.draining,
+        "port": entry.port,
+        "pid_ticks": entry.pid_ticks,
     }
 
 
@@ -150,9 +154,13 @@ def runner_from_wire(raw: Mapping[str, Any]) -> RunnerEntry:
         cgroup=take(raw, "cgroup", str, default=""),
         pid=take(raw, "pid", int, default=0),
         draining=take(raw, "draining", bool, default=False),
+        port=take(raw, "port", int, default=0),
+        pid_ticks=take(raw, "pid_ticks", int, default=0),
     )
     if entry.max_multiplexing < 1:
         raise invalid("slots", entry.max_multiplexing, "is less than 1", remedy="A runner takes at least one request.")
+    if not 0 <= entry.port <= 65535:
+        raise invalid("port", entry.port, "is no port", remedy="Give 1 to 65535, or 0 for a socket.")
     if not entry.request_timeout_s > 0:
         raise invalid("timeout_s", entry.request_timeout_s, "is not positive", remedy="Give seconds.")
     if "/" not in entry.runner_id:

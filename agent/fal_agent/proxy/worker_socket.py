@@ -1,8 +1,10 @@
-"""Connecting to a worker's socket. The container owns the folder that it lies in, so nothing there is trusted.
+"""Connecting to a worker: to its socket, or to its port.
 
-Opened without following a symbolic link, checked to be a socket, and connected through the very descriptor that was
-checked, so that it cannot be exchanged in between; then SO_PEERCRED must name a process of the runner. The tmpfs that
-the driver mounts `nosymfollow` is a second wall, not the only one.
+The container owns the folder that its socket lies in, so nothing there is trusted: opened without following a symbolic
+link, checked to be a socket, and connected through the very descriptor that was checked, so that it cannot be exchanged
+in between; then SO_PEERCRED must name a process of the runner. The tmpfs that the driver mounts `nosymfollow` is a
+second wall, not the only one. A port is reached inside the network namespace of the runner's first process, where
+nobody else can listen.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Final
 
 from fal_agent.proxy.messages import RunnerEntry
 from fal_contract.errors import Code, FalError
+from fal_runtime.network.reach import Port, connect
 from fal_runtime.socket_dir import peer_in_cgroup, peer_pid
 
 _BACKLOG_RETRY_S: Final = 0.005
@@ -24,6 +27,8 @@ _ANCESTORS_MAX: Final = 64
 
 async def connect_worker(entry: RunnerEntry, timeout_s: float) -> socket.socket:
     """A connected, checked, non-blocking socket. FalError(UNAVAILABLE): nothing was sent, the request did not run."""
+    if entry.port:
+        return await _connect_port(entry, timeout_s)
     deadline_s = asyncio.get_running_loop().time() + timeout_s
     while True:
         sock = _try_connect(entry)
@@ -33,6 +38,26 @@ async def connect_worker(entry: RunnerEntry, timeout_s: float) -> socket.socket:
         if asyncio.get_running_loop().time() >= deadline_s:
             raise _unavailable(entry, f"accepted nothing for {timeout_s:g} s")
         await asyncio.sleep(_BACKLOG_RETRY_S)
+
+
+async def attach(sock: socket.socket, protocol: asyncio.Protocol) -> None:
+    """Give a socket of `connect_worker` to the loop."""
+    loop = asyncio.get_running_loop()
+    if sock.family == socket.AF_UNIX:
+        await loop.create_unix_connection(lambda: protocol, sock=sock)
+    else:
+        await loop.create_connection(lambda: protocol, sock=sock)
+
+
+async def _connect_port(entry: RunnerEntry, timeout_s: float) -> socket.socket:
+    to = Port(entry.port, entry.pid, entry.pid_ticks) if entry.pid_ticks else Port(entry.port)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await connect(to)
+    except TimeoutError:
+        raise _unavailable(entry, f"accepted nothing for {timeout_s:g} s") from None
+    except OSError as exc:
+        raise _unavailable(entry, f"does not answer on port {entry.port}: {exc.strerror}") from None
 
 
 def _try_connect(entry: RunnerEntry) -> socket.socket | None:
