@@ -29,6 +29,7 @@ async def exec_runner(
         raise invalid("command", opening.command[0], "is too long", remedy=f"At most {_COMMAND_BYTES_MAX} characters.")
     node_id = _node_of(leader, opening.runner_id)
     shown = shlex.join(opening.command) or "a shell"
+    shown = "".join(c if c.isprintable() else "�" for c in shown)  # events are printed on terminals
     if len(shown) > _SHOWN_CHARS_MAX:
         shown = shown[:_SHOWN_CHARS_MAX] + "…"
     text = f"{actor} runs {shown} in its container"
