@@ -22,6 +22,8 @@ class FakeInstance:
     product: str
     memory_bytes: int
     uuid: str = ""
+    gpu_instance: int = 0
+    compute_instance: int = 0
 
 
 @dataclass
@@ -64,6 +66,7 @@ class FakeNvml:
             device.index = index
             device.uuid = device.uuid or f"GPU-{uuid.UUID(int=index + 1)}"
             for position, instance in enumerate(device.mig):
+                instance.gpu_instance = instance.gpu_instance or position + 7  # the driver's numbers have gaps
                 instance.uuid = instance.uuid or f"MIG-{uuid.UUID(int=1000 * (index + 1) + position)}"
 
     def __getattr__(self, name: str) -> Any:
@@ -159,6 +162,14 @@ class FakeNvml:
     def nvmlDeviceGetMaxMigDeviceCount(self, handle: FakeDevice) -> int:
         self._alive(handle)
         return 7
+
+    def nvmlDeviceGetGpuInstanceId(self, handle: Any) -> int:
+        self._alive(handle)
+        return int(handle[1].gpu_instance)
+
+    def nvmlDeviceGetComputeInstanceId(self, handle: Any) -> int:
+        self._alive(handle)
+        return int(handle[1].compute_instance)
 
     def nvmlDeviceGetMigDeviceHandleByIndex(self, device: FakeDevice, index: int) -> Any:
         self._alive(device)

@@ -15,6 +15,7 @@ from random import Random
 from typing import TYPE_CHECKING, Final
 
 from fal_agent.cache_daemon import command
+from fal_agent.inventory.cdi import GpuNames
 from fal_agent.inventory.machine import InventoryMachine, open_inventory
 from fal_agent.join import Renewer, join
 from fal_agent.journal import FileJournal
@@ -66,12 +67,15 @@ class Agent:
         """Start everything, then wait for `stop`. Raises FalError when it cannot start."""
         self._events: list[tuple[str, str, str]] = []
         journal = FileJournal(self._layout.journal, on_event=lambda *event: self._events.append(event))
-        driver, capabilities = await self._layout.open_driver(self._options.driver)
+        driver, capabilities = await self._layout.open_driver(
+            self._options.driver, cdi_dirs=self._options.cdi_folders()
+        )
         self._identity = await self._load_or_join()
         machine = InventoryMachine(
             open_inventory(
                 sim_gpus=self._options.sim_gpus, node_name=self._options.node_name, state_dir=self._layout.state_dir
-            )
+            ),
+            names=GpuNames(self._layout.cdi, self._options.cdi_folders()) if driver.isolates else None,
         )
         fsd_socket = self._options.fsd_socket or self._layout.fsd_socket
         cache = CacheClient(fsd_socket)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -67,6 +68,12 @@ class Layout:
                 remedy="Give --state-dir a folder of this user.",
             ) from None
 
+    @property
+    def cdi(self) -> Path:
+        """The node's own CDI specification; in the run directory, because device numbers end with the boot."""
+        scope = hashlib.sha256(os.fsencode(self.state_dir.resolve())).hexdigest()[:8]
+        return RUN_ROOT / f"agent-{scope}" / "cdi"
+
     def lock(self) -> int:
         """Hold the state directory until the returned descriptor is closed. ALREADY_EXISTS: another agent has it."""
         fd = os.open(self.state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -87,8 +94,7 @@ class Layout:
 
         root = self.state_dir
         if isolates:
-            scope = hashlib.sha256(os.fsencode(self.state_dir.resolve())).hexdigest()[:8]
-            root = RUN_ROOT / f"agent-{scope}"
+            root = self.cdi.parent
             root.mkdir(parents=True, exist_ok=True, mode=0o711)
             root.chmod(0o711)
         command = worker_command(isolates=isolates)
@@ -104,8 +110,11 @@ class Layout:
             folder.chmod(0o711)
         return places
 
-    async def open_driver(self, wanted: str) -> tuple[Driver, Capabilities]:
-        """The driver that was asked for, or that works here. One that has containers stays the node's driver."""
+    async def open_driver(self, wanted: str, *, cdi_dirs: Sequence[Path] = ()) -> tuple[Driver, Capabilities]:
+        """The driver that was asked for, or that works here. One that has containers stays the node's driver.
+
+        `cdi_dirs`: folders with CDI specifications beside the node's own.
+        """
         before = self.driver.read_text().strip() if self.driver.exists() else ""
         if wanted == "auto":
             wanted = before or ("oci" if os.geteuid() == 0 else "process")
@@ -119,23 +128,23 @@ class Layout:
                     remedy=f"Start with --driver {before}, or clear the node first: fal-agent purge.",
                 )
         try:
-            driver = _driver(wanted, self.state_dir / "c")
+            driver = _driver(wanted, self.state_dir / "c", (self.cdi, *cdi_dirs))
             capabilities = await driver.probe()
         except FalError as exc:
             if not fall_back:
                 raise
             _log.warning("oci_does_not_work", why=str(exc), instead="process, which does not isolate")
-            driver = _driver("process", self.state_dir / "c")
+            driver = _driver("process", self.state_dir / "c", ())
             capabilities = await driver.probe()
         self.driver.write_text(driver.name)
         return driver, capabilities
 
 
-def _driver(name: str, state_dir: Path) -> Driver:
+def _driver(name: str, state_dir: Path, cdi: Sequence[Path]) -> Driver:
     if name == "oci":
         from fal_runtime.oci.driver import OciDriver
 
-        return OciDriver(state_dir)
+        return OciDriver(state_dir, cdi=cdi)
     from fal_runtime.process import ProcessDriver
 
     return ProcessDriver(state_dir)

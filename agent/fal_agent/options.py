@@ -47,9 +47,17 @@ class AgentOptions(ConfigModel):
     allow_host_network: bool = Field(True, description='false: no app with network "host", whatever its pool allows')
     egress_subnet: str = Field("10.222.0.0/16", description='addresses of containers with network "egress"')
     cni_plugin_dir: str = Field("/usr/lib/cni:/opt/cni/bin", description="folders with CNI plugins, first match wins")
+    cdi_dirs: str = Field(
+        "/etc/cdi:/var/run/cdi",
+        description="folders with CDI specifications, the later wins; ours comes last",
+    )
     metrics_host: str = Field("127.0.0.1", description="address for /metrics and /healthz")
     metrics_port: int = Field(0, ge=0, le=65535, description="port for /metrics and /healthz; 0: any")
     log_level: LogLevel = Field("info", description="debug, info, warning or error")
+
+    def cdi_folders(self) -> tuple[Path, ...]:
+        """`cdi_dirs` as paths."""
+        return tuple(Path(part) for part in self.cdi_dirs.split(":") if part)
 
 
 def check(options: AgentOptions) -> AgentOptions:

@@ -47,7 +47,7 @@ async def _containers(layout: Layout) -> list[str]:
         await driver.remove(id)
     await driver.clean(frozenset())
     places = layout.places(isolates=driver.isolates)
-    for folder in (places.sockets, places.models, places.runners):
+    for folder in (places.sockets, places.models, places.runners, layout.cdi):
         shutil.rmtree(folder, ignore_errors=True)
     if driver.isolates:  # else it is the state directory itself
         with contextlib.suppress(OSError):

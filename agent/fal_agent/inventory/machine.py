@@ -6,11 +6,13 @@ what runs is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from fal_agent.core.admission import GpuView
+from fal_agent.inventory.cdi import GpuNames
 from fal_agent.inventory.host import read_host
 from fal_agent.inventory.model import Gpu, Inventory, Snapshot
 from fal_agent.inventory.nvml import NvmlInventory
@@ -34,9 +36,17 @@ def open_inventory(*, sim_gpus: str, node_name: str, state_dir: Path) -> Invento
 class InventoryMachine:
     """Implements `ports.Machine`."""
 
-    def __init__(self, inventory: Inventory, *, on_problem: Callable[[str], None] = lambda message: None) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        *,
+        on_problem: Callable[[str], None] = lambda message: None,
+        names: GpuNames | None = None,
+    ) -> None:
         self._inventory = inventory
         self._on_problem = on_problem
+        self._names = names
+        self._cdi: Mapping[str, str] = {}
         self._last: Snapshot | None = None
         self._problem = ""
         self._raised = 0  # generations that were added here, for looks that failed
@@ -53,6 +63,8 @@ class InventoryMachine:
             return self._view(replace(self._last, gpus=unfit, problem=error.what))
         self._last = snapshot
         self._say(snapshot.problem)
+        if self._names is not None and any(gpu.device_nodes for gpu in snapshot.gpus):
+            self._cdi = await asyncio.to_thread(self._names.refresh, snapshot)
         return self._view(snapshot)
 
     async def close(self) -> None:
@@ -81,6 +93,7 @@ class InventoryMachine:
             memory_bytes=snapshot.host.memory_bytes,
             cpu_milli=snapshot.host.cpu_cores * 1000,
             devices={gpu.id: gpu.device_nodes for gpu in snapshot.gpus},
+            cdi=self._cdi,
         )
 
 

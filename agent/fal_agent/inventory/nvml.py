@@ -23,6 +23,8 @@ T = TypeVar("T")
 LOOK_TIMEOUT_S: Final = 15.0
 _PIDS_MAX: Final = 64
 _MIG_NAME: Final = re.compile(r"\bMIG (\S+)")
+_CAPABILITIES: Final = Path("/proc/driver/nvidia/capabilities")
+_CAP_MINOR: Final = re.compile(r"^DeviceFileMinor:\s*(\d+)", re.MULTILINE)
 _CONTROL_NODES: Final = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")
 
 
@@ -36,10 +38,12 @@ class NvmlInventory:
         library: Any = None,
         timeout_s: float = LOOK_TIMEOUT_S,
         sys_pci: Path = Path("/sys/bus/pci/devices"),
+        capabilities: Path = _CAPABILITIES,
     ) -> None:
         self._read_host = read_host
         self._library = library
         self._sys_pci = sys_pci
+        self._capabilities = capabilities
         self._thread = DriverThread("nvml", timeout_s=timeout_s)
         self._reader: _Reader | None = None
         self._last: Snapshot | None = None
@@ -55,16 +59,17 @@ class NvmlInventory:
     def _look(self) -> Found:
         if self._reader is None:
             library = self._library or importlib.import_module("pynvml")
-            self._reader = _Reader(library, self._sys_pci)
+            self._reader = _Reader(library, self._sys_pci, self._capabilities)
         return self._reader.look()
 
 
 class _Reader:
     """Everything that runs in the driver's thread."""
 
-    def __init__(self, library: Any, sys_pci: Path) -> None:
+    def __init__(self, library: Any, sys_pci: Path, capabilities: Path) -> None:
         self._n = library
         self._sys_pci = sys_pci
+        self._capabilities = capabilities
         self._initialised = False
         self._links: tuple[frozenset[str], dict[str, tuple[Link, ...]]] = (frozenset(), {})
         unsupported = (
@@ -236,7 +241,31 @@ class _Reader:
             ecc=gpu.ecc,
             temperature_c=gpu.temperature_c,
             pids=self._pids(handle),
+            device_nodes=self._instance_nodes(handle, gpu),
         )
+
+    def _instance_nodes(self, handle: Any, gpu: Gpu) -> tuple[str, ...]:
+        """The device's nodes, and the two capabilities that open this instance alone; none where one is not told."""
+        if not gpu.device_nodes:
+            return ()
+        at, inside = (
+            self._try(ask, None, handle)
+            for ask in (self._n.nvmlDeviceGetGpuInstanceId, self._n.nvmlDeviceGetComputeInstanceId)
+        )
+        if at is None or inside is None:
+            return ()
+        minor = gpu.device_nodes[0].removeprefix("/dev/nvidia")
+        instance = self._capabilities / f"gpu{minor}" / "mig" / f"gi{int(at)}"
+        caps = []
+        for access in (instance / "access", instance / f"ci{int(inside)}" / "access"):
+            try:
+                found = _CAP_MINOR.search(access.read_text())
+            except OSError:
+                return ()
+            if found is None:
+                return ()
+            caps.append(f"/dev/nvidia-caps/nvidia-cap{found[1]}")
+        return (*gpu.device_nodes, *caps)
 
     def _links_of(self, handles: Mapping[str, Any]) -> dict[str, tuple[Link, ...]]:
         """Links of every device to every other; asked again only when the set of devices changes."""

@@ -19,7 +19,9 @@ from fal_contract.errors import not_found
 
 _IDLE_TEMPERATURE_C: Final = 34
 _NUMA_NODES: Final = 2
-DRIVER_VERSION: Final = "simulated"
+# What a driver of today says, so that apps which ask for a version can be tried out.
+DRIVER_VERSION: Final = "570.86.15"
+CUDA_VERSION: Final = "12.8"
 
 
 @dataclass(slots=True)
@@ -44,7 +46,7 @@ class SimulatedInventory:
 
     async def snapshot(self) -> Snapshot:
         seen = tuple(self._seen(gpu) for gpu in self._gpus if not self._faults[gpu.id].gone)
-        self._last = advance(self._last, Found(gpus=seen, driver_version=DRIVER_VERSION), self._read_host())
+        self._last = advance(self._last, _found(seen), self._read_host())
         return self._last
 
     async def close(self) -> None:
@@ -87,6 +89,10 @@ class SimulatedInventory:
             pids=fault.pids,
             utilisation_percent=100 if fault.pids else 0,
         )
+
+
+def _found(gpus: tuple[Gpu, ...]) -> Found:
+    return Found(gpus=gpus, driver_version=DRIVER_VERSION, cuda_version=CUDA_VERSION)
 
 
 def _devices(groups: Sequence[Group], node_name: str) -> tuple[Gpu, ...]:
