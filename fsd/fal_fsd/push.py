@@ -26,7 +26,7 @@ from fal_contract.identity import Identity
 from fal_contract.limits import MESSAGE_BYTES_MAX
 from fal_contract.pieces import Bitmap
 from fal_contract.ticket import TICKET_TTL_S
-from fal_contract.v1 import cluster_pb2, weights_pb2
+from fal_contract.v1 import cluster_pb2, state_pb2, weights_pb2
 from fal_fsd.core.messages import Claim, Lease
 from fal_fsd.core.rates import BandwidthLimits, RateMeter
 from fal_fsd.local_folder import LocalFile, LocalPart, changed, hash_folder, list_folder
@@ -70,6 +70,7 @@ class PushSettings:
     allow_pickle: bool = False
     pool: str = ""
     bandwidth_bytes_s: int = 0
+    image: state_pb2.ImageFacts | None = None  # of kind "image"
     lost_s: float = 10.0
     stalled_s: float = 40.0
 
@@ -143,6 +144,7 @@ def _request(artifact: Artifact, settings: PushSettings) -> cluster_pb2.BeginPus
         manifest=to_manifest(artifact),
         allow_pickle=settings.allow_pickle,
         pool=settings.pool,
+        image=settings.image,
     )
     if request.ByteSize() > MESSAGE_BYTES_MAX - 4096:
         raise invalid(

@@ -67,13 +67,13 @@ def _push(folder: Path, settings: PushSettings, on_progress: Callable[[PushProgr
     identity = Identity.load(current_profile().identity)
 
     async def work(stub: Any) -> Any:
-        api, clock = _Api(stub), SystemClock()
+        api, clock = SchedulerApi(stub), SystemClock()
         return await upload(folder, settings, api, identity, clock=clock, rng=SystemRandom(), on_progress=on_progress)
 
     return call(work)
 
 
-class _Api:
+class SchedulerApi:
     """The scheduler's side, as `fal_fsd.push.PushApi`."""
 
     def __init__(self, stub: Any) -> None:

@@ -24,9 +24,10 @@ from fal_scheduler.core.model_events import AddModel, StageModel
 from fal_scheduler.core.push_targets import PushNode, push_targets
 from fal_scheduler.core.records import Model, ModelState, Wish
 from fal_scheduler.leadership import Leadership
+from fal_scheduler.pushed_image import pushed_image
 from fal_scheduler.registry import refuse_pickle
 
-KINDS: Final = ("model", "lora")
+KINDS: Final = ("model", "lora", "image")
 
 
 async def begin(leader: Leadership, request: cluster_pb2.BeginPushRequest, actor: str) -> cluster_pb2.BeginPushReply:
@@ -45,6 +46,7 @@ async def begin(leader: Leadership, request: cluster_pb2.BeginPushRequest, actor
     model = Model(
         request.id, artifact.kind, artifact.uri, bytes=artifact.bytes_total, files=len(artifact.files),
         artifact_id=artifact.id, resolved_uri=artifact.uri, allow_pickle=request.allow_pickle,
+        image=pushed_image(request.image, artifact) if artifact.kind == "image" else None,
     )  # fmt: skip
     await leader.models.keep_pushed(artifact)  # first: a node with an older wish for the name asks for it at once
     await leader.engine.submit(AddModel(model, actor))
@@ -100,6 +102,8 @@ def _checked(request: cluster_pb2.BeginPushRequest) -> Artifact:
     if request.kind not in KINDS:
         raise invalid("kind", request.kind, "cannot be pushed", remedy=f"Use one of {', '.join(KINDS)}.")
     manifest = request.manifest
+    if request.HasField("image") != (request.kind == "image"):
+        raise invalid("image", request.kind, "and an image's facts belong together", remedy="Use `falctl image add`.")
     if manifest.signature:
         raise invalid("signature", "…", "is the scheduler's to make", remedy="Push with a released `falctl`.")
     for file in manifest.files:

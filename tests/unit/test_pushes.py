@@ -215,7 +215,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"id": "m"}, "id"),
     ({"id": "t/../m"}, "id"),
     ({"id": "t/other"}, "not that of this push"),
-    ({"kind": "image"}, "cannot be pushed"),
+    ({"kind": "cache"}, "cannot be pushed"),
     ({"kind": "lora"}, "not that of this push"),
     ({"manifest": state_pb2.ModelManifest()}, "files"),
     ({"manifest": _manifest(lambda m: m.ClearField("files"))}, "files"),
@@ -269,3 +269,78 @@ def test_a_new_leader_takes_the_manifest_back_from_a_node(tmp_path: Path) -> Non
 
 def test_viewers_may_not_push() -> None:
     assert ROLES["/fal.v1.Cluster/BeginPush"] == ROLES["/fal.v1.Cluster/EndPush"] == WRITERS
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def packed(files: dict[str, bytes] | None = None, *, id_: str = ID) -> Artifact:
+    """As `falctl image add` hashes what it has packed."""
+    content = files if files is not None else {"config.json": b"{}", "image.erofs": b"\0" * 5000}
+    uri = f"push://{id_}"
+    size = piece_bytes_of("image", sum(map(len, content.values())))
+    made = artifact_of(content, piece_bytes=size, uri=uri, kind="image")
+    listed = tuple(replace(file, version="") for file in made.files)
+    return replace(made, id=listing_id(uri, listed), files=listed)
+
+
+FACTS = {
+    "source": "oci:/images/app:1", "digest": f"sha256:{'a' * 64}", "format": "erofs", "platform": "linux/amd64",
+    "layer_bytes": 7,
+}  # fmt: skip
+
+
+def test_an_image_keeps_its_facts(tmp_path: Path) -> None:
+    async def test(cluster: Cluster) -> None:
+        artifact = packed()
+        facts = state_pb2.ImageFacts(**FACTS)  # type: ignore[arg-type]
+        await cluster.begin(artifact, kind="image", image=facts)
+        await cluster.arrives(artifact)
+        await cluster.end(artifact)
+        model = cluster.leader.view.models[ID]
+        assert (model.kind, model.state) == ("image", ModelState.ATTESTED)
+        assert model.image is not None
+        assert (model.image.digest, model.image.format, model.image.layer_bytes) == (FACTS["digest"], "erofs", 7)
+        assert cluster.wishes()["replicas"] == (2, False)
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"source": "docker://registry.example/app"}, "image.source"),
+        ({"digest": "sha256:12"}, "image.digest"),
+        ({"format": "ext4"}, "image.format"),
+        ({"format": "squashfs"}, "manifest"),
+        ({"platform": ""}, "image.platform"),
+        ({"platform": "plan9/amd64"}, "platform"),
+        ({"first_pieces": [0]}, "image.first_pieces"),
+    ],
+)
+def test_facts_that_do_not_fit_are_refused(tmp_path: Path, changed: dict[str, object], field: str) -> None:
+    async def test(cluster: Cluster) -> None:
+        facts = state_pb2.ImageFacts(**{**FACTS, **changed})  # type: ignore[arg-type]
+        with pytest.raises(FalError) as caught:
+            await cluster.begin(packed(), kind="image", image=facts)
+        assert (caught.value.code, caught.value.field) == (Code.INVALID, field)
+        assert not cluster.leader.view.models
+
+    run(tmp_path, test)
+
+
+def test_an_image_is_two_files_and_has_facts_and_a_model_has_none(tmp_path: Path) -> None:
+    async def test(cluster: Cluster) -> None:
+        facts = state_pb2.ImageFacts(**FACTS)  # type: ignore[arg-type]
+        more = packed({"config.json": b"{}", "image.erofs": b"x", "setup.sh": b"y"})
+        for artifact, fields, field in (
+            (more, {"kind": "image", "image": facts}, "manifest"),
+            (packed(), {"kind": "image"}, "image"),
+            (pushed(), {"image": facts}, "image"),
+            (packed(id_="t/host"), {"id": "t/host", "kind": "image", "image": facts}, "id"),
+        ):
+            with pytest.raises(FalError) as caught:
+                await cluster.begin(artifact, **fields)
+            assert (caught.value.code, caught.value.field) == (Code.INVALID, field)
+
+    run(tmp_path, test)

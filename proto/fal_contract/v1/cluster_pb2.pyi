@@ -1294,7 +1294,7 @@ class BeginPushRequest(_message.Message):
     id: _builtins.str
     """`team/name`."""
     kind: _builtins.str
-    """"model" or "lora"."""
+    """"model", "lora" or "image"."""
     allow_pickle: _builtins.bool
     """Take files that may hold pickles."""
     pool: _builtins.str

@@ -1,7 +1,7 @@
 """Where an image comes from, as an operator writes it. Pure.
 
-`docker://REGISTRY/REPOSITORY[:TAG][@DIGEST]`, `oci:DIR[:TAG]`, `docker-archive:FILE`, `rootfs:DIR`. A registry is
-always named: no default registry is guessed. Credentials never stand in a source.
+`docker://[REGISTRY/]REPOSITORY[:TAG][@DIGEST]`, `oci:DIR[:TAG]`, `docker-archive:FILE`, `rootfs:DIR`. Without a
+registry it is Docker's own, as everywhere. Credentials never stand in a source.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _REMEDY: Final = "Write docker://REGISTRY/REPOSITORY:TAG, oci:DIR[:TAG], docker-
 _REGISTRY: Final = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252})|\[[0-9a-fA-F:]{2,45}\])(?::[0-9]{1,5})?")
 # distribution/reference: lower case path components with single separators.
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+_REGISTRY_DEFAULT: Final = "docker.io"
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _PLATFORM: Final = re.compile(r"([a-z0-9]{1,32})/([a-z0-9_]{1,32})(?:/([a-z0-9_.]{1,32}))?")
 _REPOSITORY_CHARS_MAX: Final = 255
@@ -94,9 +95,11 @@ def _docker(text: str) -> Source:
         raise invalid("source", text, "has no sha256 digest behind '@'", remedy=_REMEDY)
     rest, _, digest = rest.partition("@")
     registry, slash, path = rest.partition("/")
-    repository, _, tag = path.partition(":")
-    if not slash or not _REGISTRY.fullmatch(registry) or not re.search(r"[.:\]]|^localhost$", registry):
+    if not slash or not re.search(r"[.:\]]|^localhost$", registry):
+        registry, path = _REGISTRY_DEFAULT, rest if slash else f"library/{rest}"
+    if not _REGISTRY.fullmatch(registry):
         raise invalid("source", text, "names no registry", remedy="Write docker://REGISTRY/REPOSITORY:TAG.")
+    repository, _, tag = path.partition(":")
     port = registry.rpartition("]")[2].partition(":")[2]
     if port and not 0 < int(port) < 65536:
         raise invalid("source", text, "names a port that cannot be", remedy=_REMEDY)
