@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core_world import GIB, sim_gpus
+from fal_scheduler.core.driver_versions import at_least
 from fal_scheduler.core.explain import FILTERS, explain, summarise, why_pending
 from fal_scheduler.core.place import Placement, Placer
 from fal_scheduler.core.records import Binding, BuildTask, Change, Node, Pool, Resources, Runner, Spec, key_of
@@ -45,7 +47,8 @@ def clusters(draw: st.DrawFn) -> State:
         driver = draw(st.sampled_from(("oci", "oci", "process")))
         live.capabilities = Capabilities(driver, features=draw(st.sampled_from(FEATURES)))
         live.hold = draw(st.sampled_from((Hold.NONE, Hold.NONE, Hold.NONE, Hold.STORE)))
-        live.inventory = Inventory(1, gpus, "", "", draw(st.sampled_from((4000, 16_000))), 32 * GIB)
+        versions = draw(st.sampled_from(VERSIONS))
+        live.inventory = Inventory(1, gpus, *versions, draw(st.sampled_from((4000, 16_000))), 32 * GIB)
         state.apply(Change(key_of(node), None, node))
         taken = draw(st.sets(st.sampled_from([gpu.id for gpu in gpus]))) if gpus else set()
         for number, gpu in enumerate(sorted(taken)):
@@ -58,6 +61,9 @@ def _sick(gpu: Gpu) -> Gpu:
     return Gpu(gpu.id, gpu.model, gpu.memory_bytes, gpu.index, healthy=False, health_reason="ECC", links=gpu.links)
 
 
+# Of the driver and of CUDA; a node may have neither.
+VERSIONS = (("", ""), ("550.54.15", "12.4"), ("550.9", "12.10"), ("570.86.15", "12.8"), ("570", "13.0"))
+
 SPECS = st.builds(
     Spec,
     image=st.sampled_from(("host", "host", "default/img")),
@@ -69,6 +75,8 @@ SPECS = st.builds(
     pools=st.sampled_from(((), (), ("east",), ("north",))),
     labels=st.sampled_from(({}, {}, {"disk": "nvme"}, {"pool": "west"})),
     network=st.sampled_from(("none", "none", "egress", "host")),
+    driver_version_min=st.sampled_from(("", "", "", "550.54", "550.9", "570")),
+    cuda_version_min=st.sampled_from(("", "", "", "12.4", "12.10")),
 )
 
 
@@ -103,10 +111,25 @@ def naive(state: State, spec: Spec) -> set[str]:
             and (spec.network != "egress" or driver == "process" or "egress" in features)
             and (spec.image == "host" or (driver != "process" and "images" in features))
             and (not packs or "pack" in features)
+            and _new_enough(inventory.driver_version, spec.driver_version_min)
+            and _new_enough(inventory.cuda_version, spec.cuda_version_min)
             and enough
         ):
             found.add(node.id)
     return found
+
+
+def _new_enough(version: str, least: str) -> bool:
+    """Part by part, the shorter one filled with zeros."""
+    if not least:
+        return True
+    if not version:
+        return False
+    pairs = zip_longest(version.split("."), least.split("."), fillvalue="0")
+    for have, wanted in pairs:
+        if int(have) != int(wanted):
+            return int(have) > int(wanted)
+    return True
 
 
 @settings(max_examples=150, deadline=None, database=None)
@@ -151,10 +174,12 @@ def _only(spec: Spec, machine_type: str) -> Spec:
     return replace(spec, machine_type=(machine_type,))
 
 
-def _one_node(state: State, name: str, gpus: tuple[Gpu, ...], memory_gib: int = 64) -> None:
+def _one_node(
+    state: State, name: str, gpus: tuple[Gpu, ...], memory_gib: int = 64, versions: tuple[str, str] = ("", "")
+) -> None:
     node = Node(name, name, "p")
     live = state.live_of(name)
-    live.health, live.inventory = Health.READY, Inventory(1, gpus, "", "", 64_000, memory_gib * GIB)
+    live.health, live.inventory = Health.READY, Inventory(1, gpus, *versions, 64_000, memory_gib * GIB)
     state.apply(Change(key_of(node), None, node))
 
 
@@ -215,3 +240,41 @@ def test_a_network_that_the_pool_forbids_or_the_node_lacks_is_said() -> None:
     state.live["n1"].capabilities = Capabilities("oci", features=("egress",))
     state.refresh_node("n1")
     assert Placer(state.fleet).place(egress) is not None
+
+
+def test_old_drivers_are_counted_and_the_newest_is_the_nearest_miss() -> None:
+    state = State()
+    for name, driver, cuda in (("old", "470.1", "11.4"), ("near", "550.9", "12.4"), ("none", "", "")):
+        _one_node(state, name, sim_gpus(name, 1, "H100-80GB", 80), versions=(driver, cuda))
+    pending = why_pending(state, Spec("host", num_gpus=1, driver_version_min="550.54"))
+    assert pending.refused == (("gpu-driver", 3),)
+    assert pending.nearest_miss == "near has GPU driver 550.9, 550.54 or newer asked"
+    assert "3 gpu-driver" in pending.reason
+    no_cuda = why_pending(state, Spec("host", num_gpus=1, cuda_version_min="12.5", labels={}))
+    assert no_cuda.refused == (("cuda", 3),)
+    assert no_cuda.nearest_miss == "near has CUDA 12.4, 12.5 or newer asked"
+    only = State()
+    _one_node(only, "none", sim_gpus("n", 1, "H100-80GB", 80))
+    lacks = why_pending(only, Spec("host", num_gpus=1, cuda_version_min="12.5"))
+    assert lacks.nearest_miss == "none has no CUDA, 12.5 or newer asked"
+    assert Placer(state.fleet).place(Spec("host", num_gpus=1, driver_version_min="550.09")) is not None
+
+
+def test_a_new_driver_is_seen_by_cached_masks() -> None:
+    state = State()
+    _one_node(state, "n", sim_gpus("n", 1, "H100-80GB", 80), versions=("470.1", "11.4"))
+    placer, spec = Placer(state.fleet), Spec("host", num_gpus=1, driver_version_min="550")
+    assert placer.place(spec) is None
+    _one_node(state, "n", sim_gpus("n", 1, "H100-80GB", 80), versions=("560.1", "12.6"))
+    assert placer.place(spec) is not None
+
+
+@given(
+    st.lists(st.integers(0, 99_999), min_size=1, max_size=4), st.lists(st.integers(0, 99_999), min_size=1, max_size=4)
+)
+def test_versions_compare_as_numbers(left: list[int], right: list[int]) -> None:
+    one, two = (".".join(map(str, parts)) for parts in (left, right))
+    assert at_least(one, two) == _new_enough(one, two)
+    assert at_least(one, "")
+    assert not at_least("simulated", two)
+    assert at_least(f"{one}-server", one)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from fal_scheduler.core.driver_versions import rank
 from fal_scheduler.core.fleet import NodeFacts, Occupancy
 from fal_scheduler.core.place import score_of, static_refusal
 from fal_scheduler.core.records import ModelState, Spec
@@ -29,6 +30,8 @@ FILTERS: Final = (
     "network",
     "images",
     "pack",
+    "gpu-driver",
+    "cuda",
     "gpu-model",
     "gpu-memory",
     "gpu-count",
@@ -170,7 +173,19 @@ def _static(facts: NodeFacts, name: str, spec: Spec) -> _Refusal | None:
             return "images", f"{name} cannot run images, only its own system: {_lacks(facts)}", 0
         case "pack":
             return "pack", f"{name} cannot pack images: {_lacks(facts)}", 0
+        case "gpu-driver":
+            return _too_old(name, "GPU driver", facts.driver_version, spec.driver_version_min, "gpu-driver")
+        case "cuda":
+            return _too_old(name, "CUDA", facts.cuda_version, spec.cuda_version_min, "cuda")
     return None
+
+
+def _too_old(name: str, what: str, version: str, least: str, filter_name: str) -> _Refusal:
+    """How far it is from the least that will do, so that the nearest miss is the newest."""
+    has = (
+        f"{what} {version}" if rank(version) >= 0 else f"no {what}{f' that tells a number ({version})' * bool(version)}"
+    )
+    return filter_name, f"{name} has {has}, {least} or newer asked", rank(least) - rank(version)
 
 
 def _lacks(facts: NodeFacts) -> str:

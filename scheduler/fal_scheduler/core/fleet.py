@@ -38,6 +38,8 @@ class NodeFacts:
     gpus: tuple[Gpu, ...] = ()
     features: frozenset[str] = frozenset()  # what its driver can do beyond the least
     host_network: bool = False  # its pool allows containers in the node's own network
+    driver_version: str = ""  # of the GPU driver; empty without one
+    cuda_version: str = ""
 
 
 @dataclass(slots=True)
@@ -196,4 +198,4 @@ def _classes(gpus: tuple[Gpu, ...]) -> list[GpuClass]:
 def _static(facts: NodeFacts) -> tuple[object, ...]:
     """What placement's cached masks depend on."""
     shape = facts.pool, facts.labels, facts.driver, facts.isolates, len(facts.gpus)
-    return *shape, facts.features, facts.host_network
+    return *shape, facts.features, facts.host_network, facts.driver_version, facts.cuda_version

@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from fal_scheduler.core.driver_versions import at_least
 from fal_scheduler.core.fleet import Bools, Fleet, GpuClass, Ints, NodeFacts
 from fal_scheduler.core.records import HOST_IMAGE, Spec
 
@@ -74,6 +75,8 @@ class Placer:
             spec.image == "host",
             spec.network,
             spec.packs,
+            spec.driver_version_min,
+            spec.cuda_version_min,
         )
         masks = self._masks.get(key)
         if masks is None:
@@ -112,7 +115,7 @@ def _mask(fleet: Fleet, spec: Spec, machine_type: str) -> Bools:
 
 
 def static_refusal(facts: NodeFacts, spec: Spec) -> str | None:
-    """The first of pool, labels, driver, network and features that forbids the node, whatever runs there."""
+    """The first of pool, labels, driver, network, features and versions that forbids the node, whatever runs there."""
     if spec.pools and facts.pool not in spec.pools:
         return "pool"
     if any(facts.labels.get(name) != value for name, value in spec.labels.items()):
@@ -128,6 +131,10 @@ def static_refusal(facts: NodeFacts, spec: Spec) -> str | None:
         return "images"
     if spec.packs and PACK not in facts.features:
         return "pack"
+    if not at_least(facts.driver_version, spec.driver_version_min):
+        return "gpu-driver"
+    if not at_least(facts.cuda_version, spec.cuda_version_min):
+        return "cuda"
     return None
 
 

@@ -227,6 +227,8 @@ class State:
                 gpus=inventory.gpus,
                 features=frozenset(live.capabilities.features) if live is not None else frozenset(),
                 host_network=pool is not None and pool.allow_host_network,
+                driver_version=inventory.driver_version,
+                cuda_version=inventory.cuda_version,
             )
         )
 
