@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Final
 
+from fal_agent import packing
 from fal_agent.cache_daemon import command
 from fal_agent.inventory.cdi import GpuNames
 from fal_agent.inventory.machine import InventoryMachine, open_inventory
@@ -38,6 +39,7 @@ from fal_contract.v1 import agent_pb2
 from fal_contract.versions import software
 from fal_fsd.client import CacheClient
 from fal_runtime.driver import Capabilities, Driver
+from fal_runtime.host_image import worker_command
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -85,6 +87,7 @@ class Agent:
             driver=driver, cache=cache, proxy=self._proxy, prober=UnixProber(), machine=machine,
             places=self._layout.places(isolates=driver.isolates), clock=self._clock, rng=self._rng,
             on_event=_log_event, save=_no_save, ca_key=lambda: key_of_pem(self._identity.ca_pem),
+            packer=self._packer(driver),
         )  # fmt: skip
         self._node = Node(self._facts(driver, capabilities), tools, journal)
         for event in self._events:
@@ -148,7 +151,14 @@ class Agent:
         _log.info("joined", node=joined.node_id, pool=joined.pool, cluster=joined.cluster_id)
         return joined.identity
 
+    def _packer(self, driver: Driver) -> packing.Packer:
+        options, python = self._options, worker_command(isolates=driver.isolates).argv
+        proxies = packing.proxies_of(os.environ)
+        return packing.Packer(python, options.registry_auth_file, options.registry_ca_file, proxies)
+
     def _facts(self, driver: Driver, found: Capabilities) -> Facts:
+        lacks = packing.missing(found, host_network=self._options.allow_host_network)
+        features = found.features if lacks else (*found.features, packing.FEATURE)
         capabilities = agent_pb2.Capabilities(
             driver=driver.name,
             isolates=driver.isolates,
@@ -159,8 +169,9 @@ class Agent:
                 **found.details,
                 "seccomp": str(found.seccomp).lower(),
                 "nosymfollow": str(found.nosymfollow).lower(),
+                "pack": lacks or "works",
             },
-            features=found.features,
+            features=features,
         )
         # What admission may accept. The process driver keeps nothing apart: every container has the node's network.
         egress = {"egress"} if not driver.isolates or "egress" in found.features else set()

@@ -1,5 +1,7 @@
 """The folder that a build task fills: made before its container, measured while it runs, taken in after it, removed.
 
+A task that packs an image makes it there out of layers and unpacked files, so it may hold some times as much meanwhile.
+
 Invariants: it lies below the node's own folders, which nobody else may enter, and only its container has it bound; what
 is larger than the task may leave ends the task, as nothing here needs a quota of the file system (so a fast writer is
 stopped a moment late, by what it writes within MEASURE_S); it goes with the runner. Called by fal_agent.runner.
@@ -15,15 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from fal_agent import packing
 from fal_agent.arrivals import PASSING
 from fal_agent.launch import output_folder
 from fal_agent.ports import Places, WeightCache
 from fal_contract.cache_key import entry_model
 from fal_contract.errors import FalError
-from fal_contract.limits import BUILD_MANIFEST_BYTES_MAX, BUILD_OUTPUT_PIN_S, MODEL_FILES_MAX
-from fal_contract.v1 import agent_pb2
+from fal_contract.limits import BUILD_MANIFEST_BYTES_MAX, BUILD_OUTPUT_PIN_S, IMAGE_PACK_WORK_FACTOR, MODEL_FILES_MAX
+from fal_contract.v1 import agent_pb2, state_pb2
 
 MEASURE_S: Final = 1.0
+_REST: Final = 10.0  # times as long as a look took
 _MODE: Final = 0o700
 
 
@@ -35,26 +39,28 @@ def make(places: Places, message: agent_pb2.Assignment) -> None:
 
 def too_much(places: Places, message: agent_pb2.Assignment) -> str:
     """Why what lies there is more than the task may leave; empty while it is not. Blocks."""
+    task = message.spec.build
     size = files = 0
     for parent, folders, names in os.walk(output_folder(places, message.runner_id)):
         for name in names:
             with contextlib.suppress(OSError):  # a compiler's temporary file is gone again
                 size += (Path(parent) / name).lstat().st_blocks * 512
         files += len(names) + len(folders)
-    bytes_max = message.spec.build.bytes_max
+    bytes_max = task.bytes_max * (IMAGE_PACK_WORK_FACTOR if task.image else 1)
     if size > bytes_max + files * 4096:  # a small file takes a block more than it has bytes
         return f"its output takes {size} bytes, at most {bytes_max} are allowed"
-    if files > 2 * MODEL_FILES_MAX:
+    if files > 2 * MODEL_FILES_MAX and not task.image:  # the packer bounds these
         return f"its output has {files} files and folders, at most {MODEL_FILES_MAX} files are allowed"
     return ""
 
 
 async def watch(places: Places, message: agent_pb2.Assignment, left_s: Callable[[], float]) -> str:
     """Return why the task must end before its time is over, or nothing once it is."""
-    while left_s() > 0.0:
+    while (before_s := left_s()) > 0.0:
         if why := await asyncio.to_thread(too_much, places, message):
             return why
-        await asyncio.sleep(min(MEASURE_S, left_s()))
+        took_s = before_s - left_s()  # a million files are not looked at all the time
+        await asyncio.sleep(min(max(MEASURE_S, _REST * took_s), left_s()))
     return ""
 
 
@@ -63,10 +69,12 @@ async def take_in(places: Places, cache: WeightCache, message: agent_pb2.Assignm
 
     Raises only what may pass: the cache is away for a moment.
     """
-    task = message.spec.build
+    task, folder = message.spec.build, output_folder(places, message.runner_id)
     try:
+        if task.image:
+            return (await _take_image(folder, cache, message)).SerializeToString(), ""
         manifest = await cache.ingest(
-            output_folder(places, message.runner_id),
+            folder,
             model=entry_model(task.namespace, task.key),
             bytes_max=task.bytes_max,
             owner=f"build {message.runner_id}",
@@ -80,6 +88,26 @@ async def take_in(places: Places, cache: WeightCache, message: agent_pb2.Assignm
     if len(raw) > BUILD_MANIFEST_BYTES_MAX:
         return b"", f"its output has {len(manifest.files)} files, too many to be told of; pack them"
     return raw, ""
+
+
+async def _take_image(folder: Path, cache: WeightCache, message: agent_pb2.Assignment) -> state_pb2.ModelManifest:
+    """The manifest of an image with what the packer says of it, without the digests of its pieces: those of a large one
+    have some MiB, and the scheduler asks this node's cache for them."""
+    task = message.spec.build
+    await asyncio.to_thread(packing.clear_rest, folder)
+    facts = await asyncio.to_thread(packing.facts_of, folder)
+    manifest = await cache.ingest(
+        folder,
+        model=task.image,
+        bytes_max=task.bytes_max,
+        owner=f"build {message.runner_id}",
+        keep_s=BUILD_OUTPUT_PIN_S,
+        kind="image",
+    )
+    for file in manifest.files:
+        file.ClearField("blake3")
+    manifest.image.CopyFrom(facts)
+    return manifest
 
 
 async def remove(places: Places, runner_id: str) -> None:

@@ -51,6 +51,10 @@ class AgentOptions(ConfigModel):
         "/etc/cdi:/var/run/cdi",
         description="folders with CDI specifications, the later wins; ours comes last",
     )
+    registry_auth_file: Path | None = Field(
+        None, description="credentials of image registries, as `skopeo login` writes them; a secret of the image wins"
+    )
+    registry_ca_file: Path | None = Field(None, description="PEM file of the authority that image registries are of")
     metrics_host: str = Field("127.0.0.1", description="address for /metrics and /healthz")
     metrics_port: int = Field(0, ge=0, le=65535, description="port for /metrics and /healthz; 0: any")
     log_level: LogLevel = Field("info", description="debug, info, warning or error")

@@ -282,6 +282,7 @@ class Runner:
         build_output.make(self._tools.places, message)
         port = serving.port_of(message, self._tools.driver, self._tools.places)
         spec = launch.container_spec(message, self._tools.driver, self._tools.places, devices, port)
+        spec = self._tools.packer.completed(spec, message, self._tools.driver)
         launch.keep_assignment(self._tools.places, message)
         await self._tools.driver.create(spec)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fal_agent.core.tasks import Task
+from fal_agent.packing import Packer
 from fal_agent.ports import Machine, OnEvent, Places, Prober, ProxyPort, WeightCache
 from fal_contract.clock import Clock
 from fal_runtime import driver as runtime
@@ -33,6 +34,7 @@ class Tools:
     on_event: OnEvent
     save: Callable[[Task], Awaitable[None]]
     ca_key: Callable[[], ec.EllipticCurvePublicKey | None] = lambda: None
+    packer: Packer = field(default_factory=Packer)
 
 
 async def together(stages: Sequence[Awaitable[object]], make: Awaitable[None]) -> None:
