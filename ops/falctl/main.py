@@ -23,6 +23,7 @@ from falctl import (
     operate,
     pools,
     run,
+    runner_exec,  # noqa: F401  (adds its verbs to `runner`)
     runners,
     weights,
     weights_push,  # noqa: F401  (adds its verb to `weights`)

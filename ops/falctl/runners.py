@@ -79,6 +79,7 @@ def show(runner: str, json: JsonFlag = False) -> None:
     """One runner: where it is in its life and why; the last lines of a failure."""
     from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import console, print_facts, print_json, to_json
+    from falctl.terminal import harmless
 
     view = unary("GetRunner", pb.GetRunnerRequest(id=owned(runner, field="RUNNER")))
     if json:
@@ -109,29 +110,85 @@ def show(runner: str, json: JsonFlag = False) -> None:
     if status.log_tail:
         console().print("last lines:")
         for line in status.log_tail:
-            typer.echo(f"  {line}")
+            typer.echo(f"  {harmless(line)}")
+
+
+async def find_runner(stub: Any, word: str) -> str:
+    """A runner's id from the id, the beginning of one, or an app that has one runner. NOT_FOUND, INVALID."""
+    from fal_contract.errors import FalError, invalid, not_found
+    from fal_contract.v1 import cluster_pb2 as pb
+
+    id = owned(word, field="RUNNER")
+    listed = await stub.ListRunners(pb.ListRunnersRequest(team=id.split("/", 1)[0]), timeout=GLOBALS.timeout_s)
+    found = [view for view in listed.runners if view.runner.id.startswith(id)]
+    if any(view.runner.id == id for view in found):
+        return id
+    of_app = [view for view in found if any(binding.app == id for binding in view.runner.bindings)]
+    chosen = of_app or found
+    if len(chosen) == 1:
+        return str(chosen[0].runner.id)
+    if chosen:
+        names = ", ".join(view.runner.id for view in chosen[:5])
+        raise invalid("RUNNER", word, f"may be {names}", remedy="Give more of its id.")
+    error: FalError = not_found("runner", id, remedy="List runners with `falctl runner list`.")
+    raise error
+
+
+def _since_s(text: str) -> float:
+    """`10m` (so long ago) or RFC 3339 → Unix seconds; empty: 0. INVALID."""
+    from datetime import datetime
+
+    from fal_contract.clock import SystemClock
+    from fal_contract.errors import FalError, invalid
+    from fal_contract.units import parse_duration_s
+
+    if not text:
+        return 0.0
+    try:
+        return SystemClock().wall_s() - parse_duration_s(text, field="--since")
+    except FalError:
+        pass
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        remedy = "Say how long ago, such as 10m, or a time such as 2026-11-21T10:00:00Z."
+        raise invalid("--since", text, "is no time", remedy=remedy) from None
+    return at.timestamp()
 
 
 @group.command("logs")
 def logs(
-    runner: str,
+    runner: Annotated[str, typer.Argument(help="A runner, the beginning of its id, or an app with one runner.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until interrupted.")] = False,
     tail: Annotated[int, typer.Option(help="Lines from the end to begin with.", min=0, max=100_000)] = 100,
+    since: Annotated[str, typer.Option(help="Only lines from then on: 10m (ago) or an RFC 3339 time.")] = "",
+    request: Annotated[str, typer.Option(help="Only lines that name this request id.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Control characters as they are, also to a terminal.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """A runner's output; with --json one object a line."""
+    """A runner's output, also of one that has ended; with --json one object a line."""
+    import sys
+
+    from fal_contract.errors import Code, FalError
     from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import print_json_line, to_json
+    from falctl.terminal import harmless
 
-    request = pb.RunnerLogsRequest(id=owned(runner, field="RUNNER"), tail_lines=tail, follow=follow)
+    since_s = _since_s(since)
 
     async def work(stub: Any) -> None:
-        async for chunk in stub.RunnerLogs(request, timeout=None if follow else GLOBALS.timeout_s):
+        asked = pb.RunnerLogsRequest(
+            id=await find_runner(stub, runner), tail_lines=tail, follow=follow, since_s=since_s, request_id=request
+        )
+        async for chunk in stub.RunnerLogs(asked, timeout=None if follow else GLOBALS.timeout_s):
             for line in chunk.lines:
                 if json:
                     print_json_line(to_json(line))
-                else:
-                    typer.echo(line.text, err=line.stream == "stderr")
+                    continue
+                stream = sys.stderr if line.stream == "stderr" else sys.stdout
+                typer.echo(harmless(line.text) if stream.isatty() and not raw else line.text, file=stream)
+            if chunk.error:
+                raise FalError(Code.UNAVAILABLE, chunk.error.rstrip("."), remedy="Ask again.")
 
     call(work)
 
