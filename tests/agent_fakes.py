@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -16,8 +16,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fal_agent.core.admission import GpuView
 from fal_agent.journal_codec import Record, Recorded, decode, encode
 from fal_agent.node import Facts, Node
+from fal_agent.packing import Packer
 from fal_agent.ports import MachineView, Places, Usage
 from fal_agent.proxy.messages import GatewayEntry, ProxyStats, RunnerEntry, RunnerStats
+from fal_agent.runner_secrets import AskSecrets
 from fal_agent.tools import Tools
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
@@ -84,13 +86,16 @@ class FakeCache:
         return Path("/cache") / artifact.model
 
     async def ingest(
-        self, folder: Path, *, model: str, bytes_max: int, owner: str, keep_s: float
+        self, folder: Path, *, model: str, bytes_max: int, owner: str, keep_s: float, kind: str = "cache"
     ) -> state_pb2.ModelManifest:
         self._answer()
         self.taken_in.append((folder, model, bytes_max, owner, keep_s))
         if model in self.refuse:
             raise self.refuse[model]
-        return state_pb2.ModelManifest(artifact_id="ab" * 32, kind="cache")
+        made = state_pb2.ModelManifest(artifact_id="ab" * 32, kind=kind)
+        for path in sorted(path for path in folder.rglob("*") if kind == "image" and path.is_file()):
+            made.files.add(path=path.name, bytes=path.stat().st_size, sha256=b"s" * 32, blake3=b"b" * 32)
+        return made
 
     async def unpin(self, owner: str) -> None:
         self._answer()
@@ -209,6 +214,8 @@ class Box:
         self.places = Places(self.root / "s", self.root / "m", self.root / "r", ("worker",))
         self.journal = MemoryJournal(self.disk)
         self.ca_key: ec.EllipticCurvePublicKey | None = None
+        self.packer = Packer()
+        self.secrets: AskSecrets | None = None
 
     def agent(self, *, agent_id: str = "a-1", node_id: str = "n-000000000001") -> Node:
         """A new agent process on this machine (not started)."""
@@ -217,8 +224,10 @@ class Box:
         tools = Tools(
             driver=FakeDriver(self.machine), cache=self.cache, proxy=self.proxy, prober=self.prober,
             machine=self.hardware, places=self.places, clock=self.clock, rng=Random(self.rng.getrandbits(64)),
-            on_event=lambda *_: None, save=_unset, ca_key=lambda: self.ca_key,
+            on_event=lambda *_: None, save=_unset, ca_key=lambda: self.ca_key, packer=self.packer,
         )  # fmt: skip
+        if self.secrets is not None:
+            tools = replace(tools, secrets=self.secrets)
         return Node(Facts(node_id, "boot-1", agent_id, capabilities), tools, self.journal)
 
     def push(self, node: Node) -> None:

@@ -87,6 +87,7 @@ class Agent:
             driver=driver, cache=cache, proxy=self._proxy, prober=UnixProber(), machine=machine,
             places=self._layout.places(isolates=driver.isolates), clock=self._clock, rng=self._rng,
             on_event=_log_event, save=_no_save, ca_key=lambda: key_of_pem(self._identity.ca_pem),
+            secrets=GrpcDialer(self._options.schedulers, lambda: self._identity, self._clock).secrets,
             packer=self._packer(driver),
         )  # fmt: skip
         self._node = Node(self._facts(driver, capabilities), tools, journal)

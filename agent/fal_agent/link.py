@@ -6,8 +6,8 @@ Implements `session.Link` and its dialer. Every failure is a FalError; nothing i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import grpc.aio
 
@@ -17,6 +17,8 @@ from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity
 from fal_contract.limits import RPC_TIMEOUT_S
 from fal_contract.v1 import agent_pb2, agent_pb2_grpc
+
+_ELSEWHERE: Final = frozenset({Code.NOT_LEADER, Code.UNAVAILABLE, Code.TIMEOUT})
 
 
 class GrpcLink:
@@ -84,6 +86,24 @@ class GrpcDialer:
                     agent_pb2.RenewCertificateRequest(csr_pem=csr_pem), timeout=RPC_TIMEOUT_S
                 )
         return reply.certificate_pem
+
+    async def secrets(self, runner_id: str) -> Mapping[str, bytes]:
+        """AgentService.GetSecrets at the scheduler that leads: all addresses are tried once."""
+        for last in range(len(self._addresses) - 1, -1, -1):
+            try:
+                async with self._channel() as channel:
+                    with rpc.fal_errors():
+                        reply = await agent_pb2_grpc.AgentServiceStub(channel).GetSecrets(
+                            agent_pb2.GetSecretsRequest(runner_id=runner_id), timeout=RPC_TIMEOUT_S
+                        )
+                return dict(reply.values)
+            except FalError as error:
+                if error.code not in _ELSEWHERE:
+                    raise
+                if not last:
+                    what = f"no scheduler gave the secrets: {error.what}"
+                    raise FalError(Code.UNAVAILABLE, what, remedy="It is asked again.") from None
+        raise AssertionError("there is at least one address")
 
     @property
     def address(self) -> str:

@@ -36,6 +36,7 @@ from fal_agent.core.tasks import (
 )
 from fal_agent.ports import Usage
 from fal_agent.proxy.messages import RunnerEntry
+from fal_agent.runner_secrets import RunnerSecrets
 from fal_agent.tools import Tools, together
 from fal_agent.wire import parse, probe_of
 from fal_contract.errors import Code, FalError
@@ -69,6 +70,7 @@ class Runner:
         self._on_change = on_change
         self._news = asyncio.Event()
         self._idle = asyncio.Event()  # set whenever the counts change
+        self._secrets = RunnerSecrets(task.runner_id, tools.secrets, tools.driver)
         self._refused: dict[str, str] = {}  # entries of the compile cache that it must not see
         self._arrivals = Arrivals(
             task.runner_id, tools.cache, tools.driver, on_failed=self._weights_failed, on_event=tools.on_event
@@ -282,6 +284,7 @@ class Runner:
         build_output.make(self._tools.places, message)
         port = serving.port_of(message, self._tools.driver, self._tools.places)
         spec = launch.container_spec(message, self._tools.driver, self._tools.places, devices, port)
+        spec = replace(spec, secrets=await self._secrets.of(message))
         spec = self._tools.packer.completed(spec, message, self._tools.driver)
         launch.keep_assignment(self._tools.places, message)
         await self._tools.driver.create(spec)
@@ -302,6 +305,7 @@ class Runner:
         at_s = (status.started_at_s if status else None) or self._tools.clock.wall_s()
         self._see(started(self.task, now_s=self._now_s(), started_at_s=at_s, seconds=self._now_s() - began_s))
         self._watch_exit()
+        self._secrets.forget()
         self._unsaved = True
 
     async def _probe_ready(self) -> None:

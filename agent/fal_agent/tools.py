@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -12,15 +12,22 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fal_agent.core.tasks import Task
 from fal_agent.packing import Packer
 from fal_agent.ports import Machine, OnEvent, Places, Prober, ProxyPort, WeightCache
+from fal_agent.runner_secrets import AskSecrets
 from fal_contract.clock import Clock
+from fal_contract.errors import Code, FalError
 from fal_runtime import driver as runtime
+
+
+async def _no_scheduler(runner_id: str) -> Mapping[str, bytes]:
+    raise FalError(Code.UNAVAILABLE, "no scheduler is known", remedy="It is asked again.")
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
     """The world, and how the node hears of changes. `save` makes a task durable, best effort: the driver knows too.
 
-    `ca_key`: whose signature makes an entry of the compile cache good; None: nobody's.
+    `secrets` asks the scheduler for a runner's. `ca_key`: whose signature makes an entry of the compile
+    cache good; None: nobody's.
     """
 
     driver: runtime.Driver
@@ -34,6 +41,7 @@ class Tools:
     on_event: OnEvent
     save: Callable[[Task], Awaitable[None]]
     ca_key: Callable[[], ec.EllipticCurvePublicKey | None] = lambda: None
+    secrets: AskSecrets = _no_scheduler
     packer: Packer = field(default_factory=Packer)
 
 

@@ -25,6 +25,7 @@ from falctl import (
     run,
     runner_exec,  # noqa: F401  (adds its verbs to `runner`)
     runners,
+    secrets,
     weights,
     weights_push,  # noqa: F401  (adds its verb to `weights`)
     weights_stage,  # noqa: F401  (adds its verbs to `weights`)
@@ -59,6 +60,7 @@ app.command("run")(run.run)
 app.add_typer(runners.group, name="runner")
 app.add_typer(weights.group, name="weights")
 app.add_typer(caches.group, name="cache")
+app.add_typer(secrets.group, name="secret")
 app.add_typer(nodes.group, name="node")
 app.add_typer(gpus.group, name="gpu")
 app.add_typer(pools.group, name="pool")

@@ -27,7 +27,8 @@ SRC_INSIDE: Final = "/opt/falctl/src"
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ROOT_LINKS: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _DIRECTORIES: Final = (
-    *("dev", "etc", "proc", "sys", "tmp", "usr", "run/fal", "models", "mnt", "var/lib", "var/cache"),
+    *("dev", "etc", "proc", "sys", "tmp", "usr", "models", "mnt", "var/lib", "var/cache"),
+    *("run/fal", "run/secrets"),
     *("opt/falctl/python", "opt/falctl/env", "opt/falctl/src/fal_runtime", "opt/falctl/src/fal_contract"),
 )
 # What programs look up and customers may see. Directories are copied with what lies in them.
@@ -110,7 +111,7 @@ def make_skeleton(parent: Path, layout: Layout, extra: tuple[tuple[str, bool], .
     `extra` are further mount points (path inside, is a directory). Made once for each set of them and shared read-only,
     as making it takes longer than all mounts together.
     """
-    digest = hashlib.sha256(repr((layout, extra)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((layout, extra, _DIRECTORIES)).encode()).hexdigest()[:16]
     target = parent / f"skeleton-{digest}"
     if target.exists():
         return target

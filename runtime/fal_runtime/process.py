@@ -25,11 +25,13 @@ from typing import Any, Final
 
 from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import invalid
-from fal_runtime import process_exec, socket_dir
+from fal_runtime import process_exec, secrets_dir, socket_dir
 from fal_runtime.container_use import ContainerUse
 from fal_runtime.driver import (
     MODELS_DIR_ENV,
     MODELS_DIR_INSIDE,
+    SECRETS_DIR_ENV,
+    SECRETS_DIR_INSIDE,
     SOCKET_DIR_ENV,
     SOCKET_DIR_INSIDE,
     Capabilities,
@@ -98,6 +100,7 @@ class ProcessDriver:
                 {
                     "isolation": "none: a container sees the files, network and processes of this machine",
                     "limits": "open files only; CPU, memory and pids are not limited",
+                    "secrets": "in memory, yet every process of this user can read them",
                     "image": "none: every container runs this machine's programs",
                 }
             ),
@@ -123,6 +126,10 @@ class ProcessDriver:
         if spec.models_dir is not None:
             spec.models_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             env[MODELS_DIR_ENV] = str(spec.models_dir)
+        if spec.secrets:
+            place = secrets_dir.plain_path(directory)
+            secrets_dir.create_plain(place, spec.secrets)
+            env[SECRETS_DIR_ENV] = str(place)
         write_whole(
             directory / "spec.json",
             {
@@ -217,6 +224,7 @@ class ProcessDriver:
                 socket_dir.remove(Path(spec["socket_dir"]))
             if spec.get("models_dir"):
                 shutil.rmtree(spec["models_dir"], ignore_errors=True)
+        secrets_dir.remove_plain(directory)
         shutil.rmtree(directory)
 
     async def logs(
@@ -268,6 +276,8 @@ class ProcessDriver:
             places.append((SOCKET_DIR_INSIDE, str(spec.socket_dir)))
         if spec.models_dir is not None:
             places.append((MODELS_DIR_INSIDE, str(spec.models_dir)))
+        if spec.secrets:
+            places.append((SECRETS_DIR_INSIDE, str(secrets_dir.plain_path(self._root / spec.id))))
         for place, source in sorted(places, reverse=True):  # the longest prefix first
             if target == place or target.startswith(place.rstrip("/") + "/"):
                 return source + target[len(place.rstrip("/")) :]

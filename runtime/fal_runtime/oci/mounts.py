@@ -20,6 +20,7 @@ MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
 MS_NOEXEC: Final = 8
+MS_REMOUNT: Final = 32
 MS_NOSYMFOLLOW: Final = 256
 MS_PRIVATE: Final = 1 << 18
 MS_SHARED: Final = 1 << 20

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Final
 
 from fal_contract.errors import FalError
-from fal_runtime import host_image
+from fal_runtime import host_image, secrets_dir
 from fal_runtime.cdi.model import NO_EDITS, Edits
 from fal_runtime.driver import (
     MODELS_DIR_INSIDE,
+    SECRETS_DIR_INSIDE,
     SOCKET_DIR_INSIDE,
     ContainerSpec,
     Mount,
@@ -89,6 +90,9 @@ def binds(run_dir: Path, spec: ContainerSpec) -> tuple[Bind, ...]:
         found.append(Bind(spec.socket_dir, SOCKET_DIR_INSIDE, ("bind", "rw", "nosuid", "nodev", "noexec")))
     if spec.models_dir is not None:
         found.append(Bind(spec.models_dir, MODELS_DIR_INSIDE, ("rbind", "rslave", "ro", "nosuid", "nodev", "noexec")))
+    if spec.secrets:
+        place = run_dir / secrets_dir.FOLDER
+        found.append(Bind(place, SECRETS_DIR_INSIDE, ("bind", "ro", "nosuid", "nodev", "noexec")))
     if spec.network == "host":
         found.append(bind_resolv_conf(Path("/etc/resolv.conf")))
     return tuple(found)

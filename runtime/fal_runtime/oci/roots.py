@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fal_runtime import models_dir, socket_dir
+from fal_runtime import models_dir, secrets_dir, socket_dir
 from fal_runtime.driver import ContainerSpec
 from fal_runtime.images.process import UserIds
 from fal_runtime.oci import image_root, rootfs
@@ -65,6 +65,8 @@ async def make_root(
         socket_dir.create(spec.socket_dir, owner_uid=uid_start)
     if spec.models_dir is not None:
         models_dir.create(spec.models_dir)
+    if spec.secrets:
+        secrets_dir.create(run_dir / secrets_dir.FOLDER, spec.secrets, owner_uid=uid_start + root.user.uid)
     return root
 
 

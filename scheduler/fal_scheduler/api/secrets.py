@@ -50,9 +50,14 @@ async def unset_secret(
 def get_secrets(leader: Leadership, request: agent_pb2.GetSecretsRequest, node_id: str) -> agent_pb2.GetSecretsReply:
     """What a runner's container is to see. Only for the node that holds the runner's live assignment.
 
-    PERMISSION_DENIED for any other; NOT_FOUND where a secret was lost; CORRUPT where it was sealed with another key.
+    PERMISSION_DENIED for any other; UNAVAILABLE while the node is held; NOT_FOUND where a secret was lost; CORRUPT
+    where it was sealed with another key.
     """
     runner = leader.engine.assignment(node_id, request.runner_id)
+    known = leader.view.runners.get(request.runner_id)
+    if runner is None and known is not None and known.node == node_id and known.goal is Goal.RUN:
+        what = f"runner {known.id} is not certain yet: its node is held, or its record is on its way to the store"
+        raise FalError(Code.UNAVAILABLE, what, remedy="It is asked again; see `falctl node show`.")
     if runner is None or runner.goal is not Goal.RUN:
         raise FalError(
             Code.PERMISSION_DENIED,
