@@ -19,6 +19,7 @@ from falctl import (
     dev,
     events,
     gpus,
+    images,
     nodes,
     operate,
     pools,
@@ -59,6 +60,7 @@ app.add_typer(apps.group, name="app")
 app.command("run")(run.run)
 app.add_typer(runners.group, name="runner")
 app.add_typer(weights.group, name="weights")
+app.add_typer(images.group, name="image")
 app.add_typer(caches.group, name="cache")
 app.add_typer(secrets.group, name="secret")
 app.add_typer(nodes.group, name="node")
