@@ -27,6 +27,7 @@ from fal_scheduler.core.records import (
     Revision,
     Revocation,
     Runner,
+    Secret,
     Suspicion,
     Wish,
     key_of,
@@ -69,6 +70,7 @@ RECORDS = st.one_of(
     _of(Model, id=OWNED, bytes=U64),
     _of(Wish, model=OWNED, target=st.sampled_from(["replicas", "pool/p", "node/n-1"])),
     _of(CacheEntry, namespace=st.sampled_from(["cluster", "team/t"]), key=NAMES, bytes=U64),
+    _of(Secret, id=OWNED, generation=U64, bytes=U32),
     RUNNERS,
 )
 
@@ -94,6 +96,7 @@ def test_every_kind_of_record_has_a_key_of_its_own_kind() -> None:
     assert key_of(Model("t1/m", "model", "file:///m")) == "team/t1/model/m"
     assert key_of(Wish("t1/m", "pool/metal")) == "team/t1/wish/m/pool/metal"
     assert key_of(CacheEntry("team/t1", "ab", "t1/m", "cd")) == "cache/team/t1/ab"
+    assert key_of(Secret("t1/token", b"")) == "team/t1/secret/token"
     assert key_of(Pool("metal")) == "pool/metal"
     assert key_of(Node("n-1", "a", "metal")) == "node/n-1"
     assert key_of(Revocation("0f", "node/n-1", 0.0)) == "revoked/0f"
