@@ -70,7 +70,7 @@ class Agent:
         self._events: list[tuple[str, str, str]] = []
         journal = FileJournal(self._layout.journal, on_event=lambda *event: self._events.append(event))
         driver, capabilities = await self._layout.open_driver(
-            self._options.driver, cdi_dirs=self._options.cdi_folders()
+            self._options.driver, cdi_dirs=self._options.cdi_folders(), egress=self._options.egress()
         )
         self._identity = await self._load_or_join()
         machine = InventoryMachine(

@@ -20,6 +20,7 @@ from fal_agent.ports import Places
 from fal_contract.errors import Code, FalError
 from fal_contract.telemetry import get_logger
 from fal_runtime.driver import Capabilities, Driver
+from fal_runtime.network.egress import Settings as EgressSettings
 
 # The mapped root of a user namespace must be able to walk to a container's sockets and models.
 RUN_ROOT: Final = Path("/run/falctl")
@@ -110,7 +111,9 @@ class Layout:
             folder.chmod(0o711)
         return places
 
-    async def open_driver(self, wanted: str, *, cdi_dirs: Sequence[Path] = ()) -> tuple[Driver, Capabilities]:
+    async def open_driver(
+        self, wanted: str, *, cdi_dirs: Sequence[Path] = (), egress: EgressSettings = EgressSettings()
+    ) -> tuple[Driver, Capabilities]:
         """The driver that was asked for, or that works here. One that has containers stays the node's driver.
 
         `cdi_dirs`: folders with CDI specifications beside the node's own.
@@ -128,23 +131,23 @@ class Layout:
                     remedy=f"Start with --driver {before}, or clear the node first: fal-agent purge.",
                 )
         try:
-            driver = _driver(wanted, self.state_dir / "c", (self.cdi, *cdi_dirs))
+            driver = _driver(wanted, self.state_dir / "c", (self.cdi, *cdi_dirs), egress)
             capabilities = await driver.probe()
         except FalError as exc:
             if not fall_back:
                 raise
             _log.warning("oci_does_not_work", why=str(exc), instead="process, which does not isolate")
-            driver = _driver("process", self.state_dir / "c", ())
+            driver = _driver("process", self.state_dir / "c", (), egress)
             capabilities = await driver.probe()
         self.driver.write_text(driver.name)
         return driver, capabilities
 
 
-def _driver(name: str, state_dir: Path, cdi: Sequence[Path]) -> Driver:
+def _driver(name: str, state_dir: Path, cdi: Sequence[Path], egress: EgressSettings) -> Driver:
     if name == "oci":
         from fal_runtime.oci.driver import OciDriver
 
-        return OciDriver(state_dir, cdi=cdi)
+        return OciDriver(state_dir, cdi=cdi, egress=egress)
     from fal_runtime.process import ProcessDriver
 
     return ProcessDriver(state_dir)

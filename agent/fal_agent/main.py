@@ -95,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--proxy-port", type=int, help="port of the proxy (0: any, the same at each start)")
     run.add_argument("--addresses", action="append", help="where gateways reach the proxy, NETWORK=HOST[:PORT]; repeat")
     run.add_argument("--fsd-socket", help="socket of the node's fal-fsd")
+    host_network = "take apps with network = host where their pool allows it (yes)"
+    run.add_argument("--allow-host-network", action=argparse.BooleanOptionalAction, help=host_network)
+    run.add_argument("--egress-subnet", help="addresses of containers with network = egress (10.222.0.0/16)")
+    run.add_argument("--cni-plugin-dir", help="folders with CNI plugins (/usr/lib/cni:/opt/cni/bin)")
     run.add_argument("--fsd-config", help="TOML file with settings of fal-fsd")
     run.add_argument("--metrics-host", help="address for /metrics and /healthz (127.0.0.1)")
     run.add_argument("--metrics-port", type=int, help="port for /metrics and /healthz (0: any)")

@@ -13,6 +13,8 @@ from fal_contract.errors import invalid
 from fal_contract.ids import check_name
 from fal_contract.own_addresses import check_schedulers, parse_address
 from fal_contract.telemetry import LogLevel
+from fal_runtime.network.egress import Settings as EgressSettings
+from fal_runtime.network.egress import settings_of
 
 ENV_PREFIX: Final = "FAL_AGENT"
 _STATE_PATH_BYTES_MAX: Final = 70  # sockets lie below it, and their paths are bounded
@@ -59,6 +61,15 @@ class AgentOptions(ConfigModel):
     metrics_port: int = Field(0, ge=0, le=65535, description="port for /metrics and /healthz; 0: any")
     log_level: LogLevel = Field("info", description="debug, info, warning or error")
 
+    def egress(self) -> EgressSettings:
+        """The settings of network "egress". Raises FalError(INVALID)."""
+        try:
+            return settings_of(self.egress_subnet, self.cni_plugin_dir)
+        except ValueError as error:
+            raise invalid(
+                "egress_subnet", self.egress_subnet, f"cannot be used: {error}", remedy="Write it like 10.222.0.0/16."
+            ) from None
+
     def cdi_folders(self) -> tuple[Path, ...]:
         """`cdi_dirs` as paths."""
         return tuple(Path(part) for part in self.cdi_dirs.split(":") if part)
@@ -77,6 +88,7 @@ def check(options: AgentOptions) -> AgentOptions:
     if not options.schedulers:
         raise invalid("schedulers", [], "is empty", remedy="Give --schedulers HOST:PORT.")
     check_schedulers(options.schedulers)
+    options.egress()
     for text in options.addresses:
         parse_address(text)
     return options
