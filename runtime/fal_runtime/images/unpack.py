@@ -11,6 +11,7 @@ umoci checks the digest of each layer, packed and unpacked. `umoci raw unpack` i
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -132,12 +133,18 @@ async def unpack(
         timeout_s=timeout_s, folder=folder, file_bytes_max=bytes_max, watch=growth.check, on_line=line,
     )  # fmt: skip
     if ran.code:
-        raise _failed(ran)
+        raise _failed(ran, root)
     if not root.is_dir() or root.is_symlink():
         raise FalError(Code.CORRUPT, "the image removes its own root", remedy="Do not use it.", field="source")
     say("checking files")
     removed = sum(1 for path in devices if _remove_empty(root, path))
-    findings = inspect(root, bytes_max=bytes_max, ids_max=IDS_MAX, since_s=began_s, repair=True)
+    findings = await asyncio.to_thread(
+        inspect, root, bytes_max=bytes_max, ids_max=IDS_MAX, since_s=began_s, repair=True
+    )
+    if not findings.size.files:
+        raise FalError(
+            Code.FAILED_PRECONDITION, "the image is empty: its layers hold no files", remedy="Add files to it."
+        )
     return Unpacked(root, ordinary, findings, tuple(notes_of(findings, removed=removed, one_owner=ordinary)))
 
 
@@ -158,9 +165,9 @@ def notes_of(findings: Findings, *, removed: int = 0, one_owner: bool) -> list[s
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _failed(ran: Ran) -> FalError:
+def _failed(ran: Ran, root: Path) -> FalError:
     text = ran.stderr.lower()
-    why = ran.last_line.removeprefix("⨯").strip()
+    why = ran.last_line.removeprefix("⨯").strip().replace(str(root), "")
     if "no space left" in text:
         return FalError(Code.NO_CAPACITY, "the disk is full", remedy="Free space, or name another --work folder.")
     if "file too large" in text:
