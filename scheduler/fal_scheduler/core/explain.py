@@ -182,9 +182,7 @@ def _static(facts: NodeFacts, name: str, spec: Spec) -> _Refusal | None:
 
 def _too_old(name: str, what: str, version: str, least: str, filter_name: str) -> _Refusal:
     """How far it is from the least that will do, so that the nearest miss is the newest."""
-    has = (
-        f"{what} {version}" if rank(version) >= 0 else f"no {what}{f' that tells a number ({version})' * bool(version)}"
-    )
+    has = f"{what} {version}" if version else f"no {what}"
     return filter_name, f"{name} has {has}, {least} or newer asked", rank(least) - rank(version)
 
 
