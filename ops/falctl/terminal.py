@@ -50,7 +50,7 @@ def raw_mode(fd: int) -> Iterator[None]:
     import tty
 
     before = termios.tcgetattr(fd)
-    tty.setraw(fd)
+    tty.setraw(fd, termios.TCSADRAIN)  # what was typed already is not lost
     try:
         yield
     finally:

@@ -226,7 +226,8 @@ class Driver(Protocol):
     def logs(self, id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0) -> AsyncGenerator[LogLine, None]:
         """The last `tail_lines` lines, then with `follow` every further one until the container has exited.
 
-        `since_s`: only those from then on (seconds since 1970).
+        `since_s`: only those from then on (seconds since 1970). Of a removed container they are kept for a while;
+        NOT_FOUND when they are no longer.
         """
         ...
 

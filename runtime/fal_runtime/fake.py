@@ -36,6 +36,7 @@ from fal_runtime.exec_session import ExecSession, Terminal, check_exec, checked_
 from fal_runtime.fake_exec import FakeExec
 
 LOG_LINES_MAX: Final = 1000
+ENDED_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Machine:
         self.clock: Clock = clock or SystemClock()
         self.script_of: ScriptOf = script_of or (lambda _spec: Script())
         self.containers: dict[str, _Container] = {}
+        self.ended: dict[str, _Container] = {}  # whose output is kept
         self.running_max = 0  # the most that ever ran at once
         self.images_finished: list[Image] = []  # as the driver was told
         self._pid = 1000
@@ -141,6 +143,10 @@ class Machine:
     def drop(self, id: str) -> None:
         container = self.containers.pop(id, None)
         if container is not None:
+            if container.lines:
+                self.ended[id] = container
+                while len(self.ended) > ENDED_MAX:
+                    del self.ended[next(iter(self.ended))]
             self._notify(container)
 
     def reboot(self) -> None:
@@ -240,7 +246,7 @@ class FakeDriver:
     async def logs(
         self, id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0
     ) -> AsyncGenerator[LogLine, None]:
-        container = self._get(id)
+        container = self.machine.containers.get(id) or self.machine.ended.get(id) or self._get(id)
         seen = container.lines_total - min(max(tail_lines, 0), len(container.lines))
         while True:
             changed = container.changed

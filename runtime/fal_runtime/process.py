@@ -46,6 +46,7 @@ from fal_runtime.driver import (
     not_running,
     unknown_container,
 )
+from fal_runtime.ended_logs import EndedLogs
 from fal_runtime.exec_session import ExecSession, Terminal
 from fal_runtime.log_file import read_log
 from fal_runtime.process_supervisor import start_ticks, write_whole
@@ -85,6 +86,7 @@ class ProcessDriver:
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._clock: Clock = clock or SystemClock()
         self._watcher = Watcher()
+        self._ended = EndedLogs(state_dir)
 
     async def probe(self) -> Capabilities:
         return Capabilities(
@@ -224,19 +226,19 @@ class ProcessDriver:
                 socket_dir.remove(Path(spec["socket_dir"]))
             if spec.get("models_dir"):
                 shutil.rmtree(spec["models_dir"], ignore_errors=True)
+            self._ended.keep(id, directory / "log", self._clock.wall_s())
         secrets_dir.remove_plain(directory)
         shutil.rmtree(directory)
 
     async def logs(
         self, id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0
     ) -> AsyncGenerator[LogLine, None]:
-        directory = self._directory(id)
+        log = self._ended.find(id) or self._directory(id) / "log"
 
         async def ended() -> bool:
             status = await self.status(id)
             return status is None or status.phase is Phase.EXITED
 
-        log = directory / "log"
         lines = read_log(log, self._watcher, ended, tail_lines=tail_lines, follow=follow, since_s=since_s)
         async for line in lines:
             yield line
@@ -289,6 +291,7 @@ class ProcessDriver:
             if directory.name not in keep:
                 await self.remove(directory.name)
                 removed.append(f"container {directory.name}")
+        self._ended.trim(self._clock.wall_s())
         return removed
 
     def _directory(self, id: str) -> Path:
