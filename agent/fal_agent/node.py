@@ -205,17 +205,21 @@ class Node:
     async def logs(
         self, runner_id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0
     ) -> AsyncIterator[LogLine]:
-        """A runner's output; of one that is gone, its last lines."""
-        runner = self._runners.get(runner_id)
-        if runner is None:
-            raise not_found("runner", runner_id, remedy="falctl runner list shows which node it is on.")
-        if runner.task.phase >= Phase.REMOVED:
+        """A runner's output; of one that is gone what the driver kept, else its last lines."""
+        runner, id = self._runners.get(runner_id), launch.container_id(runner_id)
+        try:
+            async for line in self._tools.driver.logs(id, tail_lines=tail_lines, follow=follow, since_s=since_s):
+                yield line
+        except FalError as exc:
+            if exc.code is not Code.NOT_FOUND:
+                raise
+            if runner is None:
+                remedy = "falctl runner list shows which node it is on; output of ended ones is kept for a day."
+                raise not_found("runner", runner_id, remedy=remedy) from None
+            if runner.task.phase < Phase.REMOVED:
+                raise
             for text in runner.task.log_tail[len(runner.task.log_tail) - tail_lines :] if tail_lines else ():
                 yield LogLine(0.0, "stdout", text)
-            return
-        id = launch.container_id(runner_id)
-        async for line in self._tools.driver.logs(id, tail_lines=tail_lines, follow=follow, since_s=since_s):
-            yield line
 
     async def exec(self, runner_id: str, command: tuple[str, ...], terminal: Terminal | None) -> ExecSession:
         """Run a command in its container."""

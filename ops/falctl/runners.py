@@ -113,8 +113,11 @@ def show(runner: str, json: JsonFlag = False) -> None:
             typer.echo(f"  {harmless(line)}")
 
 
-async def find_runner(stub: Any, word: str) -> str:
-    """A runner's id from the id, the beginning of one, or an app that has one runner. NOT_FOUND, INVALID."""
+async def find_runner(stub: Any, word: str, *, ended: bool = False) -> str:
+    """A runner's id from the id, the beginning of one, or an app that has one runner. NOT_FOUND, INVALID.
+
+    `ended`: what no runner matches is taken for the id of one that has ended.
+    """
     from fal_contract.errors import FalError, invalid, not_found
     from fal_contract.v1 import cluster_pb2 as pb
 
@@ -130,6 +133,8 @@ async def find_runner(stub: Any, word: str) -> str:
     if chosen:
         names = ", ".join(view.runner.id for view in chosen[:5])
         raise invalid("RUNNER", word, f"may be {names}", remedy="Give more of its id.")
+    if ended:
+        return id
     error: FalError = not_found("runner", id, remedy="List runners with `falctl runner list`.")
     raise error
 
@@ -178,7 +183,11 @@ def logs(
 
     async def work(stub: Any) -> None:
         asked = pb.RunnerLogsRequest(
-            id=await find_runner(stub, runner), tail_lines=tail, follow=follow, since_s=since_s, request_id=request
+            id=await find_runner(stub, runner, ended=True),
+            tail_lines=tail,
+            follow=follow,
+            since_s=since_s,
+            request_id=request,
         )
         async for chunk in stub.RunnerLogs(asked, timeout=None if follow else GLOBALS.timeout_s):
             for line in chunk.lines:

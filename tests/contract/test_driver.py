@@ -105,6 +105,29 @@ def test_every_call_twice_is_like_once(bench: Bench) -> None:
     run(main())
 
 
+def test_the_output_of_a_removed_container_is_kept_for_a_while(bench: Bench) -> None:
+    async def main() -> None:
+        driver, spec, silent = (
+            bench.driver,
+            bench.spec("told", "say=why I died", "exit=3"),
+            bench.spec("mute", "exit=1"),
+        )
+        for one in (spec, silent):
+            await driver.create(one)
+            await driver.start(one.id)
+            await driver.wait(one.id)
+            await driver.remove(one.id)
+        driver = bench.again()
+        await driver.clean(frozenset())
+        assert [line.text for line in await _lines(bench, spec.id, follow=True)] == ["why I died"]
+        for id in (silent.id, "nobody"):
+            with pytest.raises(FalError) as caught:
+                await _lines(bench, id)
+            assert caught.value.code is Code.NOT_FOUND
+
+    run(main())
+
+
 def test_exit_codes_and_logs_are_kept(bench: Bench) -> None:
     async def main() -> None:
         driver, spec = bench.driver, bench.spec("exit", "say=one", "say=two", "say=three", "exit=3")

@@ -332,6 +332,28 @@ def test_tokens_show_their_secret_once(tmp_path: Path) -> None:
     api_test(tmp_path, test)
 
 
+def test_output_of_a_runner_that_has_ended_is_asked_of_its_last_node(tmp_path: Path) -> None:
+    async def test(leader):  # type: ignore[no-untyped-def]
+        await join(leader, "n1")
+        async with Agent(leader, "n1"):
+            await deployed(leader)
+            (view,) = runners.list_runners(leader, cluster_pb2.ListRunnersRequest(node="name-n1")).runners
+            await apps.delete_app(leader, cluster_pb2.DeleteAppRequest(id="t/a"), ACTOR)
+            await eventually(lambda: view.runner.id not in leader.view.runners)
+            request = cluster_pb2.RunnerLogsRequest(id=view.runner.id, tail_lines=10)
+            lines = [line.text async for chunk in runners.runner_logs(leader, request) for line in chunk.lines]
+            assert lines == ["first line", "second line"]
+
+            async def of_nobody() -> None:
+                request = cluster_pb2.RunnerLogsRequest(id="t/never-0")
+                async for _ in runners.runner_logs(leader, request):
+                    pass
+
+            assert (await refused(of_nobody)).code is Code.NOT_FOUND
+
+    api_test(tmp_path, test)
+
+
 def test_logs_stop_and_crash(tmp_path: Path) -> None:
     async def test(leader):  # type: ignore[no-untyped-def]
         await join(leader, "n1")

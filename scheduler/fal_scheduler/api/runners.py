@@ -56,9 +56,21 @@ async def stop_runner(leader: Leadership, request: cluster_pb2.StopRunnerRequest
         return before
 
 
+def _ended(leader: Leadership, runner_id: str) -> cluster_pb2.RunnerView:
+    """Where a runner that is gone was placed last. NOT_FOUND when no event in memory tells."""
+    placed = leader.feed.latest("RUNNER_PLACED", runner_id)
+    if placed is None:
+        remedy = "List runners with `falctl runner list`; events tell of ended ones."
+        raise not_found("runner", runner_id, remedy=remedy)
+    return cluster_pb2.RunnerView(runner=state_pb2.Runner(id=runner_id, node=placed.facts["node"]))
+
+
 async def runner_logs(leader: Leadership, request: cluster_pb2.RunnerLogsRequest) -> AsyncIterator[agent_pb2.LogChunk]:
-    """A runner's output, from its node. Raises NOT_FOUND, UNAVAILABLE (the node is silent)."""
-    view = find_runner(leader.view, request.id)
+    """A runner's output, from its node, also when it has ended. NOT_FOUND, UNAVAILABLE (the node is silent)."""
+    try:
+        view = find_runner(leader.view, request.id)
+    except FalError:
+        view = _ended(leader, request.id)
     if not view.runner.node:
         tail = view.status.log_tail if view.HasField("status") else ()
         if not tail:
