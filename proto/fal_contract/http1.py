@@ -31,6 +31,7 @@ _VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _TARGET: Final = re.compile(rb"[\x21-\x7e]+")
 # All header lines of a head and its empty line, at once: what is not of this form is looked at line by line.
 _HEADER_BLOCK: Final = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
+_FIELD: Final = re.compile(rb"([^:\r\n]+):([^\r\n]*)\r\n")  # of a block that matched
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _HEX: Final = re.compile(rb"[0-9A-Fa-f]+")
 _NO_OPTIONS: Final[frozenset[bytes]] = frozenset()
@@ -147,11 +148,14 @@ def connection_options(headers: Headers) -> frozenset[bytes]:
     return frozenset([word.strip() for value in values for word in value.lower().split(b",")])
 
 
-def without_hop_by_hop(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """Headers that may travel on; the framing headers stay, because the bytes are passed as they are."""
+def without_hop_by_hop(headers: Headers, *, but: tuple[bytes, ...] = ()) -> list[tuple[bytes, bytes]]:
+    """Headers that may travel on, but those whose names begin with one of `but`.
+
+    The framing headers stay, because the bytes are passed as they are.
+    """
     named = connection_options(headers)
     dropped = _HOP_BY_HOP | (named - {b"content-length", b"transfer-encoding"}) if named else _HOP_BY_HOP
-    return [item for item in headers if item[0] not in dropped]
+    return [item for item in headers if item[0] not in dropped and not item[0].startswith(but)]
 
 
 def encode_head(first_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -274,17 +278,14 @@ def _split_head(head: bytes) -> tuple[bytes, Headers]:
         raise HttpError(431, f"the head is longer than {REQUEST_HEAD_BYTES_MAX} bytes")
     if not head.endswith(b"\r\n\r\n"):
         raise HttpError(400, "the head has no end")
-    lines = head[:-4].split(b"\r\n")
-    if len(lines) - 1 > HEADERS_MAX:
+    end = head.find(b"\r\n")
+    first = head[:end]
+    if head.count(b"\r\n") - 2 > HEADERS_MAX:
         raise HttpError(431, f"the head has more than {HEADERS_MAX} headers")
-    first = lines.pop(0)
-    if not _HEADER_BLOCK.fullmatch(head, len(first) + 2):
+    if not _HEADER_BLOCK.fullmatch(head, end + 2):  # say what is wrong with which line
+        lines = head[end + 2 : -4].split(b"\r\n") if len(head) > end + 4 else []
         return first, tuple([_parse_header_line(line) for line in lines])
-    headers = []
-    for line in lines:
-        name, _, value = line.partition(b":")
-        headers.append((name.lower(), value.strip(b" \t")))
-    return first, tuple(headers)
+    return first, tuple([(name.lower(), value.strip(b" \t")) for name, value in _FIELD.findall(head, end + 2)])
 
 
 def _parse_header_line(line: bytes) -> tuple[bytes, bytes]:
@@ -312,8 +313,20 @@ def _is_chunked(headers: Headers) -> bool:
     return True
 
 
+def _length_and_chunked(headers: Headers) -> tuple[int | None, bool]:
+    """What Content-Length and Transfer-Encoding say."""
+    index = dict(headers)
+    if len(index) == len(headers) and b"transfer-encoding" not in index:  # the usual: each name once
+        value = index.get(b"content-length")
+        if value is None:
+            return None, False
+        if value.isdigit() and len(value) <= _LENGTH_DIGITS_MAX:
+            return int(value), False
+    return _content_length(headers), _is_chunked(headers)
+
+
 def _request_framing(headers: Headers) -> Framing:
-    length, chunked = _content_length(headers), _is_chunked(headers)
+    length, chunked = _length_and_chunked(headers)
     if chunked and length is not None:
         raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other")
     if chunked:
@@ -324,7 +337,7 @@ def _request_framing(headers: Headers) -> Framing:
 def _response_framing(status: int, method: bytes, headers: Headers) -> Framing:
     if method == b"HEAD" or status < 200 or status in (204, 304):
         return NO_BODY
-    length, chunked = _content_length(headers), _is_chunked(headers)
+    length, chunked = _length_and_chunked(headers)
     if chunked and length is not None:
         raise HttpError(502, "Content-Length and Transfer-Encoding exclude each other")
     if chunked:

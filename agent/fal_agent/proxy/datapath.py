@@ -68,6 +68,7 @@ class DataPath:
     def __init__(
         self, *, node_id: str, slots: SlotTable, rng: Random, bounds: Bounds, on_change: Callable[[], None]
     ) -> None:
+        self.now_s = asyncio.get_running_loop().time  # the loop's monotonic clock
         self.node_id = node_id
         self.slots = slots
         self.bounds = bounds
@@ -81,10 +82,6 @@ class DataPath:
         self.on_finished: Callable[[str, Outcome], None] | None = None
         self._rng = rng
         self._on_change = on_change
-
-    def now_s(self) -> float:
-        """The loop's monotonic clock."""
-        return asyncio.get_running_loop().time()
 
     def joined(self, connection: Connection) -> None:
         """A connection was made."""

@@ -25,6 +25,7 @@ from fal_contract.errors import Code, FalError
 from fal_contract.http1 import BodyKind, BodyScanner, HttpError, ResponseHead, head_end, parse_response_head
 
 _CHECKS_PER_STALL: Final = 4
+_COPIED_BYTES_MAX: Final = 16 << 10  # more is written apart from its head
 
 
 class Client(Protocol):
@@ -193,41 +194,42 @@ class Exchange:
             return
         self._heard_s = self._path.now_s()
         try:
-            if self._body is None:
-                self._buffer += data
-                self._take_heads()
-            else:
+            if self._body is not None:
                 self._take_body(data)
+                return
+            if self._buffer:
+                data = bytes(self._buffer) + data
+                self._buffer.clear()
+            self._take_heads(data)
         except HttpError as error:
             self._fail(Refused(Code.RUNNER_FAILED, f"runner {self._entry.runner_id}: {error.what}"))
 
     # The answer.
 
-    def _take_heads(self) -> None:
+    def _take_heads(self, data: bytes) -> None:
         """Pass heads on as they become complete: any number of 1xx, then the answer's."""
         while self._client is not None:
-            end = head_end(self._buffer)
+            end = head_end(data)
             if end < 0:
+                self._buffer += data
                 return
-            head = parse_response_head(bytes(self._buffer[:end]), method=self._method)
+            head = parse_response_head(data[:end], method=self._method)
             if head.status == 101:
                 raise HttpError(502, "the worker switched protocols")
-            if routing.refused_by_worker(head):
+            if head.status == 503 and routing.refused_by_worker(head):
                 busy = Refused(Code.BUSY, f"runner {self._entry.runner_id} has no room yet")
                 self._fail(busy, Outcome.NOT_RUN)
                 return
-            rest = bytes(self._buffer[end:])
-            self._buffer.clear()
+            data = data[end:]
             if head.status < 200:
                 self._client.write(routing.head_for_client(head, self._request_id, keep_alive=True))
-                self._buffer += rest
                 continue
             ends_itself = head.framing.kind is not BodyKind.UNTIL_CLOSE
             self._keep_alive = self._client.may_keep_alive and ends_itself
             self._answer = head
             self._body = BodyScanner(head.framing)
             out = routing.head_for_client(head, self._request_id, keep_alive=self._keep_alive)
-            self._take_body(rest, out)
+            self._take_body(data, out)
             return
 
     def _take_body(self, data: bytes, before: bytes = b"") -> None:
@@ -238,7 +240,11 @@ class Exchange:
         if not clean:
             data = data[:used]  # whatever follows the answer is not part of it
         if self._body.done:
-            self._complete(before + data, clean=clean)
+            self._complete(before + data if before else data, clean=clean)
+        elif len(data) > _COPIED_BYTES_MAX:
+            if before:
+                self._client.write(before)
+            self._client.write(data)
         else:
             self._client.write(before + data if before else data)
 

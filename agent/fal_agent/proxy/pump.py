@@ -121,8 +121,10 @@ class ClientConnection(asyncio.Protocol):
         self._heard_s = self._path.now_s()
         match self._state:
             case _State.HEAD:
-                self._buffer += data
-                self._next_request()
+                if self._buffer:
+                    data = bytes(self._buffer) + data
+                    self._buffer.clear()
+                self._next_request(data)
             case _State.EXCHANGE:
                 self._take_body(data)
             case _State.DISCARD:
@@ -192,26 +194,24 @@ class ClientConnection(asyncio.Protocol):
 
     # Requests.
 
-    def _next_request(self) -> None:
-        """Start what the buffer holds, if it holds a whole head."""
-        while self._buffer.startswith(b"\r\n"):  # empty lines between requests keep NATs awake
-            del self._buffer[:2]
-        if len(self._buffer) < 2:
-            return
+    def _next_request(self, data: bytes) -> None:
+        """Start what `data` holds, if it holds a whole head; else keep it."""
+        while data.startswith(b"\r\n"):  # empty lines between requests keep NATs awake
+            data = data[2:]
         try:
-            end = head_end(self._buffer)
+            end = head_end(data)
             if end < 0:
-                self._arm(self._path.bounds.head_timeout_s)
+                self._buffer += data
+                if len(data) >= 2:
+                    self._arm(self._path.bounds.head_timeout_s)
                 return
-            head = parse_request_head(bytes(self._buffer[:end]))
+            head = parse_request_head(data[:end])
             asked = routing.route(head)
         except HttpError as error:
-            self._buffer.clear()
             self.write(routing.http_error(error))
             self._close_after_reading()
             return
-        rest = bytes(self._buffer[end:])
-        self._buffer.clear()
+        rest = data[end:]
         self._arm(None)
         self._body = BodyScanner(head.framing)
         self._keep_alive = head.keep_alive

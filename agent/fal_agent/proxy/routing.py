@@ -83,7 +83,7 @@ def route(head: RequestHead) -> Probe | RunnerRequest:
 
 def head_for_worker(head: RequestHead, request: RunnerRequest, request_id: bytes) -> bytes:
     """The rewritten head: own path, own headers; the connection may be kept, as HTTP/1.1 does without a word."""
-    headers = [item for item in without_hop_by_hop(head.headers) if not item[0].startswith(_OURS)]
+    headers = without_hop_by_hop(head.headers, but=_OURS)
     headers += [
         (b"x-fal-request-id", request_id),
         (b"x-fal-runner", request.runner_id.encode()),
@@ -93,7 +93,7 @@ def head_for_worker(head: RequestHead, request: RunnerRequest, request_id: bytes
 
 def head_for_client(head: ResponseHead, request_id: bytes, *, keep_alive: bool) -> bytes:
     """The worker's answer with the proxy's connection handling. 1xx heads carry no headers of ours."""
-    headers = [item for item in without_hop_by_hop(head.headers) if not item[0].startswith(_OURS)]
+    headers = without_hop_by_hop(head.headers, but=_OURS)
     if head.status >= 200:
         headers.append((b"x-fal-request-id", request_id))
         headers.append((b"connection", b"keep-alive" if keep_alive else b"close"))
