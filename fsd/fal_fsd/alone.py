@@ -79,6 +79,12 @@ class NoMount:
     def cancel_reads(self, pids: Sequence[int]) -> int:
         return 0
 
+    def shows(self, artifact_id: str) -> bool:
+        return False
+
+    def take_access(self, artifact_id: str) -> list[int]:
+        return []
+
     async def close(self, artifact_id: str) -> None:
         """Nothing is open."""
 

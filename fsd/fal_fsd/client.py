@@ -44,10 +44,13 @@ class CacheClient:
                     return Path(progress.path)
         raise FalError(Code.UNAVAILABLE, "fal-fsd ended a staging without a word", remedy="It is asked again.")
 
-    async def view(self, artifact: agent_pb2.Artifact, owner: str) -> tuple[Path, bool]:
-        """The folder where it can be read soonest, and whether it is whole. Pinned for `owner`, so it goes on."""
+    async def view(self, artifact: agent_pb2.Artifact, owner: str, *, record: bool = False) -> tuple[Path, bool]:
+        """The folder where it can be read soonest, and whether that is the finished one. Pinned for `owner`.
+
+        `record`: through the mount even if it is finished, where that works here; `take_access` ends it.
+        """
         with rpc.fal_errors():
-            request = fsd_pb2.StageRequest(artifact=artifact, owner=owner, in_flight=True)
+            request = fsd_pb2.StageRequest(artifact=artifact, owner=owner, in_flight=True, record=record)
             call = self._stub.Stage(request, timeout=STAGE_TIMEOUT_S)
             try:
                 async for progress in call:
@@ -63,6 +66,13 @@ class CacheClient:
         """End what these processes wait for in unfinished files."""
         with rpc.fal_errors():
             await self._stub.CancelReads(fsd_pb2.CancelReadsRequest(pids=pids), timeout=RPC_TIMEOUT_S)
+
+    async def take_access(self, artifact_id: str) -> list[int]:
+        """The pieces that were read through the mount, in order of first use; ends their recording."""
+        with rpc.fal_errors():
+            request = fsd_pb2.TakeAccessRequest(artifact_id=artifact_id)
+            reply = await self._stub.TakeAccess(request, timeout=RPC_TIMEOUT_S)
+        return list(reply.pieces)
 
     async def ingest(
         self, folder: Path, *, model: str, bytes_max: int, owner: str, keep_s: float, kind: str = "cache"

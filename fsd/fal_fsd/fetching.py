@@ -86,6 +86,7 @@ class Fetching:
         self._now_s = tools.clock.monotonic_s
         self._members: tuple[list[Member], bool, int] | None = None
         self._readers: set[int] = set()
+        self._first: Sequence[int] = ()
         self._swarm = self._new_swarm()
         self._kick = asyncio.Event()
         self._joined = False
@@ -197,9 +198,9 @@ class Fetching:
             self._tools.peers.join(self._part)
 
     def _new_swarm(self) -> Swarm:
-        layout = self._part.artifact.layout
-        lengths = [span.length for span in layout.spans()]
+        lengths = [span.length for span in self._part.artifact.layout.spans()]
         swarm = Swarm(self._tools.place(), lengths, self._part.have)
+        swarm.prefer(self._first)
         self._tell_members(swarm)
         if self._readers:
             swarm.wanted(sorted(self._readers), True)
@@ -405,10 +406,8 @@ class Fetching:
         self._kick.set()
 
     def disk_failed(self, error: Exception) -> None:
-        if isinstance(error, FalError):
-            self._fail(error)
-        else:
-            self._fail(FalError(Code.STORE_FAILED, f"staging failed: {error}", remedy="Look at the cache disk."))
+        failed = FalError(Code.STORE_FAILED, f"staging failed: {error}", remedy="Look at the cache disk.")
+        self._fail(error if isinstance(error, FalError) else failed)
 
     # ---- what readers and the disk tell
 
@@ -420,6 +419,13 @@ class Fetching:
             self._readers.difference_update(pieces)
         self._swarm.wanted(pieces, waiting)
         self._kick.set()
+
+    def prefer(self, first: Sequence[int]) -> None:
+        """Pieces that come first, see core/swarm.py; who asks last wins."""
+        if first:
+            self._first = first
+            self._swarm.prefer(first)
+            self._kick.set()
 
     def lost(self, piece: int) -> None:
         """It is missing again."""

@@ -269,8 +269,8 @@ class CacheNode:
     # ---- wishes.WishSide
 
     async def begin_wish(self, artifact: Artifact, wish: weights_pb2.Wished) -> Transfer | Path:
-        named = wish.artifact.manifest_digest
-        found = await self.transfers.begin(artifact, wish.artifact.model, digest_named=named, owner=WISH_OWNER)
+        named, asked, first = wish.artifact.manifest_digest, wish.artifact, wish.artifact.first_pieces
+        found = await self.transfers.begin(artifact, asked.model, digest_named=named, owner=WISH_OWNER, first=first)
         if wish.expires_at_s:
             await asyncio.to_thread(self.store.pin, artifact.id, WISH_OWNER, expires_at_s=wish.expires_at_s)
         await self.want_tier(artifact.id, wish.tier)

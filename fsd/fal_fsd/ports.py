@@ -157,6 +157,14 @@ class InFlight(Protocol):
         """End the waits of these processes with EINTR; how many there were."""
         ...
 
+    def shows(self, artifact_id: str) -> bool:
+        """Whether it is mounted. It may have been aborted since it was opened."""
+        ...
+
+    def take_access(self, artifact_id: str) -> list[int]:
+        """Pieces that were read since the first mount of it or the last such question, in order of first use."""
+        ...
+
     async def close(self, artifact_id: str) -> None:
         """Take the mount away; files that are open read on what is there. Bounded: a stuck one is aborted."""
         ...

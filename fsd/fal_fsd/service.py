@@ -16,10 +16,12 @@ import grpc.aio
 from fal_contract import rpc
 from fal_contract.artifact import Artifact
 from fal_contract.errors import Code, FalError, invalid
+from fal_contract.limits import IMAGE_FIRST_PIECES_MAX
 from fal_contract.model_manifest import check_digest
 from fal_contract.v1 import fsd_pb2, fsd_pb2_grpc
 from fal_fsd import ingest
 from fal_fsd.node import CacheNode
+from fal_fsd.recording import Recordings
 from fal_fsd.transfer import Phase, Transfer
 
 _OWNER_CHARS_MAX: Final = 256
@@ -35,6 +37,7 @@ class NodeCache(fsd_pb2_grpc.NodeCacheServicer):
 
     def __init__(self, node: CacheNode) -> None:
         self._node = node
+        self._recordings = Recordings()
 
     async def Stage(self, request: fsd_pb2.StageRequest, context: Context) -> AsyncIterator[fsd_pb2.StageProgress]:
         try:
@@ -47,8 +50,13 @@ class NodeCache(fsd_pb2_grpc.NodeCacheServicer):
                 await self._node.want_tier(artifact.id, request.tier)
             async with self._node.staged(artifact, model, owner, digest_named=named) as found:
                 if isinstance(found, Path):
+                    if request.record and request.in_flight:
+                        shown = await self._recordings.open(self._node.around.mount, artifact, found)
+                        if shown is not None:
+                            yield fsd_pb2.StageProgress(bytes_total=artifact.bytes_total, in_flight_path=str(shown))
                     yield _ready(artifact, found)
                     return
+                found.fetching.prefer(request.artifact.first_pieces[:IMAGE_FIRST_PIECES_MAX])
                 async for progress in self._follow(found, request):
                     yield progress
         except FalError as exc:
@@ -100,6 +108,15 @@ class NodeCache(fsd_pb2_grpc.NodeCacheServicer):
         except FalError as exc:
             await rpc.abort(context, exc)
         return fsd_pb2.CancelReadsReply(cancelled=self._node.around.mount.cancel_reads(list(request.pids)))
+
+    async def TakeAccess(self, request: fsd_pb2.TakeAccessRequest, context: Context) -> fsd_pb2.TakeAccessReply:
+        pieces: list[int] = []
+        try:
+            artifact_id = check_digest(request.artifact_id)
+            pieces = await self._recordings.take(self._node.around.mount, artifact_id)
+        except FalError as exc:
+            await rpc.abort(context, exc)
+        return fsd_pb2.TakeAccessReply(pieces=pieces)
 
     async def Ingest(self, request: fsd_pb2.IngestRequest, context: Context) -> fsd_pb2.IngestReply:
         reply = fsd_pb2.IngestReply()

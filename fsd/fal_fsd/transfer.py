@@ -201,6 +201,8 @@ class Transfer:
 
     def open_mount(self) -> None:
         """Make it readable while it arrives, where this works here; `in_flight_path` says where."""
+        if self.in_flight_path is not None and not self._tools.mount.shows(self.id):  # it was aborted
+            self._mounting = self.in_flight_path = None
         if self._mounting is None and not self._tools.mount.available and self.phase is not Phase.READY:
             self._mounting = asyncio.create_task(self._mount(), name=f"mount {self.id[:12]}")
 
@@ -425,14 +427,12 @@ class Transfer:
         if self.artifact.attested or signer is None:
             return
         for piece in self.part.have:
-            digest = self.part.digest_of(piece)
-            if digest is not None and self.claims.get(piece, digest) is None:
+            if (digest := self.part.digest_of(piece)) is not None and self.claims.get(piece, digest) is None:
                 with contextlib.suppress(OSError):  # a full disk: it stays unclaimed until it is attested
                     self.claims.take([signer.claim(self.id, piece, digest)], own=True)
 
     def _check_claim(self, claim: Claim) -> None:
-        mine = self.part.digest_of(claim.piece)
-        if mine is not None and mine != claim.digest:
+        if self.part.digest_of(claim.piece) not in (None, claim.digest):
             message = f"piece {claim.piece} of {self.model}: {claim.signer} vouches for other bytes than are here"
             self._tools.news.event("CLAIMS_DIFFER", claim.signer, message)
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from fal_contract.artifact import Artifact
 from fal_contract.errors import FalError
+from fal_contract.limits import IMAGE_FIRST_PIECES_MAX
 from fal_contract.pieces import Bitmap
 from fal_contract.telemetry import get_logger
 from fal_fsd.core.messages import Claim, Lease, Member
@@ -115,11 +116,18 @@ class Transfers:
             await asyncio.wait(set(beginnings))
 
     async def begin(
-        self, artifact: Artifact, model: str, *, digest_named: str = "", owner: str = "", asked_for: bool = False
+        self,
+        artifact: Artifact,
+        model: str,
+        *,
+        digest_named: str = "",
+        owner: str = "",
+        asked_for: bool = False,
+        first: Sequence[int] = (),
     ) -> Transfer | Path:
         """Start it, or join the one under way, or give the folder; pinned for `owner` (unless empty) before it returns.
 
-        Without an owner the caller waits, or has pinned it.
+        Without an owner the caller waits, or has pinned it. `first`: pieces that come before all others.
         """
         async with self._lock(artifact.id):
             transfer = self._active.get(artifact.id)
@@ -136,6 +144,7 @@ class Transfers:
                 if artifact.attested and not transfer.artifact.attested:
                     await self._attest(transfer, artifact)
             transfer.asked_for = transfer.asked_for or asked_for
+            transfer.fetching.prefer(first[:IMAGE_FIRST_PIECES_MAX])
             return transfer
 
     def _here(self, artifact: Artifact, model: str, owner: str) -> Path | None:

@@ -103,5 +103,8 @@ class ReadableAnyhow(NoMount):
     async def open(self, part: Part) -> Path:
         return self.path
 
+    def shows(self, artifact_id: str) -> bool:
+        return True
+
     def fail(self, artifact_id: str, reason: str) -> None:
         self.failed[artifact_id] = reason

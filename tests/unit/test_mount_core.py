@@ -260,7 +260,8 @@ def test_only_these_calls_name_a_path() -> None:
                   "mkdir", "rmdir", "unlink", "touch", "walk", "statvfs"}  # fmt: skip
     allowed = {
         "connection.py": set[str](), "server.py": set[str](), "wire.py": set[str](), "tree.py": set[str](),
-        "window.py": set[str](), "sources.py": {"open"}, "holder.py": {"unlink"}, "probe.py": {"mkdir"},
+        "window.py": set[str](), "access.py": set[str](), "sources.py": {"open"}, "holder.py": {"unlink"},
+        "probe.py": {"mkdir"},
         "mounts.py": {"mkdir", "exists"}, "__init__.py": set[str](),
         "kernel.py": {"open", "read_text", "write_text", "exists", "is_dir", "iterdir", "rmdir"},
         "keeper.py": {"open", "exists", "stat", "mkdir", "read_text", "write_text", "rmdir"},

@@ -1,8 +1,9 @@
 """Which piece is asked of which peer. Pure.
 
-In this order: what a reader waits for, of whoever brings it first; requests that are stuck go elsewhere; then the
-rarest pieces among what the peers hold, each of the peer that should be done first; last, where nothing is left to ask,
-pieces that wait behind a slow peer's queue move to a fast one.
+In this order: what a reader waits for, of whoever brings it first; requests that are stuck go elsewhere; what is told
+to come first (a recorded start of an image); then the rarest pieces among what the peers hold, each of the peer that
+should be done first; last, where nothing is left to ask, pieces that wait behind a slow peer's queue move to a fast
+one.
 
 A piece crosses into a region once: of another region asks only the region's importer of that piece, by rendezvous over
 the region's seeds; who is next in rank asks once the piece was to be had out there, and not here, for some time.
@@ -184,7 +185,8 @@ class Asking:
         return any_left
 
     def _ask(self, asks: dict[tuple[str, bool], list[int]], source: Source, bits: int, now_s: float) -> int:
-        """Ask for the rarest of `bits`; as a set."""
+        """Ask for the rarest of `bits`, of those that come first if there are any; as a set."""
+        bits = self._pieces.preferred(bits)
         counter = self._sources.inside if source.distance <= NEAR else self._sources.everywhere
         self._turn += 1
         piece = first_from(counter.least(bits), mix(self._me, self._turn) % self._pieces.count)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
+
+FIRST_WINDOW: Final = 16  # pieces of those that come first are asked for in any order
+_FIRST_LOOK: Final = 1024  # more than are ever under way at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,40 @@ class Pieces:
     wanted: dict[int, int] = field(default_factory=dict)  # how many readers wait for it
     waits_since_s: dict[int, float] = field(default_factory=dict)  # of those that are wanted and missing
     from_origin: int = 0  # read by this node
+    first: tuple[int, ...] = ()  # come before all others, in about this order
+    _first_bits: int = 0
+    _done: int = 0  # of `first`, from its beginning, are here
+
+    def prefer(self, first: Sequence[int]) -> None:
+        """Bring these first. What is no piece is left out."""
+        self.first = tuple(dict.fromkeys(piece for piece in first if 0 <= piece < len(self.lengths)))
+        self._first_bits, self._done = 0, 0
+        for piece in self.first:
+            self._first_bits |= 1 << piece
+
+    def lost(self, piece: int) -> None:
+        """It is missing again."""
+        self.missing |= 1 << piece
+        self.from_origin &= ~(1 << piece)
+        self._done = 0
+
+    def preferred(self, bits: int) -> int:
+        """Of `bits` those to bring now: the next few of `first`, else the rest of it, else all.
+
+        A few and not the very next, so that nodes that begin together take different ones of each other's and trade.
+        """
+        if not bits & self._first_bits:
+            return bits
+        while self._done < len(self.first) and not self.missing >> self.first[self._done] & 1:
+            self._done += 1
+        soon, count = 0, 0
+        for piece in self.first[self._done : self._done + _FIRST_LOOK]:
+            if bits >> piece & 1:
+                soon |= 1 << piece
+                count += 1
+                if count >= FIRST_WINDOW:
+                    break
+        return soon or bits & self._first_bits
 
     @property
     def count(self) -> int:

@@ -237,8 +237,8 @@ class Reading:
         if self._owned is None:
             self._owned = self._shares.owned(self._seeds or (self._me,))
         count_max = max(1, min(self._shares.stripe_pieces, free.bit_count() // (2 * max(len(self._seeds), 1))))
-        if own := self._owned.get(self._me, 0) & free:
-            return self._run(free, lowest(own), count_max)
+        if own := self._pieces.preferred(self._owned.get(self._me, 0) & free):
+            return self._run(own, lowest(own), count_max)
         if free.bit_count() <= 2 * len(self._seeds):
             ripe = (piece for piece in each(free) if self._rank(piece) <= self._scarce_for(piece, now_s))
             piece = next(ripe, None)

@@ -187,8 +187,12 @@ class Swarm:
     def lost(self, piece: int) -> None:
         """It is missing again."""
         self._dirty = True
-        self._pieces.missing |= 1 << piece
-        self._pieces.from_origin &= ~(1 << piece)
+        self._pieces.lost(piece)
+
+    def prefer(self, first: Sequence[int]) -> None:
+        """These come before all others but what readers wait for, in about this order."""
+        self._dirty = True
+        self._pieces.prefer(first)
 
     # ---- decisions
 

@@ -19,6 +19,7 @@ from typing import Final
 
 from fal_contract.telemetry import get_logger
 from fal_fsd.mount import wire
+from fal_fsd.mount.access import Access
 from fal_fsd.mount.sources import Kept, segments
 from fal_fsd.mount.tree import Node, Tree
 from fal_fsd.mount.window import Readers
@@ -70,6 +71,7 @@ class Connection:
         allow_mmap: bool,
         tell: Tell,
         wake: Callable[[Connection], None],
+        access: Access | None = None,
     ) -> None:
         self.fd = fd
         self.number = number
@@ -82,7 +84,7 @@ class Connection:
         self._tree = Tree(part.artifact)
         self._read_timeout_s = read_timeout_s
         self._allow_mmap = allow_mmap
-        self._tell, self._wake = tell, wake
+        self._tell, self._wake, self._access = tell, wake, access
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._readers = Readers(self._layout.piece_bytes)
@@ -332,6 +334,8 @@ class Connection:
     def _follow(self, handle: int, pieces: range, of_file: range) -> None:
         with self._lock:  # told under the lock: in the order in which it happened
             wanted, gone = self._readers.read(handle, pieces, of_file)
+            if self._access is not None:
+                self._access.note(pieces)
             self._say(wanted, True)
             self._say(gone, False)
 

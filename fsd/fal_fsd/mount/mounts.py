@@ -23,6 +23,7 @@ from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import Code, FalError
 from fal_contract.telemetry import get_logger
 from fal_fsd.mount import holder, kernel
+from fal_fsd.mount.access import Access
 from fal_fsd.mount.connection import Connection
 from fal_fsd.mount.keeper import About, Keeper
 from fal_fsd.mount.probe import YES, probe, switched_off
@@ -33,6 +34,7 @@ READ_TIMEOUT_S: Final = 20.0
 MOUNTS_MAX: Final = 512  # half of what the holder keeps
 _QUIET_TIMEOUT_S: Final = 10.0  # a connection that is closed must have answered by then, else it is aborted
 _HOLDER_RETRY_S: Final = 5.0
+_RECORDED_MAX: Final = 64
 _T = TypeVar("_T")
 _log = get_logger("fal.mount")
 
@@ -75,6 +77,7 @@ class InFlightMounts:
         self._lock = asyncio.Lock()
         self._mounted: dict[str, _Mounted] = {}  # by artifact
         self._all: dict[Connection, _Mounted] = {}  # also those that are closed and still open somewhere
+        self._access: dict[str, Access] = {}  # by artifact, the oldest first
         self._work: set[asyncio.Task[Any]] = set()  # finished before we stop
         self._holding: asyncio.Task[None] | None = None
         self.modes: dict[str, str] = {}
@@ -215,6 +218,15 @@ class InFlightMounts:
 
         return sum(connection.cancel(of_reader) for connection in list(self._all))
 
+    def shows(self, artifact_id: str) -> bool:
+        """See `ports.InFlight`."""
+        return artifact_id in self._mounted
+
+    def take_access(self, artifact_id: str) -> list[int]:
+        """See `ports.InFlight`."""
+        access = self._access.pop(artifact_id, None)
+        return access.pieces() if access is not None else []
+
     async def close(self, artifact_id: str) -> None:
         """See `ports.InFlight`. The part may be closed, moved or dropped afterwards."""
         await asyncio.shield(self._spawn(self._close_one(artifact_id)))
@@ -254,6 +266,7 @@ class InFlightMounts:
             allow_mmap="allow_mmap" not in self._off,
             tell=self._wanted.tell,
             wake=self._server.wake,
+            access=self._access_of(part) if about.mounted else None,
         )
         made = _Mounted(about, connection, path)
         self._all[connection] = made
@@ -261,6 +274,15 @@ class InFlightMounts:
             self._mounted[about.artifact_id] = made
         self._server.add(connection)
         return made
+
+    def _access_of(self, part: Part) -> Access | None:
+        """Starts of images are recorded, of the last few; a mount that takes another's place goes on with its list."""
+        if part.artifact.kind != "image":
+            return None
+        access = self._access.setdefault(part.artifact.id, Access())
+        while len(self._access) > _RECORDED_MAX:
+            del self._access[next(iter(self._access))]
+        return access
 
     async def _close(self, mounted: _Mounted) -> None:
         """Take it from its place. It lives on while somebody has it open, unless a request hangs in it."""
