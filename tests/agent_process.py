@@ -55,6 +55,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = answer
 class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
+if "FAL_PORT" in os.environ:
+    class Port(socketserver.ThreadingMixIn, socketserver.TCPServer): daemon_threads = True
+    Port(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
 path = os.environ["FAL_SOCKET"]
 if os.path.exists(path): os.unlink(path)
 Server(path, Handler).serve_forever()

@@ -78,6 +78,20 @@ def _room() -> ThreadPoolExecutor:
     return room
 
 
+def close() -> None:
+    """End the thread; the next connect starts another."""
+    room = _rooms.pop(os.getpid(), None)
+    if room is not None:
+        room.submit(_leave)
+        room.shutdown(wait=True)
+
+
+def _leave() -> None:
+    if _home.fd >= 0:
+        os.close(_home.fd)
+        _home.fd = -1
+
+
 def _socket() -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
