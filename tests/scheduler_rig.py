@@ -96,6 +96,7 @@ class Agent:
         self.gateways: agent_pb2.GatewaySet | None = None
         self.revoked: list[str] = []
         self.logs: list[str] = ["first line", "second line"]
+        self.features: tuple[str, ...] = ()
         self.on_assignment: Callable[[agent_pb2.Assignment], agent_pb2.RunnerStatus | None] = self._obey
         self._leader = leader
         self._gpus = gpus
@@ -131,7 +132,7 @@ class Agent:
             inventory=agent_pb2.Inventory(gpus=gpus, cpu_milli=64000, memory_bytes=512 << 30),
             runners=list(self.statuses.values()),
             endpoints=[agent_pb2.Endpoint(network="lan", host="10.0.0.1", port=7443)],
-            capabilities=agent_pb2.Capabilities(driver="fake", isolates=True),
+            capabilities=agent_pb2.Capabilities(driver="fake", isolates=True, features=self.features),
             cluster_id=self.cluster_id if self.statuses else "",
             term_seen=self.term_seen,
             epoch_seen=self.epoch_seen,
@@ -154,6 +155,10 @@ class Agent:
         for runner_id in gone:
             self.statuses.pop(runner_id, None)
         self._say(agent_pb2.AgentMessage(report=agent_pb2.Report(runners=statuses, gone=gone)))
+
+    def tell_access(self, access: agent_pb2.AccessList) -> None:
+        """Report what a recorded start has read."""
+        self._say(agent_pb2.AgentMessage(report=agent_pb2.Report(access=[access])))
 
     def tell_event(self, kind: str, subject: str, message: str) -> None:
         """Report an event of the node."""

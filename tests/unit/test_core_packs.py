@@ -183,9 +183,10 @@ def test_a_pack_whose_runner_was_never_started_is_tried_again_and_then_has_faile
 
 def test_a_pack_that_failed_by_its_own_work_is_not_tried_again(world: World) -> None:
     runner = begun(world)
-    told(world, runner, exit_code=1, reason="exited with code 1", log_tail=("error: no such image",))
+    told(world, runner, exit_code=1, reason="exited with code 1", log_tail=("asking", "error: no such image"))
     assert pack_of(world.state, ID) is None
-    assert world.state.build_failures[NAMESPACE, ID].lines == ("error: no such image",)
+    failure = world.state.build_failures[NAMESPACE, ID]
+    assert (failure.reason, failure.lines) == ("no such image", ("asking", "error: no such image"))
     again = begun(world)
     assert again.app != runner.app
     assert (NAMESPACE, ID) not in world.state.build_failures

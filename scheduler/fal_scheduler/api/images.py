@@ -163,7 +163,7 @@ def _fill_packing(view: cluster_pb2.ImageView, leader: Leadership, app: App, tas
     view.runner = runner.id
     phase, node = runner_phase(state, runner), state.nodes.get(runner.node)
     words = [phase.reason or phase.state.name.lower()]
-    if node is not None:
+    if node is not None and node.name not in words[0]:
         words.append(f"on {node.name}")
     if app.generation > 1:
         words.append(f"(try {app.generation} of {IMAGE_PACK_TRIES_MAX})")

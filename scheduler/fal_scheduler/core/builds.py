@@ -37,6 +37,7 @@ from fal_scheduler.core.told import BuildFailure, RunnerStatus
 from fal_scheduler.core.work import Work
 
 FAILURES_KEPT_MAX = 256
+_SAID = "error: "
 _EVICTED_AT_ONCE_MAX = 16  # each is an entry, its model and perhaps wishes
 
 
@@ -134,6 +135,8 @@ def ended(work: Work, runner: Runner, status: RunnerStatus) -> bool:
         why = runner.goal_reason or "it was stopped"
     else:
         why = status.reason or (f"exit code {status.exit_code}" if status.exit_code is not None else "it ended")
+        if task.image and status.log_tail and status.log_tail[-1].startswith(_SAID):  # the packer's last words
+            why = status.log_tail[-1].removeprefix(_SAID)
         if status.exit_code is None and _again(work, app, task, f"{runner.node}: {why}"):
             work.drop(runner)
             return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fal_contract.errors import Code, FalError, not_found
+from fal_contract.ids import team_of
 from fal_contract.limits import BUILDS_MAX, IMAGE_FIRST_PIECES_MAX, IMAGE_REPLICAS
 from fal_contract.pieces import piece_bytes_of
 from fal_scheduler.core import builds
@@ -17,6 +18,7 @@ from fal_scheduler.core.events import Reply
 from fal_scheduler.core.model_commands import in_use, users
 from fal_scheduler.core.pack_events import AccessTold, PackCommand, PackImage, PutImage, RemoveModel
 from fal_scheduler.core.records import App, BuildTask, Model, ModelState, Wish
+from fal_scheduler.core.secrets import check_secret
 from fal_scheduler.core.state import State
 from fal_scheduler.core.work import Work
 
@@ -61,6 +63,8 @@ def _pack(work: Work, event: PackImage) -> Reply:
         return Reply("packing", runner.id if runner is not None else "")
     if sum(1 for _ in builds.builds(state)) >= BUILDS_MAX:
         raise FalError(Code.BUSY, f"{BUILDS_MAX} builds run already", remedy="Try again when some have ended.")
+    if task.auth_secret:
+        check_secret(state, f"{team_of(task.image)}/{task.auth_secret}", field="auth_secret")
     runner = builds.begin(work, event.spec, "pack", event.actor)
     work.log("IMAGE_PACKING", task.image, f"{runner.id} packs it from {task.source}", runner=runner.id)
     return Reply("created", runner.id)
