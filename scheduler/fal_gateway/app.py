@@ -1,6 +1,7 @@
 """HTTP in front of the dispatch client.
 
     POST /v1/run/TEAM/APP   the body goes to a worker's /infer, its answer comes back as it is made
+    any  /v1/run/TEAM/APP/PATH?QUERY   the same for a server of any kind: its own method, path and query
     GET  /healthz           200 while a scheduler answers or any route is known
 
 A client that goes away cancels its request within a step. An answer that breaks off after it began ends the connection,
@@ -34,6 +35,7 @@ _HTTP_STATUS: Final = {
     Code.UNAVAILABLE: 503,
     Code.TIMEOUT: 504,
 }
+_METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _PASSED_TO_WORKER: Final = ("accept", "content-type", "x-fal-request-id")
 _PASSED_TO_CLIENT: Final = (b"content-type", b"content-length", b"cache-control", b"x-fal-request-id")
 
@@ -63,6 +65,8 @@ class Gateway:
         """For an aiohttp runner with handler_cancellation=True."""
         application = web.Application(client_max_size=self._body_bytes_max)
         application.router.add_post("/v1/run/{team}/{app}", self._run)
+        for method in _METHODS:
+            application.router.add_route(method, "/v1/run/{team}/{app}/{path:.*}", self._run)
         application.router.add_get("/healthz", self._healthz)
         return application
 
@@ -103,7 +107,10 @@ class Gateway:
         app = app_id(request.match_info["team"], request.match_info["app"])
         body = await request.read()
         headers = [(name, request.headers[name]) for name in _PASSED_TO_WORKER if name in request.headers]
-        return await self._client.request(app, "POST", "/infer", headers, body, wait_s=self._wait(request))
+        method, path = "POST", "/infer"
+        if "path" in request.match_info:
+            method, path = request.method, "/" + request.raw_path.split("/", 5)[5]  # as it was written, query included
+        return await self._client.request(app, method, path, headers, body, wait_s=self._wait(request))
 
     def _wait(self, request: web.Request) -> float:
         """A client may wait for less, by the header x-fal-wait-s."""

@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import grpc.aio
 import pytest
+from yarl import URL
 
 from dataplane import NODE, RUNNER, FakeWorker, Identities, address_of, entry, identities, serving, until, working
 from fal_agent.proxy.messages import GatewayEntry
@@ -125,6 +126,19 @@ def test_a_request_goes_all_the_way_and_back(tmp_path: Path) -> None:
                 assert (health.status, (await health.json())["connected"]) == (200, True)
             async with all_of_it.http.get(f"http://127.0.0.1:{all_of_it.ports.metrics}/metrics") as metrics:
                 assert 'fal_gateway_requests_total{outcome="served"} 3.0' in await metrics.text()
+
+    asyncio.run(scenario())
+
+
+def test_a_server_of_any_kind_gets_its_own_method_path_and_query(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with whole(tmp_path, identities(tmp_path)) as all_of_it:
+            base = f"{all_of_it.url}/v1/run/default/digits"
+            for method, path in (("GET", "/"), ("GET", "/a%20b/c?x=1&y=%2F"), ("DELETE", "/v1/models/7")):
+                async with all_of_it.http.request(method, URL(base + path, encoded=True)) as answer:
+                    assert answer.status == 200
+                    assert (await answer.json(content_type=None))["path"] == path
+            assert [seen.head.method for seen in all_of_it.worker.seen] == [b"GET", b"GET", b"DELETE"]
 
     asyncio.run(scenario())
 
