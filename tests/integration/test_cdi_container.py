@@ -166,3 +166,62 @@ def test_a_device_that_is_gone_is_one_clear_error(driver: OciDriver, tmp_path: P
     gone = run(refused(qualified(UUIDS[0])))
     assert gone.code is Code.NOT_FOUND
     assert "nvidia0" in gone.what
+
+
+HOOK = """#!/bin/sh
+read state
+case "$state" in *'"id":"'*) id=yes ;; *) id=no ;; esac
+echo "$1 $HOOK $id" >> "$2"
+"""
+
+
+def test_hooks_of_a_specification_run_where_the_standard_says(driver: OciDriver, cdi: Path, tmp_path: Path) -> None:
+    """On the host, with the container's state on their input. Those that run inside need a program there."""
+    hook, told = tmp_path / "hook", tmp_path / "told"
+    hook.write_text(HOOK)
+    hook.chmod(0o755)
+    names = ("prestart", "createRuntime", "poststart", "poststop")
+    hooks = [
+        {"hookName": name, "path": str(hook), "args": ["hook", name, str(told)], "env": ["HOOK=1"], "timeout": 20}
+        for name in names
+    ]
+    inside = {"hookName": "startContainer", "path": "/bin/sh", "args": ["sh", "-c", "echo begun > /tmp/begun"]}
+    device = {"name": "hooked", "containerEdits": {"hooks": [*hooks, inside]}}
+    document = {"cdiVersion": "0.6.0", "kind": "example.com/thing", "devices": [device]}
+    (cdi / "hooks.json").write_text(json.dumps(document))
+    (cdi / "hooks.json").chmod(0o644)
+    look = ("/bin/cat", "/tmp/begun")
+    spec = ContainerSpec(f"cdi-{os.urandom(4).hex()}", look, cdi=("example.com/thing=hooked",))
+
+    async def main() -> list[str]:
+        await driver.create(spec)
+        # runc 1.1 runs poststart here already.
+        assert [line.split()[0] for line in told.read_text().splitlines()][:2] == ["prestart", "createRuntime"]
+        await driver.start(spec.id)
+        await driver.wait(spec.id)
+        lines = [line.text async for line in driver.logs(spec.id, tail_lines=9, follow=False)]
+        await driver.remove(spec.id)
+        return lines
+
+    assert run(main()) == ["begun"]
+    assert told.read_text().splitlines() == [f"{name} 1 yes" for name in names]
+
+
+def test_a_hook_that_fails_is_one_clear_error(driver: OciDriver, cdi: Path) -> None:
+    device = {
+        "name": "broken", "containerEdits": {"hooks": [{"hookName": "createRuntime", "path": "/bin/false"}]},
+    }  # fmt: skip
+    document = {"cdiVersion": "0.6.0", "kind": "example.com/thing", "devices": [device]}
+    (cdi / "broken.json").write_text(json.dumps(document))
+    (cdi / "broken.json").chmod(0o644)
+    broken = ContainerSpec(f"cdi-{os.urandom(4).hex()}", ("/bin/true",), cdi=("example.com/thing=broken",))
+
+    async def main() -> FalError:
+        with pytest.raises(FalError) as caught:
+            await driver.create(broken)
+        assert await driver.list() == []
+        return caught.value
+
+    error = run(main())
+    assert error.code is Code.DRIVER_FAILED
+    assert "hook" in error.what
