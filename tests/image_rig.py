@@ -410,6 +410,11 @@ class SlowRelay:
         """As it stands in a source."""
         return f"127.0.0.1:{self.port}"
 
+    def hold(self) -> None:
+        """Send nothing more, and close nothing."""
+        with self._lock:
+            self._free_s = float("inf")
+
     def __enter__(self) -> SlowRelay:
         self._start(self._accept)
         return self
@@ -458,7 +463,7 @@ class SlowRelay:
         with self._lock:
             now_s = time.monotonic()
             self._free_s = max(self._free_s, now_s) + size / self._bytes_s
-            return self._free_s - now_s
+            return min(self._free_s - now_s, threading.TIMEOUT_MAX)
 
 
 class NamedProxy(ConnectProxy):

@@ -189,8 +189,9 @@ class _Pack:
         if any(char in str(path) for char in ":@"):
             raise invalid("source", str(path), "has ':' or '@' in its path", remedy="Rename it.")
         self._say("reading the archive")
+        # It compresses the layers: left as they are they would be called gzip and be none.
         argv = [require("skopeo", "skopeo"), "--insecure-policy", "copy", "--quiet"]
-        argv += ["--dest-oci-accept-uncompressed-layers", f"docker-archive:{path}", f"oci:{layout}:image"]
+        argv += [f"docker-archive:{path}", f"oci:{layout}:image"]
         growth = Growth(self._work, bytes_max)
         ran = await run(
             argv, timeout_s=self._request.timeout_s, folder=self._work, file_bytes_max=bytes_max, watch=growth.check

@@ -107,12 +107,10 @@ class Registry:
         access: RegistryAccess,
         folder: Path,
         *,
-        retry_base_s: float = RETRY_BASE_S,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._source = source
         self._folder = folder
-        self._retry_base_s = retry_base_s
         self._say = say
         self._program = [require("skopeo", "skopeo")]
         if not Path("/etc/containers/policy.json").exists():
@@ -170,7 +168,7 @@ class Registry:
                 tries, have = 1, fetching.blobs
             if ran.code == 0 or tries >= TRIES_MAX or not _passes(ran.stderr, known=fetching is not None):
                 return ran
-            wait_s = min(RETRY_CAP_S, self._retry_base_s * 2 ** (tries - 1))
+            wait_s = min(RETRY_CAP_S, RETRY_BASE_S * 2 ** (tries - 1))
             self._say(f"{self._source.registry}: {_short(ran.last_line)}; again in {wait_s:g} s")
             await asyncio.sleep(wait_s)
 

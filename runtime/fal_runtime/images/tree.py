@@ -63,10 +63,9 @@ class Growth:
     allow that it is too large. File systems without a number of files are walked now and then.
     """
 
-    def __init__(self, root: Path, bytes_max: int, files_max: int = FILES_MAX) -> None:
+    def __init__(self, root: Path, bytes_max: int) -> None:
         self._root = root
         self._bytes_max = bytes_max
-        self._files_max = files_max
         self._clock = SystemClock()
         self._before = os.statvfs(root)
         self._next_s = 0.0
@@ -76,23 +75,23 @@ class Growth:
         now = os.statvfs(self._root)
         bytes_ = (self._before.f_bfree - now.f_bfree) * now.f_frsize
         files = self._before.f_ffree - now.f_ffree
-        if bytes_ <= self._bytes_max and files <= self._files_max and now.f_files:
+        if bytes_ <= self._bytes_max and files <= FILES_MAX and now.f_files:
             return
         began_s = self._clock.monotonic_s()
         if began_s < self._next_s:
             return
-        size = measure(self._root, bytes_max=self._bytes_max, files_max=self._files_max)
+        size = measure(self._root, bytes_max=self._bytes_max, files_max=FILES_MAX)
         ended_s = self._clock.monotonic_s()
         self._next_s = ended_s + _REST_FACTOR * (ended_s - began_s)
-        check_size(size, self._bytes_max, self._files_max)
+        check_size(size, self._bytes_max)
 
 
-def check_size(size: Size, bytes_max: int, files_max: int = FILES_MAX) -> None:
+def check_size(size: Size, bytes_max: int) -> None:
     """FAILED_PRECONDITION beyond a bound."""
     if size.bytes > bytes_max:
         raise too_large(size.bytes, bytes_max)
-    if size.files > files_max:
-        what = f"the image has more than {files_max} files"
+    if size.files > FILES_MAX:
+        what = f"the image has more than {FILES_MAX} files"
         raise FalError(Code.FAILED_PRECONDITION, what, remedy="Make it smaller.", field="source")
 
 
