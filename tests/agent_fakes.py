@@ -64,14 +64,19 @@ class FakeCache:
         self.pins: dict[str, set[str]] = {}
         self.mount = False  # whether unfinished artifacts can be read
         self.cancelled: list[int] = []
+        self.accesses: dict[str, list[int]] = {}
         self.taken_in: list[tuple[Path, str, int, str, float]] = []
 
-    async def view(self, artifact: agent_pb2.Artifact, owner: str) -> tuple[Path, bool]:
+    async def view(self, artifact: agent_pb2.Artifact, owner: str, *, record: bool = False) -> tuple[Path, bool]:
         if not self.mount:
             return await self.stage(artifact, owner), True
         self._answer()
         self.pins.setdefault(owner, set()).add(artifact.model)
         return Path("/in-flight") / artifact.model, False
+
+    async def take_access(self, artifact_id: str) -> list[int]:
+        self._answer()
+        return self.accesses.pop(artifact_id, [])
 
     async def cancel_reads(self, pids: Sequence[int]) -> None:
         self._answer()
@@ -220,7 +225,9 @@ class Box:
     def agent(self, *, agent_id: str = "a-1", node_id: str = "n-000000000001") -> Node:
         """A new agent process on this machine (not started)."""
         self.journal = replace_journal(self.journal)
-        capabilities = agent_pb2.Capabilities(driver="fake", isolates=True, runtime="fake 1", cgroup="none")
+        capabilities = agent_pb2.Capabilities(
+            driver="fake", isolates=True, runtime="fake 1", cgroup="none", features=["images"]
+        )
         tools = Tools(
             driver=FakeDriver(self.machine), cache=self.cache, proxy=self.proxy, prober=self.prober,
             machine=self.hardware, places=self.places, clock=self.clock, rng=Random(self.rng.getrandbits(64)),

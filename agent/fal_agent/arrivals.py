@@ -1,9 +1,11 @@
-"""Weights of one runner: shown to its container while they arrive, replaced by plain files once they are whole.
+"""Weights and image of one runner: shown to its container as they arrive, replaced by plain files once whole.
 
 Invariants: a container sees an artifact only through `Driver.attach_model`; an unfinished one is attached only where
 the app said so (`artifact.stream`) and this node has a mount for it, else `attach` waits until it is ready. What was
 attached unfinished is followed until the plain tree stands in its place, also after a restart of the agent; where it
-can never be finished, `on_failed` is told once. Made by fal_agent.runner.
+can never be finished, `on_failed` is told once. An image is not attached: the container is made of it (`image`), and
+`Driver.image_finished` puts the plain file beneath. The first starts of an image are recorded: then it is read through
+the mount until the runner is ready (`used`), even where it is whole. Made by fal_agent.runner.
 """
 
 from __future__ import annotations
@@ -15,15 +17,16 @@ from pathlib import Path
 from typing import Final
 
 from fal_agent import launch
-from fal_agent.ports import OnEvent, WeightCache
+from fal_agent.tools import Tools
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import CACHE_ENTRY_WAIT_S
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2
-from fal_runtime.driver import Driver
+from fal_runtime.driver import Image
 
 _RETRY_MIN_S: Final = 0.2
 _RETRY_MAX_S: Final = 10.0
+_ACCESS_PIECES_MIN: Final = 8  # mounting alone reads three; nothing is gained by the order of so few
 # fsd or the driver may be away for a moment; everything else is about the content.
 PASSING: Final = frozenset({Code.UNAVAILABLE, Code.TIMEOUT, Code.BUSY})
 _log = get_logger("agent.arrivals")
@@ -32,20 +35,14 @@ _log = get_logger("agent.arrivals")
 class Arrivals:
     """The artifacts of one runner. `close` ends the following, never a mount."""
 
-    def __init__(
-        self,
-        runner_id: str,
-        cache: WeightCache,
-        driver: Driver,
-        *,
-        on_failed: Callable[[str], None],
-        on_event: OnEvent,
-    ) -> None:
+    def __init__(self, runner_id: str, tools: Tools, *, on_failed: Callable[[str], None]) -> None:
         self._runner_id = runner_id
-        self._cache = cache
-        self._driver = driver
+        self._cache = tools.cache
+        self._driver = tools.driver
         self._on_failed = on_failed
-        self._on_event = on_event
+        self._on_event = tools.on_event
+        self._on_access = tools.on_access
+        self._used = asyncio.Event()
         self._without: set[str] = set()  # entries of the compile cache that did not come
         self._following: dict[str, asyncio.Task[None]] = {}
 
@@ -54,7 +51,7 @@ class Arrivals:
         if artifact.kind == "cache":
             return await self._stage_entry(artifact)
         if artifact.stream:
-            path, _ = await self._cache.view(artifact, self._runner_id)
+            path, _ = await self._view(artifact)
             return path
         return await self._cache.stage(artifact, self._runner_id)
 
@@ -78,13 +75,31 @@ class Arrivals:
         if not artifact.stream:
             await self._show(artifact, await self._cache.stage(artifact, self._runner_id))
             return
-        path, ready = await self._cache.view(artifact, self._runner_id)
-        await self._show(artifact, path)
+        path, ready = await self._view(artifact)
+        if artifact.kind != "image" or ready:
+            await self._show(artifact, path)
         if not ready:
             self.follow([artifact])
 
-    def follow(self, artifacts: Iterable[agent_pb2.Artifact]) -> None:
-        """Put the plain tree in the place of each streamed one as soon as it is whole. Idempotent."""
+    async def image(self, artifacts: Iterable[agent_pb2.Artifact]) -> Image | None:
+        """What the container is made of, as soon as it can be read; None: the node's own system."""
+        for artifact in artifacts:
+            if artifact.kind == "image":
+                path, ready = await self._view(artifact)
+                return Image(artifact.artifact_id or artifact.manifest_digest, path, ready)
+        return None
+
+    def used(self) -> None:
+        """The runner is ready: what it has read of its image until now is its start."""
+        self._used.set()
+
+    def follow(self, artifacts: Iterable[agent_pb2.Artifact], *, used: bool = False) -> None:
+        """Put the plain tree in the place of each streamed one as soon as it is whole. Idempotent.
+
+        `used`: the runner is ready, as after a restart of the agent.
+        """
+        if used:
+            self._used.set()
         for artifact in artifacts:
             if artifact.stream and artifact.model not in self._following:
                 name = f"weights of {self._runner_id}: {artifact.model}"
@@ -103,10 +118,17 @@ class Arrivals:
                 await task
         self._following.clear()
 
+    async def _view(self, artifact: agent_pb2.Artifact) -> tuple[Path, bool]:
+        return await self._cache.view(artifact, self._runner_id, record=_recorded(artifact))
+
     async def _follow(self, artifact: agent_pb2.Artifact) -> None:
         retry_s = _RETRY_MIN_S
+        if _recorded(artifact):
+            await self._used.wait()
         while True:
             try:
+                if _recorded(artifact):
+                    await self._tell_access(artifact)
                 path = await self._cache.stage(artifact, self._runner_id)
                 await self._show(artifact, path)
                 _log.info("weights_whole", runner=self._runner_id, model=artifact.model)
@@ -118,9 +140,23 @@ class Arrivals:
             await asyncio.sleep(retry_s)
             retry_s = min(_RETRY_MAX_S, 2 * retry_s)
 
+    async def _tell_access(self, artifact: agent_pb2.Artifact) -> None:
+        pieces = await self._cache.take_access(artifact.artifact_id)
+        if len(pieces) >= _ACCESS_PIECES_MIN:
+            access = agent_pb2.AccessList(artifact_id=artifact.artifact_id, pieces=pieces, runner_id=self._runner_id)
+            self._on_access(access)
+
     async def _show(self, artifact: agent_pb2.Artifact, source: Path) -> None:
+        if artifact.kind == "image":
+            await self._driver.image_finished(Image(artifact.artifact_id or artifact.manifest_digest, source))
+            return
         container = launch.container_id(self._runner_id)
         await self._driver.attach_model(container, launch.model_name(artifact.model), source)
+
+
+def _recorded(artifact: agent_pb2.Artifact) -> bool:
+    """Nobody has told yet in which order this image is read."""
+    return artifact.kind == "image" and bool(artifact.artifact_id) and not artifact.first_pieces
 
 
 def processes_of(pid: int | None, *, proc: Path = Path("/proc")) -> list[int]:

@@ -85,9 +85,10 @@ def container_spec(
     `port`: where its server is to listen; 0: on a unix socket.
     """
     app, limits = message.spec, message.spec.resources
+    real = app.image not in ("", "host")  # it brings its own programs
     bare = ContainerSpec(
         id=container_id(message.runner_id),
-        command=tuple(app.command) or places.worker_command,
+        command=tuple(app.command) or (() if real else places.worker_command),
         resources=Resources(
             cpu_milli=limits.cpu_milli,
             memory_bytes=limits.memory_bytes,
@@ -107,7 +108,12 @@ def container_spec(
         egress=Egress(tuple(app.egress_allow), tuple(app.egress_deny)),
     )
     return replace(
-        bare, env={**places.worker_env, **_env(message, driver, bare), **_listens(message, driver, bare, port)}
+        bare,
+        env={
+            **({} if real else places.worker_env),
+            **_env(message, driver, bare),
+            **_listens(message, driver, bare, port),
+        },
     )
 
 
@@ -181,7 +187,7 @@ def _env(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec) -> 
     ):
         if bound:
             env[name] = f"{bound:g}"
-    if any(artifact.stream for artifact in message.artifacts):
+    if any(artifact.stream and artifact.kind != "image" for artifact in message.artifacts):
         env["FAL_STREAM_WEIGHTS"] = "1"  # files may still be arriving: to be read, not mapped
     if message.spec.HasField("build"):
         env["FAL_BUILD_OUTPUT"] = driver.inside(spec, OUTPUT_DIR_INSIDE)

@@ -26,7 +26,7 @@ from fal_agent.runner import Runner
 from fal_agent.told import inventory_told
 from fal_agent.tools import Tools
 from fal_contract.errors import Code, FalError, not_found
-from fal_contract.limits import NODE_EVENTS_MAX
+from fal_contract.limits import ACCESS_LISTS_MAX, NODE_EVENTS_MAX
 from fal_contract.v1 import agent_pb2
 from fal_contract.versions import FEATURES, WIRE_MAX, WIRE_MIN
 from fal_runtime.container_use import ContainerUse
@@ -54,7 +54,7 @@ class Node:
         self.changed = asyncio.Event()  # something to report
         self.endpoints: tuple[agent_pb2.Endpoint, ...] = ()
         self._facts = facts
-        self._tools = replace(tools, save=self._save, on_event=self.event)
+        self._tools = replace(tools, save=self._save, on_event=self.event, on_access=self._accessed)
         self._journal = journal
         self._standing = journal.recorded().standing
         self._leader: Leader | None = None
@@ -69,6 +69,7 @@ class Node:
         self._told_quarantine: frozenset[str] = frozenset()
         self._tunnels: tuple[str, ...] = ()
         self._told_tunnels: tuple[str, ...] = ()
+        self._access: deque[agent_pb2.AccessList] = deque(maxlen=ACCESS_LISTS_MAX)
         self._saving: set[asyncio.Task[None]] = set()
 
     # ---- life
@@ -92,6 +93,11 @@ class Node:
         """Something that an operator may want to know; kept for the scheduler while it is away, up to a bound."""
         now_s = self._tools.clock.wall_s()
         self._events.append(agent_pb2.NodeEvent(time_s=now_s, kind=kind, subject=subject, message=message))
+        self.changed.set()
+
+    def _accessed(self, access: agent_pb2.AccessList) -> None:
+        """A start of an image was recorded."""
+        self._access.append(access)
         self.changed.set()
 
     async def look(self) -> None:
@@ -198,6 +204,8 @@ class Node:
             report.inventory.CopyFrom(inventory)
         report.tunnels.extend(self._tunnels)
         self._told_tunnels = self._tunnels
+        report.access.extend(self._access)
+        self._access.clear()
         report.events.extend(self._events)
         self._events.clear()
         return report
@@ -295,6 +303,7 @@ class Node:
             gpus=self._view.gpus,
             memory_bytes=self._view.memory_bytes,
             cpu_milli=self._view.cpu_milli,
+            images="images" in self._facts.capabilities.features,
             networks=self._facts.networks,
             term_seen=standing.term,
         )

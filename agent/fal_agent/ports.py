@@ -26,11 +26,16 @@ class WeightCache(Protocol):
         """The folder with the artifact's files, all digests checked, pinned for `owner`. CORRUPT, UNAVAILABLE …"""
         ...
 
-    async def view(self, artifact: agent_pb2.Artifact, owner: str) -> tuple[Path, bool]:
+    async def view(self, artifact: agent_pb2.Artifact, owner: str, *, record: bool = False) -> tuple[Path, bool]:
         """The folder in which the artifact can be read soonest, and whether that is the finished one.
 
         An unfinished one is a mount whose reads wait for what they need; where there is none, it is waited for.
+        `record`: through a mount even if it is finished, where there are mounts, until `take_access`.
         """
+        ...
+
+    async def take_access(self, artifact_id: str) -> list[int]:
+        """The pieces that were read through the mount, in order of first use; ends their recording."""
         ...
 
     async def ingest(
@@ -129,4 +134,5 @@ class Places:
 
 
 OnEvent = Callable[[str, str, str], None]  # kind, subject, message
+OnAccess = Callable[[agent_pb2.AccessList], None]
 Sleep = Callable[[float], Awaitable[None]]

@@ -72,9 +72,7 @@ class Runner:
         self._idle = asyncio.Event()  # set whenever the counts change
         self._secrets = RunnerSecrets(task.runner_id, tools.secrets, tools.driver)
         self._refused: dict[str, str] = {}  # entries of the compile cache that it must not see
-        self._arrivals = Arrivals(
-            task.runner_id, tools.cache, tools.driver, on_failed=self._weights_failed, on_event=tools.on_event
-        )
+        self._arrivals = Arrivals(task.runner_id, tools, on_failed=self._weights_failed)
         self._exit_watch: asyncio.Task[None] | None = None
         self._job: asyncio.Task[None] | None = None
 
@@ -93,7 +91,7 @@ class Runner:
         """Begin driving. A container that runs already is watched from now on."""
         if Phase.STARTED <= self.task.phase < Phase.EXITED:
             self._watch_exit()
-            self._arrivals.follow(parse(self.task.assignment).artifacts)
+            self._arrivals.follow(parse(self.task.assignment).artifacts, used=self.task.phase >= Phase.READY)
         self._job = asyncio.create_task(self._drive(), name=f"runner {self.id}")
 
     def assign(self, assignment: Assignment) -> bool:
@@ -284,7 +282,8 @@ class Runner:
         build_output.make(self._tools.places, message)
         port = serving.port_of(message, self._tools.driver, self._tools.places)
         spec = launch.container_spec(message, self._tools.driver, self._tools.places, devices, port)
-        spec = replace(spec, secrets=await self._secrets.of(message))
+        image = await self._arrivals.image(message.artifacts)
+        spec = replace(spec, image=image, secrets=await self._secrets.of(message))
         spec = self._tools.packer.completed(spec, message, self._tools.driver)
         launch.keep_assignment(self._tools.places, message)
         await self._tools.driver.create(spec)
@@ -324,6 +323,7 @@ class Runner:
             poll_s = min(_READY_POLL_MAX_S, 1.5 * poll_s)
 
     async def _register(self) -> None:
+        self._arrivals.used()
         self._entry = await serving.entry_of(self.task, self._tools)
         await self._tools.proxy.put(self._entry)
         self._see(advance(self.task, Phase.SERVING))

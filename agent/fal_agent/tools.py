@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fal_agent.core.tasks import Task
 from fal_agent.packing import Packer
-from fal_agent.ports import Machine, OnEvent, Places, Prober, ProxyPort, WeightCache
+from fal_agent.ports import Machine, OnAccess, OnEvent, Places, Prober, ProxyPort, WeightCache
 from fal_agent.runner_secrets import AskSecrets
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
@@ -40,6 +40,7 @@ class Tools:
     rng: Random
     on_event: OnEvent
     save: Callable[[Task], Awaitable[None]]
+    on_access: OnAccess = lambda access: None
     ca_key: Callable[[], ec.EllipticCurvePublicKey | None] = lambda: None
     secrets: AskSecrets = _no_scheduler
     packer: Packer = field(default_factory=Packer)

@@ -32,7 +32,7 @@ class NodeView:
     gpus: Mapping[str, GpuView]
     memory_bytes: int = 0
     cpu_milli: int = 0
-    images: frozenset[str] = frozenset({"host"})
+    images: bool = False  # containers can be made of images, besides the node's own system
     networks: frozenset[str] = frozenset({"none", "egress", "host"})
     term_seen: int = 0
     distrust: str = ""  # why the leader's word does not count; empty when it does
@@ -61,7 +61,7 @@ def admit(assignment: Assignment, node: NodeView, tasks: Iterable[Task], *, lead
         )
     if assignment.goal is not Goal.RUN:
         return Refusal(Code.NOT_FOUND, f"nothing runs here to {assignment.goal.name.lower()}")
-    if assignment.image not in node.images:
+    if assignment.image != "host" and not node.images:
         return Refusal(Code.FAILED_PRECONDITION, f"the node's driver cannot run image {assignment.image!r}")
     if assignment.network not in node.networks:
         return Refusal(Code.FAILED_PRECONDITION, f"the node's driver has no network {assignment.network!r}")
