@@ -19,10 +19,11 @@ from fal_contract.errors import Code, FalError
 from fal_runtime import host_image
 from fal_runtime.cdi.driver_tree import find_driver, write_specification
 from fal_runtime.cdi.nvidia import INSIDE, Gpu, qualified
-from fal_runtime.driver import ContainerSpec
+from fal_runtime.driver import ContainerSpec, Resources
 from fal_runtime.oci import cgroups
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.driver import OciDriver
+from image_folders import image_of, make_folder, tools_missing
 
 pytestmark = [
     pytest.mark.oci,
@@ -225,3 +226,50 @@ def test_a_hook_that_fails_is_one_clear_error(driver: OciDriver, cdi: Path) -> N
     error = run(main())
     assert error.code is Code.DRIVER_FAILED
     assert "hook" in error.what
+
+
+@pytest.mark.skipif(bool(tools_missing()), reason=f"no images here: {tools_missing()}")
+@pytest.mark.parametrize("scratch_bytes", [0, 4 << 20], ids=["read-only", "overlay"])
+def test_a_real_image_gets_the_driver_too(driver: OciDriver, tmp_path: Path, scratch_bytes: int) -> None:
+    """What the image says of libraries goes on; `/opt` of a hostile one may lead anywhere inside, never out of it."""
+    config = {"Env": ["LD_LIBRARY_PATH=/own/lib", "PATH=/bin", "NVIDIA_VISIBLE_DEVICES=all"]}
+    image = image_of(make_folder(tmp_path / "i", config=config))
+    script = (
+        f"cat {INSIDE}/lib/libcuda.so.1; echo $LD_LIBRARY_PATH; echo $PATH; echo $NVIDIA_VISIBLE_DEVICES; "
+        "ls /dev | grep nvidia | tr '\\n' ' '; (echo x >> /opt/falctl/driver/lib/libcuda.so.1) 2>/dev/null; echo $?"
+    )
+    one = ContainerSpec(
+        f"cdi-{os.urandom(4).hex()}", ("/bin/sh", "-c", script), image=image, cdi=(qualified(UUIDS[0]),),
+        env={"NVIDIA_VISIBLE_DEVICES": "void"}, resources=Resources(scratch_bytes=scratch_bytes, pids_max=64),
+    )  # fmt: skip
+
+    async def main() -> list[str]:
+        await driver.create(one)
+        await driver.start(one.id)
+        await driver.wait(one.id)
+        return [line.text async for line in driver.logs(one.id, tail_lines=99, follow=False)]
+
+    lines = run(main())
+    assert lines[:4] == [f"libcuda {VERSION}", f"/own/lib:{INSIDE}/lib", f"/bin:{INSIDE}/bin", "void"]
+    assert lines[4].split()[:3] == ["nvidia-uvm", "nvidia0", "nvidiactl"]
+    assert not lines[-1].endswith("0"), "the driver's file was written"
+
+
+@pytest.mark.skipif(bool(tools_missing()), reason=f"no images here: {tools_missing()}")
+def test_an_image_cannot_lead_the_drivers_files_out_of_it(driver: OciDriver, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir(mode=0o777)
+    image = image_of(make_folder(tmp_path / "i", change=lambda root: (root / "opt").symlink_to(outside)))
+    one = ContainerSpec(
+        f"cdi-{os.urandom(4).hex()}", ("/bin/cat", f"{INSIDE}/lib/libcuda.so.1"), image=image,
+        cdi=(qualified(UUIDS[0]),), resources=Resources(scratch_bytes=4 << 20, pids_max=64),
+    )  # fmt: skip
+
+    async def main() -> list[str]:
+        await driver.create(one)
+        await driver.start(one.id)
+        await driver.wait(one.id)
+        return [line.text async for line in driver.logs(one.id, tail_lines=9, follow=False)]
+
+    assert run(main()) == [f"libcuda {VERSION}"]
+    assert os.listdir(outside) == []
