@@ -83,7 +83,12 @@ def make_parent(path: str) -> None:
 
 def enter(pid: int, path: str) -> None:
     """Move process `pid` to `path` in every hierarchy, so that killing all of our own cgroup misses it."""
-    for hierarchy in hierarchies():
+    enter_some(pid, path, hierarchies())
+
+
+def enter_some(pid: int, path: str, those: list[Path]) -> None:
+    """Like `enter`, in `those` hierarchies only."""
+    for hierarchy in those:
         try:
             (_make(hierarchy, path) / "cgroup.procs").write_text(str(pid))
         except OSError as error:

@@ -1,7 +1,7 @@
 """Starting conmon, the monitor that outlives the agent: it creates the container, holds its log, writes its exit code.
 
-Invariant: before conmon forks anything it is in a cgroup of its own (`cgroups.CONMON_CGROUP`) in every hierarchy, so
-that killing every process of the agent's cgroup, as systemd does, misses it. Called by the oci driver only.
+Invariant: from its birth conmon is in a cgroup of its own (`cgroups.CONMON_CGROUP`) in every hierarchy, so that killing
+every process of the agent's cgroup, as systemd does, misses it (see `nursery`). Called by the oci driver only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from fal_runtime.driver import driver_failed
-from fal_runtime.oci import cgroups
+from fal_runtime.oci.nursery import Nursery
+from fal_runtime.oci.rotation import part_bytes
 
 CREATE_TIMEOUT_S: Final = 60.0
 _SYNC_BYTES_MAX: Final = 64 << 10
@@ -60,69 +61,49 @@ def command(id: str, runtime: Runtime, paths: Paths, log_bytes_max: int) -> tupl
         *("-b", str(paths.bundle), "-p", str(paths.pidfile), "-P", str(paths.conmon_pidfile)),
         *("--exit-dir", str(paths.exits), "--persist-dir", str(paths.persist)),
         *("--socket-dir-path", str(paths.attach), "--full-attach"),
-        *("-l", f"k8s-file:{paths.log}", "--log-size-max", str(log_bytes_max), "--no-sync-log"),
+        *("-l", f"k8s-file:{paths.log}", "--log-size-max", str(part_bytes(log_bytes_max)), "--no-sync-log"),
     )
 
 
-async def create(id: str, runtime: Runtime, paths: Paths, log_bytes_max: int) -> int:
+async def create(id: str, runtime: Runtime, paths: Paths, log_bytes_max: int, nursery: Nursery) -> int:
     """Create the container under a new conmon; returns the pid of its first process, which waits to be started.
 
     DRIVER_FAILED with the runtime's own words.
     """
-    sync_read, sync_write = os.pipe()
-    start_read, start_write = os.pipe()
+    sync = paths.bundle / "sync"
+    os.mkfifo(sync, 0o600)
+    # Open before anybody writes: the writer's open then succeeds at once, and its end is seen as the end of the file.
+    sync_read = os.open(sync, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        monitor = await asyncio.create_subprocess_exec(
-            *command(id, runtime, paths, log_bytes_max),
-            env={
-                "PATH": os.environ.get("PATH", os.defpath),
-                "_OCI_SYNCPIPE": str(sync_write),
-                "_OCI_STARTPIPE": str(start_read),
-            },
-            pass_fds=(sync_write, start_read),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            cwd=paths.bundle,
-            start_new_session=True,
-        )
-    finally:
-        os.close(sync_write)
-        os.close(start_read)
-    try:
-        # conmon waits for this byte before it does anything.
-        await asyncio.to_thread(cgroups.enter, monitor.pid, cgroups.CONMON_CGROUP)
-        os.write(start_write, b"\0")
         async with asyncio.timeout(CREATE_TIMEOUT_S):
+            await nursery.spawn(command(id, runtime, paths, log_bytes_max), paths.bundle, sync)
             answer = await _read_line(sync_read)
-            await monitor.wait()
     except TimeoutError:
         raise driver_failed(
             f"container {id} was not created within {CREATE_TIMEOUT_S:.0f} s", remedy="Look at the machine's load."
         ) from None
     finally:
-        if monitor.returncode is None:
-            monitor.kill()
-            await monitor.wait()
         os.close(sync_read)
-        os.close(start_write)
+        sync.unlink()
     return _pid_of(id, answer)
 
 
 async def _read_line(fd: int) -> bytes:
-    """Up to a newline or the end; conmon keeps the pipe open after its one line."""
+    """Up to a newline or the end; conmon keeps the pipe open after its one line.
+
+    Before its first writer a FIFO reads as ended, but is not reported as readable: so wait first.
+    """
     loop = asyncio.get_running_loop()
-    os.set_blocking(fd, False)
     readable = asyncio.Event()
     loop.add_reader(fd, readable.set)
     data = b""
     try:
         while b"\n" not in data and len(data) < _SYNC_BYTES_MAX:
+            await readable.wait()
             readable.clear()
             try:
                 piece = os.read(fd, 4096)
             except BlockingIOError:
-                await readable.wait()
                 continue
             if not piece:
                 break

@@ -29,9 +29,11 @@ from fal_runtime.driver import (
     LogLine,
     Phase,
     driver_failed,
+    not_made,
     not_running,
     unknown_container,
 )
+from fal_runtime.ended_logs import EndedLogs
 from fal_runtime.exec_session import ExecSession, Terminal
 from fal_runtime.log_file import read_log
 from fal_runtime.network.egress import Settings as EgressSettings
@@ -40,6 +42,7 @@ from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.exec import open_exec
 from fal_runtime.oci.place import Place
 from fal_runtime.oci.record import ContainerFiles, Record, boot_id
+from fal_runtime.oci.rotation import Rotations
 from fal_runtime.watch import Watcher
 
 RUN_DIR: Final = Path("/run/falctl")
@@ -72,6 +75,8 @@ class OciDriver:
         self._containers, self._run = self._place.containers, self._place.run
         self._clock: Clock = clock or SystemClock()
         self._watcher = Watcher()
+        self._ended = EndedLogs(state_dir)
+        self._rotations = Rotations()
         self._forced = mode
         self._mode: Mode | None = mode
         self._probing = asyncio.Lock()
@@ -113,11 +118,14 @@ class OciDriver:
         making = asyncio.create_task(start.create(self._place, spec, mode))
         try:
             await asyncio.shield(making)
-        except BaseException:
+            self._rotations.watch(files.paths().log)
+        except BaseException as error:
             # A creation is never cut in two: conmon and the runtime finish (in bounded time), then all is taken away.
             await asyncio.wait({making})
-            with contextlib.suppress(FalError):
+            with contextlib.suppress(FalError, OSError):
                 await asyncio.shield(self.remove(spec.id))
+            if isinstance(error, OSError):
+                raise not_made(spec.id, error) from error
             raise
 
     async def start(self, id: str) -> None:
@@ -125,11 +133,8 @@ class OciDriver:
         record = files.record()
         if record is None or self._status(id).phase is not Phase.CREATED:
             return
-        files.mark_started(self._clock.wall_s())
         try:
-            await processes.run_command(
-                self._place.runtime(record.runtime).command("start", id), f"start of container {id}"
-            )
+            await start.start(self._place, files, record, self._clock.wall_s())
         except FalError:
             await self.kill(id)
             raise
@@ -140,6 +145,9 @@ class OciDriver:
     async def list(self) -> builtins.list[ContainerStatus]:
         paths = [path for path in sorted(self._containers.iterdir()) if not path.name.startswith(probe.ID_PREFIX)]
         found = [ContainerFiles(path).status(self._place.runtime_root) for path in paths]
+        for status in found:
+            if status is not None and status.phase is not Phase.EXITED:
+                self._rotations.watch(self._files(status.id).paths().log)
         return [status for status in found if status is not None]
 
     async def wait(self, id: str) -> ContainerStatus:
@@ -153,6 +161,7 @@ class OciDriver:
 
     async def stop(self, id: str, *, grace_s: float) -> ContainerStatus:
         if self._status(id).phase is Phase.RUNNING:
+            self._files(id).mark_told("SIGTERM", grace_s)
             self._signal(id, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace_s):
@@ -163,6 +172,7 @@ class OciDriver:
         status = self._status(id)
         if status.phase is Phase.EXITED:
             return status
+        self._files(id).mark_told("SIGKILL")
         self._signal(id, signal.SIGKILL)
         try:
             record = self._files(id).record()
@@ -188,6 +198,9 @@ class OciDriver:
                 await processes.run_command(runtime.command("delete", "--force", id), f"removal of container {id}")
             if created is not None and created.boot == boot_id():
                 await processes.end_of(created.conmon, created.conmon_ticks)
+        self._rotations.drop(files.paths().log)
+        if not id.startswith(probe.ID_PREFIX):
+            await asyncio.to_thread(self._ended.keep, id, files.paths().log, self._clock.wall_s())
         await asyncio.to_thread(leftovers.take_away, self._place, files, record)
         if record is not None and record.image:
             self._place.images.let_go(record.image)
@@ -195,7 +208,10 @@ class OciDriver:
     async def logs(
         self, id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0
     ) -> AsyncGenerator[LogLine, None]:
-        log = self._files(id).paths().log
+        files = ContainerFiles(self._containers / id)
+        log = files.paths().log if files.created() is not None else self._ended.find(id)
+        if log is None:
+            raise unknown_container(id)
 
         async def ended() -> bool:
             status = await self.status(id)
@@ -240,12 +256,15 @@ class OciDriver:
                 words.append(f"container {directory.name}")
         words += await self._place.images.clean()
         words += await asyncio.to_thread(leftovers.sweep, self._place)
+        await asyncio.to_thread(self._ended.trim, self._clock.wall_s())
         return words
 
     def close(self) -> None:
         """Close descriptors; containers run on."""
+        self._rotations.close()
         self._place.images.close()
         self._place.userns.close()
+        self._place.nursery.close()
 
     def _files(self, id: str) -> ContainerFiles:
         files = ContainerFiles(self._containers / id)

@@ -24,6 +24,7 @@ from fal_runtime.network.egress import Settings as EgressSettings
 from fal_runtime.oci import rootfs
 from fal_runtime.oci.conmon import Runtime
 from fal_runtime.oci.image_mounts import ImageMounts
+from fal_runtime.oci.nursery import Nursery
 from fal_runtime.oci.record import ContainerFiles
 from fal_runtime.oci.userns import UsernsCache
 from fal_runtime.uid_ranges import RANGE_IDS, UidRanges
@@ -47,6 +48,7 @@ class Place:
         self.runtime_root = self.run / "runtime"
         self.ranges = UidRanges(run_dir / "uid_ranges.json")
         self.userns = UsernsCache(RANGE_IDS)
+        self.nursery = Nursery()
         self.layout = host_image.this_layout()
         self.images = ImageMounts(self.run / "images", self.users_of_image)
         self.egress = EgressNetwork(run_dir, self.scope, egress)

@@ -11,18 +11,22 @@ Invariant: `status` looks and never changes what runs. Called by the oci driver 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from fal_runtime import endings
 from fal_runtime.driver import ContainerStatus, Phase
-from fal_runtime.oci import cgroups
+from fal_runtime.log_file import tail
+from fal_runtime.oci import cgroups, kernel_messages
 from fal_runtime.oci.conmon import Paths
 from fal_runtime.process_supervisor import start_ticks, write_whole
 
 LOG_LOST: Final = "log and exit code lost: conmon died"
+_HINT_LINES: Final = 20
 REBOOTED: Final = "the node was rebooted"
 
 
@@ -46,6 +50,7 @@ class Record:
     skeleton: str
     socket_dir: str = ""
     models_dir: str = ""
+    start_by_program: bool = True  # this runtime, or a hook, wants `RUNTIME start` to be executed
     image: str = ""  # its id; empty: the node's own system
 
 
@@ -114,6 +119,14 @@ class ContainerFiles:
     def mark_started(self, now_s: float) -> None:
         write_whole(self.directory / "started.json", {"started_at_s": now_s})
 
+    def mark_told(self, signal_name: str, grace_s: float = 0.0) -> None:
+        """We are about to send it this signal. Best effort: a full disk must not keep it alive."""
+        with contextlib.suppress(OSError):
+            told = _read(self.directory / "told.json")
+            signals = [*told.get("signals", ()), signal_name]
+            grace_s = told.get("grace_s", grace_s)
+            write_whole(self.directory / "told.json", {"signals": signals, "grace_s": grace_s})
+
     def status(self, runtime_root: Path) -> ContainerStatus | None:
         """None when it was never wholly created."""
         record, created = self.record(), self.created()
@@ -143,20 +156,30 @@ class ContainerFiles:
     def _ended(self, record: Record, started_at_s: float | None, exit_file: Path) -> ContainerStatus:
         text = exit_file.read_text().strip()
         code = int(text) if text.lstrip("-").isdigit() else None
-        oom = cgroups.oom_kills(record.cgroup_path) > 0
-        if oom:
-            reason = "killed by the kernel: out of memory"
-        elif started_at_s is None:
+        memory = self._memory(record)
+        if started_at_s is None:
             reason = "killed before it started"
         else:
-            reason = f"exited with code {code}"
+            told = _read(self.directory / "told.json")
+            last = [line.text for line in tail(self.paths().log, _HINT_LINES)] if code in (126, 127) else []
+            asked = endings.Told(tuple(told.get("signals", ())), told.get("grace_s", 0.0))
+            reason = endings.reason(code, told=asked, memory=memory, last_lines=last)
         return self._keep(
             ContainerStatus(
                 *(self.id, Phase.EXITED, None, started_at_s, exit_file.stat().st_mtime, code),
-                oom_killed=oom,
+                oom_killed=memory.kills > 0,
                 reason=reason,
             )
         )
+
+    def _memory(self, record: Record) -> endings.Memory:
+        """What the kernel did to it for memory; asked once, when it has ended."""
+        kills = cgroups.oom_kills(record.cgroup_path)
+        if not kills:
+            return endings.Memory()
+        limits = _read(self.paths().bundle / "config.json").get("linux", {}).get("resources", {})
+        limit_bytes = limits.get("memory", {}).get("limit", 0)
+        return endings.Memory(kills, limit_bytes, endings.victim_in(kernel_messages.recent(), record.cgroup_path))
 
     def _keep(self, status: ContainerStatus) -> ContainerStatus:
         write_whole(self.directory / "ended.json", asdict(status))
