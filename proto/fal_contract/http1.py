@@ -197,18 +197,23 @@ class BodyScanner:
         """The last byte was seen."""
         return self._done
 
-    def feed(self, data: bytes, payload: list[bytes] | None = None) -> int:
+    @property
+    def reads_content(self) -> bool:
+        """The end stands among the bytes: `feed` needs them as `bytes`, not as a view."""
+        return self._kind is BodyKind.CHUNKED
+
+    def feed(self, data: bytes | memoryview, payload: list[bytes] | None = None) -> int:
         """How many bytes at the start of `data` belong to the body: all, unless it ends among them.
 
-        Appends the decoded content to `payload` when one is given. Raises HttpError(400).
+        Appends the decoded content to `payload` when one is given; `data` is of bytes then. Raises HttpError(400).
         """
         if self._done:
             return 0
         if self._kind is BodyKind.CHUNKED:
-            return self._feed_chunked(data, payload)
+            return self._feed_chunked(bytes(data), payload)
         used = len(data) if self._kind is BodyKind.UNTIL_CLOSE else min(self._left, len(data))
         if payload is not None and used:
-            payload.append(data if used == len(data) else data[:used])
+            payload.append(bytes(data) if used == len(data) else bytes(data[:used]))
         if self._kind is BodyKind.LENGTH:
             self._left -= used
             self._done = self._left == 0

@@ -63,8 +63,8 @@ class Client(Protocol):
         """What the client has not taken yet."""
         ...
 
-    def write(self, data: bytes) -> None:
-        """Bytes of the answer."""
+    def write(self, data: bytes | memoryview) -> None:
+        """Bytes of the answer; a view is good until this returns."""
         ...
 
     def exchange_ended(self, *, keep_alive: bool) -> None:
@@ -124,11 +124,11 @@ class Exchange:
             self._begin_connect()
         self._watch()
 
-    def write(self, data: bytes) -> None:
-        """Bytes of the request's body."""
+    def write(self, data: bytes | memoryview) -> None:
+        """Bytes of the request's body; a view is good until this returns."""
         self._head = b""  # it had a body: not sent again
         if self._worker is None:
-            self._unsent.append(data)
+            self._unsent.append(bytes(data))
         else:
             self._worker.write(data)
 
@@ -188,8 +188,8 @@ class Exchange:
         if self._client is not None:
             self._client.resume_reading()
 
-    def answer_received(self, data: bytes) -> None:
-        """Bytes of the answer."""
+    def answer_received(self, data: memoryview) -> None:
+        """Bytes of the answer, good until this returns."""
         if self._client is None or self._released:
             return
         self._heard_s = self._path.now_s()
@@ -197,10 +197,11 @@ class Exchange:
             if self._body is not None:
                 self._take_body(data)
                 return
+            begun = bytes(data)
             if self._buffer:
-                data = bytes(self._buffer) + data
+                begun = bytes(self._buffer) + begun
                 self._buffer.clear()
-            self._take_heads(data)
+            self._take_heads(begun)
         except HttpError as error:
             self._fail(Refused(Code.RUNNER_FAILED, f"runner {self._entry.runner_id}: {error.what}"))
 
@@ -232,23 +233,24 @@ class Exchange:
             self._take_body(data, out)
             return
 
-    def _take_body(self, data: bytes, before: bytes = b"") -> None:
+    def _take_body(self, data: bytes | memoryview, before: bytes = b"") -> None:
         assert self._body is not None
         assert self._client is not None
+        if self._body.reads_content and not isinstance(data, bytes):
+            data = bytes(data)
         used = self._body.feed(data)
         clean = used == len(data)
         if not clean:
             data = data[:used]  # whatever follows the answer is not part of it
         if self._body.done:
             self._complete(before + data if before else data, clean=clean)
-        elif len(data) > _COPIED_BYTES_MAX:
-            if before:
-                self._client.write(before)
+        elif before and len(data) > _COPIED_BYTES_MAX:
+            self._client.write(before)
             self._client.write(data)
         else:
             self._client.write(before + data if before else data)
 
-    def _complete(self, last: bytes, *, clean: bool = False) -> None:
+    def _complete(self, last: bytes | memoryview, *, clean: bool = False) -> None:
         """The answer's last bytes are here; `clean`: and nothing behind them."""
         assert self._answer is not None
         client, self._client = self._client, None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from random import Random
 from typing import Any
 
 from fal_agent.proxy.options import ENV_PREFIX, ProxyOptions, check
+from fal_agent.proxy.pumping import keep_freed_memory
 from fal_agent.proxy.server import ProxyServer, software_version
 from fal_contract.clock import SystemClock
 from fal_contract.config import load_config
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(options: ProxyOptions, *, takeover: bool) -> int:
+    keep_freed_memory()
+    gc.freeze()  # what was imported stays: the collector need not look at it again and again
     server = ProxyServer(options, clock=SystemClock(), rng=Random(os.urandom(16)))
     loop = asyncio.get_running_loop()
     signals = 0

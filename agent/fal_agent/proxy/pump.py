@@ -10,10 +10,12 @@ Tunnels are the same connection, made in the other direction. Nothing here await
 from __future__ import annotations
 
 import asyncio
+import os
 from enum import Enum
+from functools import partial
 from typing import Final, cast
 
-from fal_agent.proxy import routing
+from fal_agent.proxy import pumping, routing
 from fal_agent.proxy.datapath import DataPath
 from fal_agent.proxy.exchange import Exchange
 from fal_agent.proxy.lazy_timer import LazyTimer
@@ -42,13 +44,14 @@ class _State(Enum):
     CLOSED = "over"
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(asyncio.BufferedProtocol):
     """One connection from a gateway; requests come one after the other."""
 
     def __init__(self, path: DataPath) -> None:
         self._path = path
         self.peer: PeerIdentity | None = None  # once it has shown its certificate
         self._transport: asyncio.Transport | None = None
+        self._send: pumping.Send | None = None  # None: TLS, which only the transport can write
         self._state = _State.HEAD
         self._buffer = bytearray()
         self._exchange: Exchange | None = None
@@ -93,6 +96,9 @@ class ClientConnection(asyncio.Protocol):
         transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
         self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and transport.get_extra_info("ssl_object") is None:
+            self._send = partial(os.write, sock.fileno())
         self._heard_s = self._path.now_s()
         if len(self._path.connections) >= self._path.bounds.connections_max:
             full = Refused(Code.BUSY, f"the proxy has {self._path.bounds.connections_max} connections")
@@ -117,7 +123,18 @@ class ClientConnection(asyncio.Protocol):
             self._exchange = None
         self.timer.stop()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return pumping.BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._state is _State.EXCHANGE:
+            self._heard_s = self._path.now_s()
+            self._take_body(pumping.VIEW[:nbytes])
+        else:
+            self.received(bytes(pumping.VIEW[:nbytes]))
+
+    def received(self, data: bytes) -> None:
+        """Bytes came."""
         self._heard_s = self._path.now_s()
         match self._state:
             case _State.HEAD:
@@ -171,10 +188,12 @@ class ClientConnection(asyncio.Protocol):
         """What the client has not taken yet."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
-    def write(self, data: bytes) -> None:
-        """Bytes of the answer."""
-        if self._transport is not None:
-            self._transport.write(data)
+    def write(self, data: bytes | memoryview) -> None:
+        """Bytes of the answer; a view is good until this returns."""
+        if self._send is not None and self._transport is not None:
+            pumping.write(self._transport, self._send, data)
+        elif self._transport is not None:
+            self._transport.write(bytes(data))
 
     def exchange_ended(self, *, keep_alive: bool) -> None:
         """The answer is complete."""
@@ -240,8 +259,10 @@ class ClientConnection(asyncio.Protocol):
         if rest:
             self._take_body(rest)
 
-    def _take_body(self, data: bytes) -> None:
+    def _take_body(self, data: bytes | memoryview) -> None:
         assert self._body is not None
+        if self._body.reads_content and not isinstance(data, bytes):
+            data = bytes(data)
         assert self._exchange is not None
         try:
             used = self._body.feed(data)

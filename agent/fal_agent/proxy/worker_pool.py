@@ -15,6 +15,7 @@ import socket
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, cast
 
+from fal_agent.proxy import pumping
 from fal_agent.proxy.messages import RunnerEntry
 
 KEPT_MAX_S: Final = 1.0  # from the connect; below the keep-alive of the servers that people use
@@ -27,8 +28,8 @@ WRITE_BUFFER_BYTES_MAX: Final = 256 << 10
 class User(Protocol):
     """Who has the connection: one exchange."""
 
-    def answer_received(self, data: bytes) -> None:
-        """Bytes of the worker's answer."""
+    def answer_received(self, data: memoryview) -> None:
+        """Bytes of the worker's answer, good until this returns."""
         ...
 
     def worker_ready(self, worker: WorkerConnection) -> None:
@@ -48,7 +49,7 @@ class User(Protocol):
         ...
 
 
-class WorkerConnection(asyncio.Protocol):
+class WorkerConnection(asyncio.BufferedProtocol):
     """One connection to a worker; `user` None: nobody uses it."""
 
     def __init__(self, entry: RunnerEntry, sock: socket.socket, user: User, pool: WorkerPool, now_s: float) -> None:
@@ -84,10 +85,10 @@ class WorkerConnection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Bytes of the request."""
         if self.transport is not None:
-            self.transport.write(data)
+            pumping.write(self.transport, self._sock.send, data)
 
     def pause_reading(self) -> None:
         """The client takes no more for now."""
@@ -116,11 +117,14 @@ class WorkerConnection(asyncio.Protocol):
             user, self.user = self.user, None
             user.worker_lost(exc)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return pumping.BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self.user is None:
             self.abort()  # nobody asked
         else:
-            self.user.answer_received(data)
+            self.user.answer_received(pumping.VIEW[:nbytes])
 
     def pause_writing(self) -> None:
         if self.user is not None:

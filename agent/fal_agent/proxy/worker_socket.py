@@ -40,7 +40,7 @@ async def connect_worker(entry: RunnerEntry, timeout_s: float) -> socket.socket:
         await asyncio.sleep(_BACKLOG_RETRY_S)
 
 
-async def attach(sock: socket.socket, protocol: asyncio.Protocol) -> None:
+async def attach(sock: socket.socket, protocol: asyncio.BufferedProtocol) -> None:
     """Give a socket of `connect_worker` to the loop."""
     loop = asyncio.get_running_loop()
     if sock.family == socket.AF_UNIX:
