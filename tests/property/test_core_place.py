@@ -17,7 +17,7 @@ from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Capabilities, Gpu, Health, Hold, Inventory
 
 MODELS = ("H100-80GB", "A100-40GB", "L4-24GB")
-FEATURES = ((), ("egress",), ("images", "pack"), ("egress", "images"), ("pack",))
+FEATURES = ((), ("egress", "io-limit"), ("images", "pack"), ("egress", "images", "io-limit"), ("pack",))
 MEMORY_GIB = {"H100-80GB": 80, "A100-40GB": 40, "L4-24GB": 24}
 
 
@@ -71,7 +71,12 @@ SPECS = st.builds(
     num_gpus=st.integers(0, 5),
     machine_type=st.lists(st.sampled_from((*MODELS, "B200-180GB")), max_size=2, unique=True).map(tuple),
     gpu_memory_bytes_min=st.sampled_from((0, 0, 40 * GIB, 100 * GIB)),
-    resources=st.builds(Resources, cpu_milli=st.sampled_from((0, 1000, 8000)), memory_bytes=st.sampled_from((0, GIB))),
+    resources=st.builds(
+        Resources,
+        cpu_milli=st.sampled_from((0, 1000, 8000)),
+        memory_bytes=st.sampled_from((0, GIB)),
+        io_bytes_s=st.sampled_from((0, 0, 0, 1 << 20)),
+    ),
     pools=st.sampled_from(((), (), ("east",), ("north",))),
     labels=st.sampled_from(({}, {}, {"disk": "nvme"}, {"pool": "west"})),
     network=st.sampled_from(("none", "none", "egress", "host")),
@@ -111,6 +116,7 @@ def naive(state: State, spec: Spec) -> set[str]:
             and (spec.network != "egress" or driver == "process" or "egress" in features)
             and (spec.image == "host" or (driver != "process" and "images" in features))
             and (not packs or "pack" in features)
+            and (not spec.resources.io_bytes_s or driver == "process" or "io-limit" in features)
             and _new_enough(inventory.driver_version, spec.driver_version_min)
             and _new_enough(inventory.cuda_version, spec.cuda_version_min)
             and enough

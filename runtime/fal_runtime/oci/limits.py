@@ -41,6 +41,19 @@ def _swap() -> bool:
     return any((hierarchy / "memory.memsw.limit_in_bytes").exists() for hierarchy in cgroups.hierarchies())
 
 
+def io_trouble() -> str:
+    """Why disks cannot be bounded here; empty: they can."""
+    throttle, controllers = "blkio.throttle.read_bps_device", "cgroup.controllers"
+    for hierarchy in cgroups.hierarchies():
+        if (hierarchy / throttle).exists():
+            break
+        if (hierarchy / controllers).exists() and "io" in (hierarchy / controllers).read_text().split():
+            break
+    else:
+        return "no cgroup controller for disks (blkio or io)"
+    return "" if disks() else "no mounted file system names a disk whose speed could be bounded"
+
+
 def disks(*, mountinfo: Path = _MOUNTINFO, sys_block: Path = _SYS_BLOCK) -> tuple[tuple[int, int], ...]:
     """Whole disks that hold a mounted file system: state, weight cache and images lie on some of them.
 

@@ -18,7 +18,7 @@ from typing import Final
 
 from fal_contract.errors import FalError
 from fal_runtime.driver import Capabilities, ContainerSpec, driver_failed
-from fal_runtime.oci import cgroups, device_filter, image_probe, mounts
+from fal_runtime.oci import cgroups, device_filter, image_probe, limits, mounts
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.place import Place
 from fal_runtime.oci.userns import UsernsCache
@@ -83,9 +83,11 @@ async def with_features(found: Capabilities, place: Place) -> Capabilities:
     formats = await asyncio.to_thread(image_probe.try_formats, place.run, userns_fd)
     if not all(formats.values()):
         features = (*features, "images")
+    io = limits.io_trouble()
     features = (*features, "cdi", *(("device-attach",) if device_filter.works() else ()))
+    features = features if io else (*features, "io-limit")
     words = {f"images of {format_}": why or "works" for format_, why in formats.items()}
-    details = {**found.details, "egress": why_not or "works", **words}
+    details = {**found.details, "egress": why_not or "works", "io-limit": io or "works", **words}
     return replace(found, features=(*found.features, *features), details=MappingProxyType(details))
 
 

@@ -30,6 +30,7 @@ FILTERS: Final = (
     "network",
     "images",
     "pack",
+    "io-limit",
     "gpu-driver",
     "cuda",
     "gpu-model",
@@ -173,6 +174,8 @@ def _static(facts: NodeFacts, name: str, spec: Spec) -> _Refusal | None:
             return "images", f"{name} cannot run images, only its own system: {_lacks(facts)}", 0
         case "pack":
             return "pack", f"{name} cannot pack images: {_lacks(facts)}", 0
+        case "io-limit":
+            return "io-limit", f"{name} cannot bound the speed of disks (`falctl node show {name}`)", 0
         case "gpu-driver":
             return _too_old(name, "GPU driver", facts.driver_version, spec.driver_version_min, "gpu-driver")
         case "cuda":

@@ -75,6 +75,7 @@ class Placer:
             spec.image == "host",
             spec.network,
             spec.packs,
+            spec.resources.io_bytes_s > 0,
             spec.driver_version_min,
             spec.cuda_version_min,
         )
@@ -131,6 +132,8 @@ def static_refusal(facts: NodeFacts, spec: Spec) -> str | None:
         return "images"
     if spec.packs and PACK not in facts.features:
         return "pack"
+    if spec.resources.io_bytes_s and facts.driver != "process" and "io-limit" not in facts.features:
+        return "io-limit"
     if not at_least(facts.driver_version, spec.driver_version_min):
         return "gpu-driver"
     if not at_least(facts.cuda_version, spec.cuda_version_min):
