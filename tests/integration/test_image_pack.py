@@ -524,3 +524,16 @@ def test_growth_is_seen_by_walking_only_where_the_disk_has_grown(
         with pytest.raises(FalError, match="bound is"):
             growth.check()
         assert walks == [1]
+
+
+def test_growth_is_seen_while_others_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk's numbers say that nothing has grown; the folder is walked now and then all the same."""
+    monkeypatch.setattr(tree, "_ANYWAY_S", 0.0)
+    before = os.statvfs(tmp_path)
+    monkeypatch.setattr(tree.os, "statvfs", lambda _: before)
+    growth = Growth(tmp_path, 4 * MIB)
+    growth.check()
+    (tmp_path / "f").write_bytes(bytes(5 * MIB))
+    monkeypatch.setattr(growth, "_anyway_s", 0.0)
+    with pytest.raises(FalError, match="bound is"):
+        growth.check()

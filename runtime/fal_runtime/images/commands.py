@@ -158,8 +158,9 @@ async def _watch(watch: Callable[[], None]) -> None:
 
 async def _end(process: asyncio.subprocess.Process) -> None:
     """Kill what is left of its group and take its exit code, also while we are being cancelled."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     with suppress(TimeoutError):
         async with asyncio.timeout(_KILL_WAIT_S):
             await process.wait()

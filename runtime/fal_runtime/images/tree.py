@@ -19,6 +19,7 @@ from fal_runtime.images.manifest import too_large
 
 FILES_MAX: Final = 4_000_000
 _SPECIAL_MAX: Final = 1000  # names of device nodes and sockets that are kept
+_ANYWAY_S: Final = 20.0
 _REST_FACTOR: Final = 10  # a walk is made at most this many times its own duration apart
 
 
@@ -59,8 +60,8 @@ def measure(root: Path, *, bytes_max: int = 1 << 62, files_max: int = 1 << 62) -
 class Growth:
     """Says when a folder becomes too large, without walking it all the time.
 
-    The file system's own numbers are asked first; as others write there, too, the folder is walked only where these
-    allow that it is too large. File systems without a number of files are walked now and then.
+    The file system's own numbers are asked first, and the folder is walked only where these allow that it is too large.
+    As others write and remove there, too, and some file systems count no files, it is walked now and then anyway.
     """
 
     def __init__(self, root: Path, bytes_max: int) -> None:
@@ -69,20 +70,21 @@ class Growth:
         self._clock = SystemClock()
         self._before = os.statvfs(root)
         self._next_s = 0.0
+        self._anyway_s = self._clock.monotonic_s() + _ANYWAY_S
 
     def check(self) -> None:
         """FAILED_PRECONDITION once it is beyond a bound."""
         now = os.statvfs(self._root)
         bytes_ = (self._before.f_bfree - now.f_bfree) * now.f_frsize
         files = self._before.f_ffree - now.f_ffree
-        if bytes_ <= self._bytes_max and files <= FILES_MAX and now.f_files:
-            return
         began_s = self._clock.monotonic_s()
-        if began_s < self._next_s:
+        likely = bytes_ > self._bytes_max or files > FILES_MAX or not now.f_files
+        if began_s < (self._next_s if likely else self._anyway_s):
             return
         size = measure(self._root, bytes_max=self._bytes_max, files_max=FILES_MAX)
         ended_s = self._clock.monotonic_s()
         self._next_s = ended_s + _REST_FACTOR * (ended_s - began_s)
+        self._anyway_s = self._next_s + _ANYWAY_S
         check_size(size, self._bytes_max)
 
 
