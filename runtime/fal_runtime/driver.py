@@ -10,6 +10,7 @@ This module starts nothing and touches no file.
 from __future__ import annotations
 
 import builtins
+import errno
 import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
@@ -312,6 +313,14 @@ def not_running(id: str, status: ContainerStatus) -> FalError:
         f"container {id} is {status.phase}{': ' + status.reason if status.reason else ''}",
         remedy="Run commands in containers that run.",
     )
+
+
+def not_made(id: str, error: OSError) -> FalError:
+    """The system refused something on the way to a container."""
+    place = f": {error.filename}" if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "Free space on the node's disk; containers that run go on." if full else "Look at the node."
+    return driver_failed(f"container {id} was not made: {(error.strerror or str(error)).lower()}{place}", remedy=remedy)
 
 
 def driver_failed(what: str, *, remedy: str) -> FalError:

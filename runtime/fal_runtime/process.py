@@ -233,7 +233,9 @@ class ProcessDriver:
     async def logs(
         self, id: str, *, tail_lines: int, follow: bool, since_s: float = 0.0
     ) -> AsyncGenerator[LogLine, None]:
-        log = self._ended.find(id) or self._directory(id) / "log"
+        log = self._root / id / "log" if (self._root / id / "spec.json").exists() else self._ended.find(id)
+        if log is None:
+            raise unknown_container(id)
 
         async def ended() -> bool:
             status = await self.status(id)
