@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fal_runtime.driver import driver_failed
+from fal_runtime.exec_process import remedy_of
 from fal_runtime.oci.nursery import Nursery
 from fal_runtime.oci.rotation import part_bytes
 
@@ -121,9 +122,8 @@ def _pid_of(id: str, answer: bytes) -> int:
     pid = int(said.get("data", said.get("pid", -1)))
     if pid <= 0:
         message = _plain(str(said.get("message") or "conmon ended without a word"))
-        raise driver_failed(
-            f"container {id} was not created: {message}", remedy="Check the command, its mounts and the limits."
-        )
+        remedy = remedy_of(message) if "exec: " in message else "Check the command, its mounts and the limits."
+        raise driver_failed(f"container {id} was not created: {message}", remedy=remedy)
     return pid
 
 
