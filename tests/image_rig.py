@@ -28,7 +28,6 @@ import sysconfig
 import tarfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -241,6 +240,27 @@ class ImageRegistry:
                 f"oci:{layout}:{tag}", self.source(name),
             )  # fmt: skip
         return said.read_text().strip()
+
+    def push_index(self, repository: str, tag: str, platforms: Mapping[str, str]) -> str:
+        """An index of images that it has: platform → digest. Of a registry without passwords. The index's digest."""
+        found = []
+        for platform, digest in platforms.items():
+            os_, architecture = platform.split("/")
+            kind = "application/vnd.oci.image.manifest.v1+json"
+            with self._asked("GET", f"{repository}/manifests/{digest}", headers={"Accept": kind}) as answer:
+                size = len(answer.read())
+            described = {"mediaType": kind, "digest": digest, "size": size}
+            found.append({**described, "platform": {"os": os_, "architecture": architecture}})
+        kind = "application/vnd.oci.image.index.v1+json"
+        text = json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": found}).encode()
+        headers = {"Content-Type": kind}
+        with self._asked("PUT", f"{repository}/manifests/{tag}", data=text, headers=headers):
+            return f"sha256:{hashlib.sha256(text).hexdigest()}"
+
+    def _asked(self, method: str, path: str, *, data: bytes | None = None, headers: Mapping[str, str]) -> Any:
+        url = f"http://{self.host}/v2/{path}"
+        request = urllib.request.Request(url, data=data, headers=dict(headers), method=method)
+        return urllib.request.urlopen(request, timeout=10)
 
     def stop(self) -> None:
         """Its end; what it holds stays."""
@@ -479,16 +499,6 @@ class NamedProxy(ConnectProxy):
         self.asked.append(handler.path)
         handler.path = f"127.0.0.1:{self.target_port}"
         super().connect(handler)
-
-
-def get(url: str) -> int:
-    """Status of a GET, for tests of the rig itself."""
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code
 
 
 def _base64url(data: bytes) -> str:

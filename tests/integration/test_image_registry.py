@@ -78,6 +78,19 @@ def test_an_open_registry(tmp_path: Path, plain: ImageRegistry, layout: Path) ->
     assert same[0] == same[1]
 
 
+def test_an_index_of_platforms(tmp_path: Path, plain: ImageRegistry, layout: Path) -> None:
+    """The image of the platform is taken, and its digest counts, not the index's."""
+    arm = write_layout(tmp_path / "arm", [layer({"arm": b"arm"})], platform="linux/arm64")
+    digests = {"linux/arm64": plain.push(arm, "team/multi:arm"), "linux/amd64": plain.push(layout, "team/multi:amd")}
+    index = plain.push_index("team/multi", "1", digests)
+    assert packed(plain.source("team/multi:1"), tmp_path / "amd").digest == digests["linux/amd64"]
+    request = PackRequest(plain.source(f"team/multi@{index}"), tmp_path / "arm-out", platform="linux/arm64")
+    assert asyncio.run(pack(request)).digest == digests["linux/arm64"]
+    request = PackRequest(plain.source("team/multi:1"), tmp_path / "no", platform="linux/s390x")
+    with pytest.raises(FalError, match="only: linux/amd64, linux/arm64"):
+        asyncio.run(pack(request))
+
+
 def test_what_is_not_there(tmp_path: Path, plain: ImageRegistry) -> None:
     for name in ("team/app:none", "team/none:1", f"team/app@sha256:{'0' * 64}"):
         refused(plain.source(name), tmp_path / "out", Code.NOT_FOUND, "does not exist")
