@@ -21,11 +21,12 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def left_of(state_dir: Path) -> list[str]:
     """Processes, mounts, cgroups and run directories that belong to a node with this state directory, in words."""
     driver = _scope(state_dir / "c")
-    places = (str(state_dir) + "/", f"{RUN_DIR / driver}/", f"{RUN_ROOT / f'agent-{_scope(state_dir)}'}/")
+    run = (f"{RUN_DIR / driver}/", f"{RUN_DIR}/net-{driver}/", f"{RUN_ROOT / f'agent-{_scope(state_dir)}'}/")
+    places = (f"{state_dir}/", *run)
     words = [f"process {pid}: {line}" for pid, line in _command_lines() if any(place in line for place in places)]
     mounted = [line.split()[4] + "/" for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     words += [f"mount {path}" for path in mounted if path.startswith(places)]
-    words += [f"directory {place}" for place in places[1:] if Path(place).exists()]
+    words += [f"directory {place}" for place in run if Path(place).exists()]
     return words + [f"cgroup {path}" for path in _containers() if path.name.startswith(f"{driver}.")]
 
 

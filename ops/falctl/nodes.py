@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -10,6 +10,7 @@ from falctl.context import unary
 from falctl.pools import JsonFlag
 
 group = typer.Typer(help="Machines with an agent.", no_args_is_help=True)
+_FEATURES: Final = ("images", "pack", "egress", "device-attach")
 token = typer.Typer(help="Tokens with which machines join a pool.", no_args_is_help=True)
 group.add_typer(token, name="token")
 
@@ -82,6 +83,8 @@ def show(node: str, json: JsonFlag = False) -> None:
             ("CPU", f"{inventory.cpu_milli / 1000:g} cores" if inventory.cpu_milli else ""),
             ("memory", format_bytes(inventory.memory_bytes) if inventory.memory_bytes else ""),
             ("containers", containers_text(view.capabilities)),
+            ("features", ", ".join(view.capabilities.features)),
+            *((f"no {name}", why) for name, why in lacking(view.capabilities)),
             ("addresses", ", ".join(f"{e.network}={e.host}:{e.port}" for e in view.endpoints)),
             ("paths", ", ".join(f"{gateway}: {path}" for gateway, path in sorted(view.paths.items()))),
             ("labels", ", ".join(f"{k}={v}" for k, v in sorted(view.labels.items()))),
@@ -100,6 +103,12 @@ def containers_text(capabilities: Any) -> str:
     return (
         f"{capabilities.driver} ({capabilities.runtime or 'no runtime'}), {kept}{users}, cgroup {capabilities.cgroup}"
     )
+
+
+def lacking(capabilities: Any) -> list[tuple[str, str]]:
+    """Features that were tried and do not work, with the reason."""
+    tried = (name for name in _FEATURES if name in capabilities.details and name not in capabilities.features)
+    return [(name, capabilities.details[name]) for name in tried]
 
 
 def _cordon(node: str, *, cordon: bool, reason: str, json: bool) -> None:

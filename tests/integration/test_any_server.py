@@ -90,6 +90,8 @@ def test_the_nodes_network_only_where_the_pool_allows_it(shared_cluster: Cluster
         assert "allow_host_network" in json.dumps(real.ask("explanation", "explain", "nosy"))
         _allow(real, allowed=True)
         real.wait_ready("nosy", 1)
+        shown = real.falctl("node", "show", "box")
+        assert "egress" in shown.stdout, "it can, or it says why not"
     finally:
         real.delete("nosy")
         _allow(real, allowed=False)

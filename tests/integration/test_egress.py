@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,14 +16,17 @@ import pytest
 
 from contract.driver_cases import oci_missing
 from egress_world import METADATA, NODE, NODE_PRIVATE, PRIVATE, PUBLIC, TRY, World, world
+from fal_agent.probe import UnixProber
 from fal_contract.errors import Code, FalError
 from fal_runtime import host_image
 from fal_runtime.driver import ContainerSpec, Egress
 from fal_runtime.network.egress import EgressNetwork, Settings
 from fal_runtime.network.namespaces import command, inside
 from fal_runtime.network.policy import Network
+from fal_runtime.network.reach import Port, close
 from fal_runtime.network.subnets import claim
 from fal_runtime.oci.driver import OciDriver
+from fal_runtime.process_supervisor import start_ticks
 
 pytestmark = [
     pytest.mark.root,
@@ -38,6 +42,7 @@ def here(tmp_path: Path) -> Iterator[World]:
     tmp_path.chmod(0o711)
     with world(tmp_path) as made:
         yield made
+        close()
         assert made.leftovers() == []
 
 
@@ -74,6 +79,13 @@ def test_a_container_reaches_what_its_policy_names_and_nothing_of_the_node(here:
                 _spec("denied", *targets, allow=("192.168.77.0/24", "0.0.0.0/0"), deny=(f"{PRIVATE}/32",)),
                 _spec("bold", *targets, allow=(f"{METADATA}/32", "10.222.0.0/16", f"{NODE}/32", "127.0.0.0/8")),
             ]
+            status = await driver.status("other")
+            assert status is not None
+            assert status.pid is not None
+            inner = Port(80, status.pid, start_ticks(status.pid))
+            async with asyncio.timeout(30):  # its port is reached inside, although nothing reaches its address
+                while await UnixProber().ask(inner, "/", 20):  # noqa: ASYNC110  (another process)
+                    await asyncio.sleep(0.02)
             for spec in specs:
                 await driver.create(spec)
                 await driver.start(spec.id)
