@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
 
-from fal_agent import build_output, launch, serving
+from fal_agent import build_output, launch, liveness, serving
 from fal_agent.aftermath import exit_of, gpu_in_use, log_tail
 from fal_agent.arrivals import PASSING, Arrivals, processes_of
 from fal_agent.core.assignments import Assignment, Goal
@@ -336,17 +336,18 @@ class Runner:
         if self.task.phase is not Phase.SERVING or not self.task.known:
             await self._news.wait()
             return
-        probe, failures = probe_of(self.task.assignment), 0
+        probe, id = probe_of(self.task.assignment), launch.container_id(self.id)
         where = await serving.address_of(self.task, self._tools)
-        await asyncio.sleep(self._tools.rng.uniform(0, probe.interval_s))  # a full node's probes spread out
-        while True:
-            why = await self._tools.prober.ask(where, probe.live_path, probe.timeout_s)
-            failures = failures + 1 if why else 0
-            self._trouble(f"liveness probe failed {failures} of {probe.failures_max} times: {why}" if why else "")
-            if failures >= probe.failures_max and not self.task.orphan:
-                self._see(fail(self.task, f"liveness probe failed {failures} times in a row: {why}"))
-                return
-            await asyncio.sleep(probe.interval_s)
+        wounds = liveness.Wounds(self._tools.driver, self._tools.on_event, self.id, id)
+        why = await liveness.watch(
+            probe,
+            lambda: self._tools.prober.ask(where, probe.live_path, probe.timeout_s),
+            wounds,
+            self._trouble,
+            self._tools.rng,
+            lambda: not self.task.orphan,
+        )
+        self._see(fail(self.task, why))
 
     async def _attend_build(self) -> None:
         """Until its time is over (its exit is news), or its output is too much."""

@@ -182,7 +182,8 @@ class ContainerFiles:
         return endings.Memory(kills, limit_bytes, endings.victim_in(kernel_messages.recent(), record.cgroup_path))
 
     def _keep(self, status: ContainerStatus) -> ContainerStatus:
-        write_whole(self.directory / "ended.json", asdict(status))
+        with contextlib.suppress(OSError):  # a full disk: it is found out again, as far as it can be
+            write_whole(self.directory / "ended.json", asdict(status))
         return status
 
 
