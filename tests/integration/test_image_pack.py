@@ -20,6 +20,7 @@ import pytest
 
 from fal_contract.errors import Code, FalError
 from fal_runtime.images import tree
+from fal_runtime.images.commands import run
 from fal_runtime.images.layout import read_layout
 from fal_runtime.images.pack import PackRequest, PackResult, pack
 from fal_runtime.images.tree import Growth, inspect, measure
@@ -421,6 +422,40 @@ def test_root_of_a_user_namespace_packs_the_same_bytes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "|".join([expected.digest, "1 device nodes or sockets were left out"])
     assert (output / "image.erofs").read_bytes() == (tmp_path / "as-root/image.erofs").read_bytes()
+
+
+def test_programs_keep_nothing_outside_of_their_folder(tmp_path: Path) -> None:
+    """skopeo's own database is made in the folder, and goes with it."""
+    layout, folder = write_layout(tmp_path / "oci", [BASE]), tmp_path / "folder"
+    folder.mkdir()
+    argv = ["skopeo", "--insecure-policy", "copy", "-q", f"oci:{layout}:t", f"oci:{folder}/copy:t"]
+    assert asyncio.run(run(argv, timeout_s=60, folder=folder)).code == 0
+    assert list(folder.glob(".local/share/containers/cache/*"))
+
+
+def test_programs_are_bounded(tmp_path: Path) -> None:
+    """Time, output, the size of files; and what they start ends with them."""
+
+    async def body() -> None:
+        with pytest.raises(FalError) as caught:
+            await run(["sh", "-c", "sleep 600 & wait"], timeout_s=0.3, folder=tmp_path)
+        assert caught.value.code is Code.TIMEOUT
+        with pytest.raises(FalError, match="no end"):
+            await run(["sh", "-c", "yes"], timeout_s=60, folder=tmp_path)
+        flood = await run(["sh", "-c", "yes complaint | head -c 50000000 >&2"], timeout_s=60, folder=tmp_path)
+        assert (flood.code, flood.last_line) == (0, "complaint")
+        argv = ["sh", "-c", "exec head -c 100000 /dev/zero > f"]
+        large = await run(argv, timeout_s=60, folder=tmp_path, file_bytes_max=5000)
+        assert large.code != 0
+        assert (tmp_path / "f").stat().st_size <= 5000
+
+        def never() -> None:
+            raise FalError(Code.CORRUPT, "it was seen", remedy="")
+
+        with pytest.raises(FalError, match="it was seen"):
+            await run(["sleep", "600"], timeout_s=60, folder=tmp_path, watch=never)
+
+    asyncio.run(body())
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------

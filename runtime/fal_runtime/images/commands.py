@@ -121,7 +121,8 @@ def _environment(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
     """Nothing of the caller's but what names proxies and trusted authorities; temporary files go to `folder`."""
     kept = {name: value for name, value in os.environ.items() if name.lower() in _KEPT}
     base = {"PATH": _path(), "HOME": str(folder), "XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder), "LC_ALL": "C"}
-    return {**kept, **base, **env}
+    # skopeo keeps a database of blobs in /var/lib when it is root's, which outlives us and is locked by one at a time.
+    return {**kept, **base, "_CONTAINERS_ROOTLESS_UID": "1", **env}
 
 
 _KEPT: Final = frozenset({"http_proxy", "https_proxy", "no_proxy", "all_proxy", "ssl_cert_file", "ssl_cert_dir"})
