@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from fal_runtime.worker.engine import DeviceFailed, OutOfMemory
 from fal_runtime.worker.fake import FakeEngine
+from fal_runtime.worker.log import log
 from fal_runtime.worker.main import EXIT_DEVICE_FAILED, EXIT_DONE
 from worker_client import Gate, Running, running, until
 
@@ -51,6 +53,24 @@ def test_png_by_default_and_json_by_format_or_accept(folder: Path) -> None:
         assert wins[2]["content-type"] == "image/png"
 
     check(folder, FakeEngine(), body)
+
+
+def test_lines_that_an_engine_writes_name_their_request(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Chatty(FakeEngine):
+        def infer(self, request: Any, on_step: Any) -> Any:
+            log("inside", prompt=request.prompt)
+            return super().infer(request, on_step)
+
+    async def body(worker: Running) -> None:
+        for id in ("r-1", "r-2"):
+            assert (await worker.client.post("/infer", {"prompt": id, "seed": 1}, x_fal_request_id=id))[0] == 200
+        log("outside")
+
+    check(folder, Chatty(), body)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    named = [(line["event"], line.get("request_id")) for line in lines if line["event"] in ("inside", "outside")]
+    assert [pair for pair in named if pair[1]] == [("inside", "r-1"), ("inside", "r-2")]
+    assert ("outside", None) in named
 
 
 def test_a_seed_that_is_left_out_is_drawn_and_told(folder: Path) -> None:

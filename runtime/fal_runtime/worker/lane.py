@@ -18,6 +18,7 @@ from typing import Final, TypeVar
 
 from fal_contract.errors import Code, FalError
 from fal_runtime.worker.engine import DeviceFailed, Engine, OutOfMemory, Output, Stopped
+from fal_runtime.worker.log import REQUEST
 from fal_runtime.worker.request import InferRequest
 
 DEVICE_FAILURES_MAX: Final = 2  # then the process is replaced
@@ -126,7 +127,11 @@ class Lane:
 
         if job.stopping.is_set():
             raise Stopped
-        return self._engine.infer(job.request, on_step)
+        token = REQUEST.set(job.request_id)
+        try:
+            return self._engine.infer(job.request, on_step)
+        finally:
+            REQUEST.reset(token)
 
     def _end(self, job: Job, work: Future[Output]) -> None:
         """Free the place, settle the result, tell the outcome."""

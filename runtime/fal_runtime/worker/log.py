@@ -7,6 +7,7 @@ Imports nothing heavy: the first line is written before anything else is importe
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import sys
 import time
@@ -15,10 +16,15 @@ from fal_contract.clock import SystemClock
 
 _CLOCK = SystemClock()
 _STARTED_S = time.monotonic()
+# The request that this task or thread works for: each line written meanwhile names it, for `runner logs --request`.
+REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
 
 def log(event: str, **fields: object) -> None:
     """Write one line: `event`, seconds since 1970, seconds since start, then `fields` (JSON values)."""
-    line = {"event": event, "time_s": round(_CLOCK.wall_s(), 3), "up_s": round(_CLOCK.monotonic_s() - _STARTED_S, 3)}
+    up_s = round(_CLOCK.monotonic_s() - _STARTED_S, 3)
+    line: dict[str, object] = {"event": event, "time_s": round(_CLOCK.wall_s(), 3), "up_s": up_s}
+    if (request_id := REQUEST.get()) and "request_id" not in fields:
+        line["request_id"] = request_id
     with contextlib.suppress(OSError):  # when nobody reads the log any more, serving goes on
         print(json.dumps(line | fields, default=str), file=sys.stdout, flush=True)

@@ -21,7 +21,7 @@ from aiohttp import web
 from fal_contract.errors import Code, FalError, not_found
 from fal_runtime.worker.engine import Output, Stopped
 from fal_runtime.worker.lane import Job, Lane
-from fal_runtime.worker.log import log
+from fal_runtime.worker.log import REQUEST, log
 from fal_runtime.worker.metrics import Metrics
 from fal_runtime.worker.request import BODY_BYTES_MAX, ModelInfo, check_request_id, parse_request
 
@@ -118,6 +118,7 @@ class WorkerServer:
         if self._phase != "ready" or self._lane is None or self._model is None:
             raise FalError(Code.UNAVAILABLE, f"the worker is not ready (phase {self._phase})", remedy="Try again.")
         request_id = check_request_id(http.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex)
+        REQUEST.set(request_id)
         request = parse_request(
             await self._body(http), self._model, seed_default=self._rng.randrange(SEED_DRAWN_MAX + 1)
         )
