@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -255,3 +256,19 @@ def test_agents_of_one_node_take_different_parts_of_the_range(tmp_path: Path) ->
     assert full.value.code is Code.NO_CAPACITY
     owners[2].rmdir()
     assert claim(journal, tmp_path / "late", whole) == held[2], "whose owner is gone is free"
+
+
+def test_agents_that_begin_and_end_together_leave_the_node_as_it_was(here: World, tmp_path: Path) -> None:
+    def look() -> tuple[list[str], str]:
+        agents = [EgressNetwork(tmp_path, f"s{number}") for number in range(4)]
+        said: list[str] = []
+        # A thread begins in the namespace of the thread that starts it.
+        threads = [threading.Thread(target=lambda a=a: said.append(a.probe() + a.probe())) for a in agents]  # type: ignore[misc]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return said, Path("/proc/sys/net/ipv4/ip_forward").read_text().strip()
+
+    assert inside(here.node, look) == (["", "", "", ""], "0")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("net-")) == []

@@ -12,12 +12,13 @@ tens of milliseconds: call it by asyncio.to_thread. Called by the oci driver; ca
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import ipaddress
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -91,8 +92,11 @@ class EgressNetwork:
     def open(self, id: str, egress: Egress) -> NetworkSetup:
         """Make the network of container `id` anew. DRIVER_FAILED; what was made stays until `close` or `clean`."""
         self.close(id)
-        for name in ("netns", "resolv", "result", "ipam"):
-            (self._folder / name).mkdir(parents=True, exist_ok=True, mode=0o711)
+        with self._alone():
+            for name in (*_NAMED, "ipam"):
+                (self._folder / name).mkdir(parents=True, exist_ok=True, mode=0o711)
+            if not self._forwarded_before.exists():
+                self._forwarded_before.write_text(IP_FORWARD.read_text())  # the plugin will switch it on
         view = look(self._whole)
         if view.clash:
             raise driver_failed(
@@ -146,11 +150,17 @@ class EgressNetwork:
     # ---- inside
 
     def _node(self, view: NodeView) -> Node:
-        marker = self._forwarded_before
-        if not marker.exists():
-            marker.write_text(IP_FORWARD.read_text())  # the plugin will switch it on
         ours = claim(self._claims, self._folder, self._whole)
-        return Node(self._whole, ours, view.addresses, view.resolvers, marker.read_text().strip() == "1")
+        forwarded_before = self._forwarded_before.read_text().strip() == "1"
+        return Node(self._whole, ours, view.addresses, view.resolvers, forwarded_before)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Agents of one machine begin and end one after the other: the first and the last change what they share."""
+        self._folder.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
+        with (self._folder.parent / "egress.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _plugins(self, ours: Network, mtu: int) -> Plugins:
         ipam = {
@@ -187,15 +197,16 @@ class EgressNetwork:
 
     def _forget(self) -> None:
         """Nobody uses the network any more: rules, claim and folder go. Forwarding is as it was before."""
-        self._drop_node_rules()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        if any(self._folder.parent.glob("net-*")) or not self._forwarded_before.exists():
-            return  # another agent of this machine has such containers
-        forwarded = self._forwarded_before.read_text().strip() == "1"
-        # Whoever has rules for it, such as another container engine, began to rely on it since.
-        if not forwarded and len(command(("iptables", *_WAIT, "-S", "FORWARD")).splitlines()) == 1:
-            IP_FORWARD.write_text("0")
-        self._forwarded_before.unlink()
+        with self._alone():
+            self._drop_node_rules()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if any(self._folder.parent.glob("net-*")) or not self._forwarded_before.exists():
+                return  # another agent of this machine has such containers
+            forwarded = self._forwarded_before.read_text().strip() == "1"
+            # Whoever has rules for it, such as another container engine, began to rely on it since.
+            if not forwarded and len(command(("iptables", *_WAIT, "-S", "FORWARD")).splitlines()) == 1:
+                IP_FORWARD.write_text("0")
+            self._forwarded_before.unlink()
 
     def _said(self, id: str) -> dict[str, Any]:
         """What the plugin answered to ADD; empty when it was killed before."""
