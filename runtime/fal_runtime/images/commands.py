@@ -162,7 +162,8 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+    # First the pipes: asyncio's wait is for their ends, too, and nobody reads any more.
+    process._transport.close()  # type: ignore[attr-defined]
     with suppress(TimeoutError):
         async with asyncio.timeout(_KILL_WAIT_S):
             await process.wait()
-    process._transport.close()  # type: ignore[attr-defined]  # pipes that a grandchild may hold open
