@@ -22,6 +22,7 @@ from fal_contract.errors import FalError
 from fal_contract.ids import owned_of
 from fal_runtime import driver as runtime
 
+_NAMED_MAX: Final = 20
 _READY_GRACE_S: Final = 10.0  # the agent was away: one that is ready must have the time to say so
 
 
@@ -40,8 +41,10 @@ async def take_back(recorded: Recorded, tools: Tools) -> list[Task]:
     keep = frozenset(launch.container_id(id) for id in tasks) | {
         status.id for status in found.values() if status.phase is not runtime.Phase.EXITED
     }
-    for what in await tools.driver.clean(keep):
-        tools.on_event("CLEANED", what, "left by a dead container")
+    if words := await tools.driver.clean(keep):
+        more = f" and {len(words) - _NAMED_MAX} more" if len(words) > _NAMED_MAX else ""
+        text = f"left by dead containers and taken away: {', '.join(words[:_NAMED_MAX])}{more}"
+        tools.on_event("CLEANED", "containers", text)
     return [task for _, task in sorted(tasks.items())]
 
 
