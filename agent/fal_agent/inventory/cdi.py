@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from fal_agent.inventory.model import Snapshot
 from fal_contract.telemetry import get_logger
-from fal_runtime.cdi.driver_tree import find_driver, write_specification
+from fal_runtime.cdi.driver_tree import control_nodes, find_driver, write_specification
 from fal_runtime.cdi.nvidia import Driver, Gpu, own_nodes, qualified
 from fal_runtime.cdi.reader import DIRECTORIES, Reader
 
+UVM: Final = "/dev/nvidia-uvm"
 _log = get_logger("fal.inventory")
 
 
@@ -43,11 +45,13 @@ class GpuNames:
             for gpu in snapshot.gpus
             if gpu.device_nodes and all(os.path.exists(node) for node in own_nodes(gpu.device_nodes))
         ]
-        wanted = (snapshot.driver_version, tuple(gpus))
+        wanted = (snapshot.driver_version, tuple(gpus), control_nodes())
         if wanted != self._written:
             try:
                 write_specification(self._own, gpus, self._find(snapshot.driver_version))
                 self._written = wanted
+                if gpus and UVM not in wanted[2]:
+                    _log.warning("no_cuda_in_containers", missing=UVM, remedy="nvidia-modprobe -u -c=0")
             except OSError as error:
                 _log.warning("cdi_not_written", folder=str(self._own), why=str(error))
         registry = self._reader.registry()

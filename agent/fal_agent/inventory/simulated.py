@@ -20,7 +20,7 @@ from fal_contract.errors import not_found
 _IDLE_TEMPERATURE_C: Final = 34
 _NUMA_NODES: Final = 2
 # What a driver of today says, so that apps which ask for a version can be tried out.
-DRIVER_VERSION: Final = "570.86.15"
+DRIVER_VERSION: Final = "570.86.15-simulated"
 CUDA_VERSION: Final = "12.8"
 
 

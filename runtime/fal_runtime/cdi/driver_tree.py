@@ -32,11 +32,16 @@ _FOLDERS_MAX: Final = 128
 def find_driver(version: str, *, root: Path = Path("/"), dev: Path = Path("/dev")) -> Driver:
     """The driver of `version` (such as "550.54.15"; empty: whatever libcuda there is) below `root`."""
     return Driver(
-        control_nodes=tuple(f"/dev/{name}" for name in CONTROL_NODES if (dev / name).exists()),
+        control_nodes=control_nodes(dev),
         libraries=_libraries(version, root),
         programs=tuple(str(path) for name in PROGRAMS if (path := _program(root, name)) is not None),
         dev=str(dev),
     )
+
+
+def control_nodes(dev: Path = Path("/dev")) -> tuple[str, ...]:
+    """Device nodes that every GPU needs, as far as they are there: nvidia-uvm comes with its module, maybe later."""
+    return tuple(f"/dev/{name}" for name in CONTROL_NODES if (dev / name).exists())
 
 
 def _libraries(version: str, root: Path) -> tuple[Library, ...]:
