@@ -13,6 +13,7 @@ import pytest
 
 from driver_tree import UUIDS, VERSION, make_tree
 from fake_nvml import FakeDevice, FakeInstance, FakeNvml
+from fal_agent.inventory import cdi
 from fal_agent.inventory.cdi import GpuNames
 from fal_agent.inventory.host import read_host
 from fal_agent.inventory.machine import InventoryMachine
@@ -59,6 +60,22 @@ def test_own_file_names_what_there_is_and_follows_changes(tmp_path: Path, find: 
     assert VERSION not in file.read_text(), "libraries of another driver are not shown"
     assert names.refresh(snapshot()) == {}
     assert not file.exists()
+
+
+def test_a_control_node_that_comes_later_is_in_the_file(
+    tmp_path: Path, find: Find, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvidia-uvm is loaded on first use, maybe by the first process after the agent."""
+    there = ["/dev/nvidiactl"]
+    monkeypatch.setattr(cdi, "control_nodes", lambda: tuple(there))
+    names = GpuNames(tmp_path / "own", (), find=lambda version: replace(find(version), control_nodes=tuple(there)))
+    for _ in range(2):
+        names.refresh(snapshot(gpu(UUIDS[0], "/dev/null")))
+    file = tmp_path / "own" / FILE_NAME
+    assert "nvidia-uvm" not in file.read_text()
+    there.append(cdi.UVM)
+    names.refresh(snapshot(gpu(UUIDS[0], "/dev/null")))
+    assert "/dev/nvidia-uvm" in file.read_text()
 
 
 def test_a_gpu_without_its_node_has_no_name(tmp_path: Path, find: Find) -> None:
