@@ -91,6 +91,7 @@ def write_layout(
     config: Mapping[str, Any] | None = None,
     platform: str = "linux/amd64",
     tag: str = TAG,
+    compression: str = "gzip",
     faults: Mapping[str, Any] | None = None,
 ) -> Path:
     """An OCI layout at `folder` with one more image. `faults`: "layer_digest", "config_blob", "media_type",
@@ -106,8 +107,8 @@ def write_layout(
 
     described, diff_ids = [], []
     for one in layers:
-        digest, size = put(gzip.compress(one, 1, mtime=0))
-        kind = faults.get("media_type", "application/vnd.oci.image.layer.v1.tar+gzip")
+        digest, size = put(gzip.compress(one, 1, mtime=0) if compression == "gzip" else _zstd(one))
+        kind = faults.get("media_type", f"application/vnd.oci.image.layer.v1.tar+{compression}")
         described.append({"mediaType": kind, "digest": faults.get("layer_digest", digest), "size": size})
         diff_ids.append(faults.get("diff_id", f"sha256:{hashlib.sha256(one).hexdigest()}"))
     os_, architecture = platform.split("/")[:2]
@@ -499,6 +500,10 @@ class NamedProxy(ConnectProxy):
         self.asked.append(handler.path)
         handler.path = f"127.0.0.1:{self.target_port}"
         super().connect(handler)
+
+
+def _zstd(data: bytes) -> bytes:
+    return subprocess.run(["zstd", "-q", "-c"], input=data, capture_output=True, timeout=60, check=True).stdout
 
 
 def _base64url(data: bytes) -> str:

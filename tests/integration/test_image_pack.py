@@ -139,6 +139,26 @@ def test_an_archive_as_docker_saves_it(tmp_path: Path) -> None:
     refused(f"docker-archive:{tmp_path}/none.tar", tmp_path / "none", Code.NOT_FOUND, "is no file")
 
 
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="needs zstd")
+def test_layers_in_zstd(tmp_path: Path) -> None:
+    """The same bytes as of gzip layers; bombs and lies are seen in these, too."""
+    layers = [BASE, layer({"x": b"y" * 5000}), layer([entry("etc/.wh.passwd")])]
+    for kind in ("gzip", "zstd"):
+        packed(f"oci:{write_layout(tmp_path / kind, layers, compression=kind)}", tmp_path / f"{kind}-out")
+    one, other = ((tmp_path / f"{kind}-out/image.erofs").read_bytes() for kind in ("gzip", "zstd"))
+    assert one == other
+    bomb = write_layout(tmp_path / "bomb", [layer({"zero": bytes(24 * MIB)})], compression="zstd")
+    refused(f"oci:{bomb}", tmp_path / "out", Code.FAILED_PRECONDITION, "bound", bytes_max=8 * MIB)
+    faults = {"diff_id": f"sha256:{'0' * 64}"}
+    lying = write_layout(tmp_path / "lying", [BASE], compression="zstd", faults=faults)
+    refused(f"oci:{lying}", tmp_path / "out", Code.CORRUPT, "cannot be unpacked")
+    broken = write_layout(tmp_path / "broken", [BASE], compression="zstd")
+    for blob in (broken / "blobs/sha256").iterdir():
+        if blob.read_bytes()[:4] == b"\x28\xb5\x2f\xfd":
+            blob.write_bytes(blob.read_bytes()[:40])
+    refused(f"oci:{broken}", tmp_path / "out", Code.CORRUPT, "cannot be inflated")
+
+
 def test_a_folder_is_packed_as_it_is(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "bin").mkdir(parents=True)

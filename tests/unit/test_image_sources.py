@@ -139,9 +139,9 @@ def test_a_manifest_is_read() -> None:
         (manifest(layers=[descriptor(digest="md5:1")]), Code.CORRUPT, "digest"),
         (manifest(layers=[descriptor(size=-1)]), Code.CORRUPT, "size"),
         (
-            manifest(layers=[descriptor("application/vnd.oci.image.layer.v1.tar+zstd")]),
+            manifest(layers=[descriptor("application/vnd.oci.image.layer.v1.tar+xz")]),
             Code.FAILED_PRECONDITION,
-            "zstd",
+            "xz",
         ),
         (manifest(layers=[3]), Code.CORRUPT, "no JSON object"),
         (manifest(config=descriptor("application/vnd.cncf.helm.config.v1+json")), Code.FAILED_PRECONDITION, "helm"),

@@ -29,10 +29,13 @@ _MANIFEST_TYPES: Final = frozenset(
 _CONFIG_TYPES: Final = frozenset(
     {"application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"}
 )
+PLAIN_LAYER_TYPE: Final = "application/vnd.oci.image.layer.v1.tar"
+ZSTD_LAYER_TYPE: Final = "application/vnd.oci.image.layer.v1.tar+zstd"
 _LAYER_TYPES: Final = frozenset(
     {
-        "application/vnd.oci.image.layer.v1.tar",
+        PLAIN_LAYER_TYPE,
         "application/vnd.oci.image.layer.v1.tar+gzip",
+        ZSTD_LAYER_TYPE,
         "application/vnd.docker.image.rootfs.diff.tar",
         "application/vnd.docker.image.rootfs.diff.tar.gzip",
     }
@@ -116,7 +119,7 @@ def parse_manifest(text: bytes, *, bytes_max: int) -> Manifest:
         raise _refused("the image is empty: it has no layers", "Add files to it.")
     for layer in layers:
         if layer.media_type not in _LAYER_TYPES:
-            remedy = "Push it with gzip layers (`--compression-format gzip`)."
+            remedy = "Push it with gzip or zstd layers."
             raise _refused(f"a layer is a {layer.media_type[:128]!r}, which is not unpacked here", remedy)
     manifest = Manifest(config, layers)
     if manifest.layer_bytes > bytes_max:
@@ -164,6 +167,15 @@ def config_of(text: bytes, platform: Platform) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise _corrupt("configuration", "has a config that is no JSON object")
     return config
+
+
+def diff_ids_of(text: bytes) -> tuple[str, ...]:
+    """Digests of the layers as plain tars, by an image configuration. CORRUPT."""
+    rootfs = _table(text, "configuration").get("rootfs")
+    found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    if not isinstance(found, list) or not all(isinstance(one, str) and DIGEST.fullmatch(one) for one in found):
+        raise _corrupt("configuration", "has no digests of its layers")
+    return tuple(found)
 
 
 def too_large(bytes_: int, bytes_max: int) -> FalError:

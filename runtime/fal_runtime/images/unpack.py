@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,14 +30,18 @@ from fal_runtime.images.manifest import (
     CONFIG_BLOB_BYTES_MAX,
     INDEX_DEPTH_MAX,
     MANIFEST_BYTES_MAX,
+    PLAIN_LAYER_TYPE,
+    ZSTD_LAYER_TYPE,
     Descriptor,
     Manifest,
     choose,
     config_of,
+    diff_ids_of,
     is_index,
     named,
     parse_index,
     parse_manifest,
+    too_large,
 )
 from fal_runtime.images.process import IDS_MAX
 from fal_runtime.images.source import Platform
@@ -46,16 +51,20 @@ _DEVICE: Final = re.compile(r"rootless\{(?P<path>.*)\} creating empty file in pl
 _ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")
 _DEVICES_MAX: Final = 10_000
 _TAG: Final = "image"
+_MANIFEST_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
+_CONFIG_TYPE: Final = "application/vnd.oci.image.config.v1+json"
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutImage:
-    """One image of a layout on disk. `config` is the "config" object of its configuration."""
+    """One image of a layout on disk. `config` is the "config" object of its configuration, `diff_ids` the digests of
+    its layers as plain tars."""
 
     layout: Path
     digest: str
     manifest: Manifest
     config: Mapping[str, Any]
+    diff_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +88,11 @@ def find_image(layout: Path, tag: str, platform: Platform, *, bytes_max: int) ->
         text = _blob(layout, one, MANIFEST_BYTES_MAX)
         if not is_index(text):
             manifest = parse_manifest(text, bytes_max=bytes_max)
-            config = config_of(_blob(layout, manifest.config, CONFIG_BLOB_BYTES_MAX), platform)
-            return LayoutImage(layout, one.digest, manifest, config)
+            text = _blob(layout, manifest.config, CONFIG_BLOB_BYTES_MAX)
+            diff_ids = diff_ids_of(text)
+            if len(diff_ids) != len(manifest.layers):
+                raise FalError(Code.CORRUPT, "the image's configuration is of other layers", remedy="Build it again.")
+            return LayoutImage(layout, one.digest, manifest, config_of(text, platform), diff_ids)
         found = parse_index(text)
         if not found:
             raise FalError(Code.FAILED_PRECONDITION, "the image's index is empty", remedy="Build it again.")
@@ -88,19 +100,39 @@ def find_image(layout: Path, tag: str, platform: Platform, *, bytes_max: int) ->
     raise FalError(Code.CORRUPT, "the image's indexes nest too deep", remedy="Build it again.", field="source")
 
 
-def pinned_layout(image: LayoutImage, folder: Path) -> Path:
-    """A layout whose only image is `image`, sharing its blobs: whatever else the first one says, umoci sees one."""
-    folder.mkdir(mode=0o700)
+async def pinned_layout(image: LayoutImage, folder: Path, *, bytes_max: int, timeout_s: float) -> Path:
+    """A layout whose only image is `image`, sharing its blobs: whatever else the first one says, umoci sees one.
+
+    umoci 0.4.7 cannot read zstd: such layers are inflated beside it. Their plain form has the digest that the
+    configuration tells, by which umoci checks it.
+    """
+    blobs = folder / "blobs" / "sha256"
+    blobs.mkdir(mode=0o700, parents=True)
     (folder / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-    (folder / "blobs").symlink_to((image.layout / "blobs").resolve())
-    path = _blob_path(image.layout, image.digest)
-    descriptor = {
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "digest": image.digest,
-        "size": path.stat().st_size,
-        "annotations": {"org.opencontainers.image.ref.name": _TAG},
+    layers, growth = [], Growth(folder, bytes_max)
+    for one, diff_id in zip(image.manifest.layers, image.diff_ids, strict=True):
+        described = {"mediaType": one.media_type, "digest": one.digest, "size": one.size_bytes}
+        if one.media_type == ZSTD_LAYER_TYPE:
+            plain = _blob_path(folder, diff_id)
+            await _inflated(_blob_path(image.layout, one.digest), plain, growth, bytes_max, timeout_s)
+            described = {"mediaType": PLAIN_LAYER_TYPE, "digest": diff_id, "size": plain.stat().st_size}
+        else:
+            _share(image.layout, folder, one.digest)
+        layers.append(described)
+    config = image.manifest.config
+    _share(image.layout, folder, config.digest)
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": _MANIFEST_TYPE,
+        "config": {"mediaType": _CONFIG_TYPE, "digest": config.digest, "size": config.size_bytes},
+        "layers": layers,
     }
-    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [descriptor]}))
+    text = json.dumps(manifest).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    (blobs / digest).write_bytes(text)
+    described = {"mediaType": _MANIFEST_TYPE, "digest": f"sha256:{digest}", "size": len(text)}
+    annotated = {**described, "annotations": {"org.opencontainers.image.ref.name": _TAG}}
+    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [annotated]}))
     return folder
 
 
@@ -114,14 +146,14 @@ async def unpack(
 ) -> Unpacked:
     """Unpack below `folder`, which is made. FAILED_PRECONDITION (too large), CORRUPT (umoci's reason), TIMEOUT."""
     folder.mkdir(mode=0o700)
-    layout = pinned_layout(image, folder / "layout")
+    layout = await pinned_layout(image, folder / "layout", bytes_max=bytes_max, timeout_s=timeout_s)
     # A folder of its own: `.wh...` in an image's root would name the folder above.
     root = folder / "unpacked" / "root"
     root.parent.mkdir(mode=0o700)
     ordinary = os.geteuid() != 0
     argv = [require("umoci", "umoci"), "--log=warn", "raw", "unpack", *(["--rootless"] if ordinary else [])]
     devices: list[str] = []
-    growth, began_s = Growth(folder, bytes_max), SystemClock().wall_s()
+    growth, began_s = Growth(root.parent, bytes_max), SystemClock().wall_s()
 
     def line(text: str) -> None:
         found = _DEVICE.search(_ANSI.sub("", text))
@@ -180,6 +212,23 @@ def _failed(ran: Ran, root: Path) -> FalError:
     return FalError(
         Code.CORRUPT, f"the image cannot be unpacked: {why}", remedy="Build or push it again.", field="source"
     )
+
+
+def _share(source: Path, layout: Path, digest: str) -> None:
+    link = _blob_path(layout, digest)
+    if not link.is_symlink():  # an image may name a blob twice
+        link.symlink_to(_blob_path(source, digest).absolute())
+
+
+async def _inflated(packed: Path, plain: Path, growth: Growth, bytes_max: int, timeout_s: float) -> None:
+    """CORRUPT, FAILED_PRECONDITION (too large)."""
+    argv = [require("zstd", "zstd"), "-d", "-q", "-f", "--no-sparse", "-o", str(plain), str(packed.resolve())]
+    ran = await run(argv, timeout_s=timeout_s, folder=plain.parent, file_bytes_max=bytes_max, watch=growth.check)
+    if ran.code in (-signal.SIGXFSZ, 128 + signal.SIGXFSZ) or "file too large" in ran.stderr.lower():
+        raise too_large(bytes_max, bytes_max)
+    if ran.code:
+        what = f"a zstd layer cannot be inflated: {ran.last_line.replace(str(packed), packed.name)}"
+        raise FalError(Code.CORRUPT, what, remedy="Build or push it again.", field="source")
 
 
 def _blob_path(layout: Path, digest: str) -> Path:
