@@ -9,6 +9,7 @@ Written by conmon and by `fal_runtime.process_supervisor`; read by the drivers. 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -152,6 +153,16 @@ class Follower:
             self._file = None
 
 
+async def _follower(path: Path, tail_lines: int) -> Follower:
+    """Made in a thread; closed when nobody waits for it any more."""
+    making = asyncio.create_task(asyncio.to_thread(Follower, path, tail_lines=tail_lines))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(lambda made: made.cancelled() or made.exception() or made.result().close())
+        raise
+
+
 async def read_log(
     path: Path,
     watcher: Watcher,
@@ -163,12 +174,13 @@ async def read_log(
 ) -> AsyncGenerator[LogLine, None]:
     """Tail, then follow until `ended()` says that nothing more will be written; nothing from before `since_s`."""
     if not follow:
-        for line in tail(path, tail_lines):
+        # Thousands of lines take tens of milliseconds to read and parse: not on the loop.
+        for line in await asyncio.to_thread(tail, path, tail_lines):
             if line.time_s >= since_s:
                 yield line
         return
     with watcher.subscribe(path.parent) as subscription:
-        follower = Follower(path, tail_lines=tail_lines)
+        follower = await _follower(path, tail_lines)
         try:
             for line in follower.first:
                 if line.time_s >= since_s:

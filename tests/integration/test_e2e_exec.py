@@ -170,7 +170,7 @@ def test_a_command_ends_with_its_operator_its_agent_and_its_container(real: Clus
         assert asking.stderr is not None
         assert b"broke" in asking.stderr.read()
     agent.start()
-    real.wait_node("box", "ready")
+    until(lambda: real.falctl("runner", "top", runner).returncode == 0, "the agent is back")
     assert worker_pid(runner) == pid, "the container stayed"
     with began("86461") as asking:
         assert real.falctl("runner", "kill", runner).returncode == 0

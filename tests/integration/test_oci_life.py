@@ -15,6 +15,7 @@ import pytest
 
 from contract.driver_cases import oci_missing
 from fal_contract.errors import Code, FalError
+from fal_contract.limits import LOG_LINE_BYTES_MAX
 from fal_runtime.driver import ContainerSpec, ContainerStatus, Phase, Resources
 from fal_runtime.host_image import this_layout
 from fal_runtime.oci.driver import OciDriver
@@ -154,6 +155,24 @@ def test_the_newest_lines_survive_every_rotation(state: Path) -> None:
             await driver.remove(id)
             kept = [line.text async for line in driver.logs(id, tail_lines=2, follow=False)]
             assert kept == texts[-2:]
+
+    run(main())
+
+
+def test_a_line_without_an_end_and_bytes_of_any_kind_are_harmless(state: Path) -> None:
+    code = "import os, sys\nfor _ in range(64):\n    os.write(1, b'A' * (1 << 20))\n"
+    code += "os.write(1, b'\\n' + bytes(range(256)) * 4 + b'\\n' + b'\\x1b]0;owned\\x07last\\n')"
+
+    async def main() -> None:
+        async with driver_at(state) as driver:
+            spec = python("hostile", code, log_bytes_max=1 << 20)
+            assert (await ended(driver, spec)).exit_code == 0
+            lines = [line.text async for line in driver.logs(spec.id, tail_lines=10_000, follow=False)]
+            assert lines[-1] == "\x1b]0;owned\x07last", "shown as it is; falctl makes it harmless on a terminal"
+            assert max(len(line) for line in lines) <= LOG_LINE_BYTES_MAX + 1
+            assert any("\ufffd" in line for line in lines)
+            folder = state / "containers" / spec.id / "log"
+            assert sum({path.stat().st_ino: path.stat().st_size for path in folder.iterdir()}.values()) <= 1 << 20
 
     run(main())
 
