@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from agent_fakes import assignment
-from fal_agent.launch import container_spec
+from fal_agent.launch import Devices, container_spec
 from fal_agent.ports import Places
 from fal_contract.v1 import state_pb2
+from fal_runtime.driver import Resources
 from fal_runtime.fake import FakeDriver
 
 PLACES = Places(Path("/s"), Path("/m"), Path("/r"), ("worker",))
@@ -31,3 +32,31 @@ def test_the_apps_own_environment_wins() -> None:
     env = container_spec(wish, FakeDriver(), PLACES).env
     assert env["OMP_NUM_THREADS"] == "2"
     assert env["FAL_RUNNER_ID"] == wish.runner_id
+
+
+def test_gpus_are_asked_for_by_name_and_no_variable_decides() -> None:
+    wish = assignment()
+    del wish.gpus[:]
+    wish.gpus.extend(["GPU-1", "GPU-2"])
+    wish.spec.env["NVIDIA_VISIBLE_DEVICES"] = wish.spec.env["CUDA_VISIBLE_DEVICES"] = "all"
+    granted = Devices(cdi=("nvidia.com/gpu=GPU-1", "nvidia.com/gpu=GPU-2"))
+    spec = container_spec(wish, FakeDriver(), PLACES, granted)
+    assert (spec.cdi, spec.gpu_devices) == (granted.cdi, ())
+    assert spec.env["CUDA_VISIBLE_DEVICES"] == "GPU-1,GPU-2"
+    assert spec.env["NVIDIA_VISIBLE_DEVICES"] == "void"
+    plain = container_spec(wish, FakeDriver(), PLACES, Devices(nodes=("/dev/nvidia0",)))
+    assert (plain.cdi, plain.gpu_devices) == ((), ("/dev/nvidia0",))
+    del wish.gpus[:]
+    assert container_spec(wish, FakeDriver(), PLACES).env["CUDA_VISIBLE_DEVICES"] == "", "none is not all"
+
+
+def test_limits_reach_the_container() -> None:
+    asked = state_pb2.Resources(
+        cpu_milli=1500, memory_bytes=2, pids_max=3, shm_bytes=4, open_files_max=5, locked_memory_bytes=6, io_bytes_s=7,
+        scratch_bytes=0,
+    )  # fmt: skip
+    assert container_spec(assignment(resources=asked), FakeDriver(), PLACES).resources == Resources(
+        1500, 2, 3, 5, 4, 6, 7, 0
+    )
+    plain = container_spec(assignment(resources=state_pb2.Resources(pids_max=1)), FakeDriver(), PLACES).resources
+    assert (plain.shm_bytes, plain.open_files_max, plain.scratch_bytes) == (64 << 20, 65_536, 1 << 30)
