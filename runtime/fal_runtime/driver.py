@@ -12,8 +12,8 @@ from __future__ import annotations
 import builtins
 import errno
 import re
-from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
@@ -128,6 +128,18 @@ class ContainerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepared:
+    """So many containers to have ready for specs like this one, whatever their ids, commands and environments.
+
+    `warm`: with `ContainerSpec.warm_command` running in them already.
+    """
+
+    spec: ContainerSpec
+    count: int
+    warm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ContainerStatus:
     """What is known of a container. Times are wall-clock seconds since 1970.
 
@@ -190,6 +202,13 @@ class Driver(Protocol):
 
     async def probe(self) -> Capabilities:
         """Find out by doing what works here. DRIVER_FAILED when nothing does."""
+        ...
+
+    async def prepare(self, wanted: Sequence[Prepared]) -> None:
+        """Have these ready and no others; `create` uses one that fits. Some drivers have no use for it.
+
+        DRIVER_FAILED when one cannot be made; what is ready stays.
+        """
         ...
 
     async def create(self, spec: ContainerSpec) -> None:
@@ -286,7 +305,7 @@ def check_spec(spec: ContainerSpec) -> None:
     if spec.log_bytes_max < LOG_BYTES_MIN:
         raise invalid("log_bytes_max", spec.log_bytes_max, "is too small", remedy=f"At least {LOG_BYTES_MIN}.")
     limits = spec.resources
-    for name in ("cpu_milli", "memory_bytes", "pids_max", "open_files_max", "shm_bytes"):
+    for name in (one.name for one in fields(limits)):
         if getattr(limits, name) < 0:
             raise invalid(f"resources.{name}", getattr(limits, name), "is negative", remedy="Use 0 for no limit.")
     for mount in spec.mounts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,8 @@ from fal_runtime.driver import (
     Image,
     LogLine,
     Phase,
+    Prepared,
+    Resources,
     check_model_name,
     check_spec,
     driver_failed,
@@ -87,6 +89,8 @@ class Machine:
         self.script_of: ScriptOf = script_of or (lambda _spec: Script())
         self.containers: dict[str, _Container] = {}
         self.ended: dict[str, _Container] = {}  # whose output is kept
+        self.prepared: list[Resources] = []
+        self.prepared_used = 0
         self.running_max = 0  # the most that ever ran at once
         self.images_finished: list[Image] = []  # as the driver was told
         self._pid = 1000
@@ -183,10 +187,16 @@ class FakeDriver:
             details=MappingProxyType({"note": "scripted containers in memory; nothing runs"}),
         )
 
+    async def prepare(self, wanted: Sequence[Prepared]) -> None:
+        self.machine.prepared = [one.spec.resources for one in wanted for _ in range(one.count)]
+
     async def create(self, spec: ContainerSpec) -> None:
         check_spec(spec)
         if spec.id in self.machine.containers:
             return
+        if spec.resources in self.machine.prepared:  # the fake's only notion of a shape
+            self.machine.prepared.remove(spec.resources)
+            self.machine.prepared_used += 1
         script = self.machine.script_of(spec)
         if script.create_s:
             await asyncio.sleep(script.create_s)

@@ -28,7 +28,7 @@ _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ROOT_LINKS: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _DIRECTORIES: Final = (
     *("dev", "etc", "proc", "sys", "tmp", "usr", "models", "mnt", "var/lib", "var/cache"),
-    *("run/fal", "run/secrets"),
+    *("run/fal", "run/fal-bind", "run/secrets"),
     *("opt/falctl/python", "opt/falctl/env", "opt/falctl/src/fal_runtime", "opt/falctl/src/fal_contract"),
 )
 # What programs look up and customers may see. Directories are copied with what lies in them.

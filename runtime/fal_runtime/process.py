@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +40,7 @@ from fal_runtime.driver import (
     Image,
     LogLine,
     Phase,
+    Prepared,
     check_model_name,
     check_spec,
     driver_failed,
@@ -107,6 +108,9 @@ class ProcessDriver:
                 }
             ),
         )
+
+    async def prepare(self, wanted: Sequence[Prepared]) -> None:
+        pass  # a process starts in milliseconds
 
     async def create(self, spec: ContainerSpec) -> None:
         check_spec(spec)

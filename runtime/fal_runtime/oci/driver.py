@@ -28,6 +28,7 @@ from fal_runtime.driver import (
     Image,
     LogLine,
     Phase,
+    Prepared,
     driver_failed,
     not_made,
     not_running,
@@ -37,7 +38,7 @@ from fal_runtime.ended_logs import EndedLogs
 from fal_runtime.exec_session import ExecSession, Terminal
 from fal_runtime.log_file import read_log
 from fal_runtime.network.egress import Settings as EgressSettings
-from fal_runtime.oci import leftovers, probe, processes, start, top
+from fal_runtime.oci import leftovers, prepared, probe, processes, start, top
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.exec import open_exec
 from fal_runtime.oci.place import Place
@@ -72,6 +73,7 @@ class OciDriver:
         cdi: Sequence[Path] = DIRECTORIES,
     ) -> None:
         self._place = Place(state_dir, run_dir, egress, cdi)
+        self._pool = prepared.Pool(self._place)
         self._containers, self._run = self._place.containers, self._place.run
         self._clock: Clock = clock or SystemClock()
         self._watcher = Watcher()
@@ -107,6 +109,13 @@ class OciDriver:
         finally:
             await self.remove(spec.id)
 
+    async def prepare(self, wanted: Sequence[Prepared]) -> None:
+        await self._pool.prepare(wanted, await self._mode_here())
+
+    async def _make(self, spec: ContainerSpec, mode: Mode) -> None:
+        if not await self._pool.claim(spec):
+            await start.create(self._place, spec, mode)
+
     async def create(self, spec: ContainerSpec) -> None:
         start.check(spec)
         files = ContainerFiles(self._containers / spec.id)
@@ -115,7 +124,7 @@ class OciDriver:
         if files.directory.exists():  # a creation that was interrupted
             await self.remove(spec.id)
         mode = await self._mode_here()
-        making = asyncio.create_task(start.create(self._place, spec, mode))
+        making = asyncio.create_task(self._make(spec, mode))
         try:
             await asyncio.shield(making)
             self._rotations.watch(files.paths().log)
@@ -134,7 +143,11 @@ class OciDriver:
         if record is None or self._status(id).phase is not Phase.CREATED:
             return
         try:
-            await start.start(self._place, files, record, self._clock.wall_s())
+            files.mark_started(self._clock.wall_s())
+            if record.fifo:
+                await prepared.tell(id, files, record)
+            else:
+                await start.start(self._place, files, record)
         except FalError:
             await self.kill(id)
             raise
@@ -188,6 +201,7 @@ class OciDriver:
     async def remove(self, id: str) -> None:
         files = ContainerFiles(self._containers / id)
         if not files.directory.exists():
+            files.directory.unlink(missing_ok=True)  # the link of one that was made ahead goes last
             return
         created, record = files.created(), files.record()
         if created is not None and created.boot == boot_id():
@@ -195,7 +209,9 @@ class OciDriver:
         if record is not None:
             with contextlib.suppress(FalError):  # what the runtime leaves, or never made, goes below
                 runtime = self._place.runtime(record.runtime)
-                await processes.run_command(runtime.command("delete", "--force", id), f"removal of container {id}")
+                await processes.run_command(
+                    runtime.command("delete", "--force", record.id), f"removal of container {id}"
+                )
             if created is not None and created.boot == boot_id():
                 await processes.end_of(created.conmon, created.conmon_ticks)
         self._rotations.drop(files.paths().log)
@@ -254,6 +270,7 @@ class OciDriver:
             if directory.name not in keep or ContainerFiles(directory).created() is None:
                 await self.remove(directory.name)
                 words.append(f"container {directory.name}")
+        words += await self._pool.clean()
         words += await self._place.images.clean()
         words += await asyncio.to_thread(leftovers.sweep, self._place)
         await asyncio.to_thread(self._ended.trim, self._clock.wall_s())

@@ -68,7 +68,7 @@ async def _start(
     files: ContainerFiles, runtime: Runtime, config: dict[str, Any], command: tuple[str, ...], terminal: Terminal | None
 ) -> HelperExec:
     record = files.record()
-    request = Request(runtime=runtime.command(), container=files.id, process=process(config, command, terminal))
+    request = Request(runtime=runtime.command(), container=files.runtime_id, process=process(config, command, terminal))
     return await HelperExec.start(
         f"{command[0]} in container {files.id}",
         request,

@@ -26,15 +26,21 @@ def take_away(place: Place, files: ContainerFiles, record: Record | None) -> Non
             socket_dir.remove(Path(record.socket_dir))
         if record.models_dir:
             models_dir.remove(Path(record.models_dir))
-    place.ranges.release(files.directory)
-    shutil.rmtree(files.directory)
+    directory = files.directory.resolve()  # the name of one that was made ahead is a link, and goes last
+    place.ranges.release(directory)
+    shutil.rmtree(directory)
+    if files.directory.is_symlink():
+        files.directory.unlink()
 
 
 def sweep(place: Place) -> list[str]:
     """Take away run directories and cgroups without a container; returns what was found, in words."""
     words = []
-    known = {path.name for path in place.containers.iterdir()}
-    records = [place.files(id).record() for id in known]
+    all_files = [ContainerFiles(path) for path in place.containers.iterdir()]
+    if place.prepared.exists():
+        all_files += [ContainerFiles(path) for path in place.prepared.iterdir()]
+    known = {files.id for files in all_files}
+    records = [files.record() for files in all_files]
     used = {path for record in records if record is not None for path in (record.etc, record.skeleton)}
     for path in sorted(place.run.iterdir()) if place.run.exists() else ():
         ours = (place.runtime_root, place.copied_etc, place.images.folder)

@@ -42,6 +42,7 @@ class Place:
         cdi: Sequence[Path] = DIRECTORIES,
     ) -> None:
         self.containers = state_dir / "containers"
+        self.prepared = state_dir / "prepared"
         self.containers.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.scope = hashlib.sha256(os.fsencode(state_dir.resolve())).hexdigest()[:8]
         self.run = run_dir / self.scope

@@ -52,6 +52,10 @@ class Record:
     models_dir: str = ""
     start_by_program: bool = True  # this runtime, or a hook, wants `RUNTIME start` to be executed
     image: str = ""  # its id; empty: the node's own system
+    fifo: str = ""  # where it waits for its message when it was made ahead (see `prepared`)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,11 @@ class ContainerFiles:
         self.directory = directory
         self.id = directory.name
 
+    @property
+    def runtime_id(self) -> str:
+        """How conmon and the runtime know it: another name when it was made before it had this one."""
+        return self.directory.resolve().name
+
     def paths(self) -> Paths:
         """Where conmon reads and writes."""
         d = self.directory
@@ -100,7 +109,7 @@ class ContainerFiles:
         paths = self.paths()
         for path in (self.directory, paths.bundle, paths.log.parent, paths.exits, paths.persist, paths.attach):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_whole(self.directory / "record.json", asdict(record))
+        write_whole(self.directory / "record.json", record.as_json())
 
     def record(self) -> Record | None:
         value = _read(self.directory / "record.json")
@@ -139,16 +148,19 @@ class ContainerFiles:
         # Looked at before the exit file: conmon writes that one last.
         init = same_boot and alive(created.pid, created.pid_ticks)
         conmon = same_boot and alive(created.conmon, created.conmon_ticks)
-        exit_file = self.paths().exits / self.id
+        exit_file = self.paths().exits / record.id
         if exit_file.exists():
             return self._ended(record, started_at_s, exit_file)
         reason = "" if conmon else LOG_LOST
         if init or conmon:
-            waiting = started_at_s is None or (runtime_root / self.id / "exec.fifo").exists()
-            if waiting:
-                return ContainerStatus(self.id, Phase.CREATED, created.pid, reason=reason)
+            fifo = Path(record.fifo) if record.fifo else runtime_root / record.id / "exec.fifo"
+            cgroup = Path(record.cgroup_path).name
+            if started_at_s is None or fifo.exists():
+                return ContainerStatus(self.id, Phase.CREATED, created.pid, reason=reason, cgroup=cgroup)
             oom = cgroups.oom_kills(record.cgroup_path) > 0
-            return ContainerStatus(self.id, Phase.RUNNING, created.pid, started_at_s, oom_killed=oom, reason=reason)
+            return ContainerStatus(
+                self.id, Phase.RUNNING, created.pid, started_at_s, oom_killed=oom, reason=reason, cgroup=cgroup
+            )
         reason = LOG_LOST if same_boot else REBOOTED
         oom = cgroups.oom_kills(record.cgroup_path) > 0
         return self._keep(ContainerStatus(self.id, Phase.EXITED, None, started_at_s, oom_killed=oom, reason=reason))

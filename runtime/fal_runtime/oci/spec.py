@@ -137,14 +137,20 @@ def _rlimits(spec: ContainerSpec, host: HostLayout) -> list[dict[str, Any]]:
     return [{"type": name, "soft": value, "hard": value} for name, value in limits.items()]
 
 
-def _process(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
-    env = dict(host.env) | dict(spec.env)
+def environment(spec: ContainerSpec, host_env: Mapping[str, str]) -> dict[str, str]:
+    """What the command finds in its environment; `host_env` is the image's."""
+    env = dict(host_env) | dict(spec.env)
     if spec.socket_dir is not None:
         env[SOCKET_DIR_ENV] = SOCKET_DIR_INSIDE
     if spec.models_dir is not None:
         env[MODELS_DIR_ENV] = MODELS_DIR_INSIDE
     if spec.secrets:
         env[SECRETS_DIR_ENV] = SECRETS_DIR_INSIDE
+    return env
+
+
+def _process(spec: ContainerSpec, host: HostLayout) -> dict[str, Any]:
+    env = environment(spec, host.env)
     base = 0 if host.user_namespace else host.uid_start
     user: dict[str, Any] = {"uid": base + host.uid, "gid": base + host.gid, "umask": 0o077}
     if host.gids:

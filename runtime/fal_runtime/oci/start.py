@@ -10,8 +10,9 @@ import asyncio
 import json
 import os
 import resource
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fal_contract.errors import FalError
@@ -20,7 +21,7 @@ from fal_runtime.oci import cgroups, conmon, limits, processes, rootfs, roots
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.place import Place
 from fal_runtime.oci.record import ContainerFiles, Created, Record
-from fal_runtime.oci.spec import HostLayout, build
+from fal_runtime.oci.spec import Bind, HostLayout, build
 from fal_runtime.uid_ranges import RANGE_IDS
 
 
@@ -29,17 +30,27 @@ def check(spec: ContainerSpec) -> None:
     check_spec(spec)
 
 
-async def create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a container that is made ahead has of its own (see `prepared`)."""
+
+    files: ContainerFiles
+    bind: Bind
+    fifo: str
+    make_fifo: Callable[[int], None]  # given the host id of the container's root
+
+
+async def create(place: Place, spec: ContainerSpec, mode: Mode, waiting: Waiting | None = None) -> None:
     """Make the container; its first process waits in the runtime."""
     warming = place.nursery.warm_up()  # the runtime moves processes about ten milliseconds from now
     try:
-        await _create(place, spec, mode)
+        await _create(place, spec, mode, waiting)
     finally:
         await asyncio.wait({warming})
 
 
-async def _create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
-    files = place.files(spec.id)
+async def _create(place: Place, spec: ContainerSpec, mode: Mode, waiting: Waiting | None) -> None:
+    files = waiting.files if waiting is not None else place.files(spec.id)
     uid_start = spec.uid_range_start
     if uid_start is None:
         files.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -62,10 +73,15 @@ async def _create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
         models_dir=str(spec.models_dir or ""),
         start_by_program=Path(mode.program).name != "runc" or any(hook.name == "poststart" for hook in edits.hooks),
         image=spec.image.id if spec.image is not None else "",
+        fifo=waiting.fifo if waiting is not None else "",
     )
     files.make(record)
     userns_fd = await place.userns.get(uid_start) if mode.user_namespace else None
     root = await roots.make_root(place, run_dir, spec, skeleton, etc, uid_start=uid_start, userns_fd=userns_fd)
+    binds = root.binds
+    if waiting is not None:
+        waiting.make_fifo(uid_start)
+        binds = (*binds, waiting.bind)
     network = await asyncio.to_thread(place.egress.open, spec.id, spec.egress) if spec.network == "egress" else None
     host = HostLayout(
         rootfs=root.path,
@@ -76,7 +92,7 @@ async def _create(place: Place, spec: ContainerSpec, mode: Mode) -> None:
         cgroup_v2=cgroups.mode() == "v2",
         open_files_max=_open_files_max(),
         env=root.env,
-        binds=root.binds if network is None else (*root.binds, rootfs.bind_resolv_conf(network.resolv_conf)),
+        binds=binds if network is None else (*binds, *rootfs.network_binds(network)),
         netns=str(network.netns) if network is not None else "",
         devices=rootfs.devices(spec.gpu_devices),
         limits=limits.read(io=spec.resources.io_bytes_s > 0),
@@ -98,13 +114,17 @@ def _open_files_max() -> int:
     return 1 << 20 if hard == resource.RLIM_INFINITY else hard
 
 
-async def start(place: Place, files: ContainerFiles, record: Record, now_s: float) -> None:
+async def start(place: Place, files: ContainerFiles, record: Record) -> None:
     """Let the first process go on to its command; DRIVER_FAILED when it cannot."""
-    files.mark_started(now_s)
     if record.start_by_program:
         command = place.runtime(record.runtime).command("start", record.id)
         await processes.run_command(command, f"start of container {record.id}")
         return
+    await let_go(place, files, record)
+
+
+async def let_go(place: Place, files: ContainerFiles, record: Record) -> None:
+    """The first process leaves the runtime and executes its command."""
     await _release(record.id, place.runtime_root / record.id / "exec.fifo", files.created())
 
 

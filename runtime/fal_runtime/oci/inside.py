@@ -1,0 +1,42 @@
+"""Looks at files as a container sees them, without following a link out of it (openat2 with RESOLVE_IN_ROOT)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+from typing import Final
+
+_SYS_OPENAT2: Final = 437  # the same on every architecture
+_RESOLVE_NO_MAGICLINKS: Final = 0x02
+_RESOLVE_IN_ROOT: Final = 0x10
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def has_program(pid: int, name: str, path: str) -> bool:
+    """Would process `pid` find an executable file when it runs `name` with this $PATH?"""
+    candidates = [name] if "/" in name else [f"{part}/{name}" for part in path.split(":") if part]
+    try:
+        root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return any(candidate.startswith("/") and _executable(root, candidate) for candidate in candidates)
+    finally:
+        os.close(root)
+
+
+def _executable(root: int, path: str) -> bool:
+    how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    fd = _libc.syscall(_SYS_OPENAT2, root, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    if fd < 0:
+        return False
+    try:
+        mode = os.fstat(fd).st_mode
+        return stat.S_ISREG(mode) and bool(mode & 0o111)
+    finally:
+        os.close(fd)

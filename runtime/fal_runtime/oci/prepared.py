@@ -1,0 +1,266 @@
+"""Containers that were made before anybody wanted them, and how one becomes the container that somebody wants.
+
+A prepared container is created and started like any other, by the same code, but for its first process: a shell (or a
+worker without a model, `ContainerSpec.warm_command`) that waits to read one message from a FIFO that only the host can
+write. Binding it shows its socket directory where the spec wants it and names it in STATE/containers by a link;
+starting it writes the message. It is used once.
+
+    STATE/prepared/POOL_ID   like STATE/containers/ID, and `go`, the message of a bound one
+    RUN/SCOPE/POOL_ID        mounts, with the tmpfs of its socket and models directories, and bind/go, the FIFO
+
+Invariant: the link is made last, so one that was claimed when the agent was killed is either a whole container or is
+found unlinked and taken away. Which containers can be prepared is `fits`: nothing of their isolation may depend on who
+they become. Called by the oci driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import json
+import os
+import shlex
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from fal_contract.errors import FalError
+from fal_runtime import socket_dir
+from fal_runtime.driver import ContainerSpec, Prepared, driver_failed
+from fal_runtime.oci import leftovers, mounts, processes, start
+from fal_runtime.oci.conmon import Mode
+from fal_runtime.oci.inside import has_program
+from fal_runtime.oci.place import Place
+from fal_runtime.oci.record import ContainerFiles, Created, Record, alive
+from fal_runtime.oci.spec import Bind, environment
+from fal_runtime.process_supervisor import write_whole
+
+ID_PREFIX: Final = "pool-"
+BIND_DIR_INSIDE: Final = "/run/fal-bind"
+GO_INSIDE: Final = f"{BIND_DIR_INSIDE}/go"
+WAITER: Final = ("/bin/sh", "-c", f". {GO_INSIDE}")
+MESSAGE_BYTES_MAX: Final = 512 << 10  # fits into a pipe at once
+READER_TIMEOUT_S: Final = 10.0  # until a waiter that was just made reads
+_READER_POLL_S: Final = 0.002
+_SHAPE_PATH: Final = Path("/")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """One that waits. `shape` is `shape_of` the specs that it can become."""
+
+    files: ContainerFiles
+    shape: ContainerSpec
+    created: Created
+
+
+def fits(spec: ContainerSpec) -> bool:
+    """Can containers of this shape be prepared?"""
+    plain = spec.image is None and spec.network == "none" and spec.uid_range_start is None
+    theirs = spec.mounts or spec.gpu_devices or spec.cdi or spec.secrets or spec.privileges
+    return plain and spec.socket_dir is not None and not theirs
+
+
+def shape_of(spec: ContainerSpec, *, warm: bool) -> ContainerSpec:
+    """The spec without what binding decides: specs of equal shapes can use the same prepared container."""
+    return replace(
+        spec,
+        id="shape",
+        command=("shape",),
+        env=MappingProxyType({}),
+        socket_dir=_SHAPE_PATH,
+        models_dir=_SHAPE_PATH if spec.models_dir is not None else None,
+        warm_command=spec.warm_command if warm else (),
+    )
+
+
+def message(spec: ContainerSpec, env: dict[str, str], *, warm: bool) -> bytes:
+    """What the waiting process reads: a script for the shell, {"env", "argv"} for a warm worker."""
+    if warm:
+        return json.dumps({"env": env, "argv": list(spec.command)}).encode() + b"\n"
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(env.items()))
+    return f"unset PWD OLDPWD\n{exports}exec {shlex.join(spec.command)}\n".encode()
+
+
+class Pool:
+    """What is ready, and what is wanted; see the module's docstring. Belongs to one event loop."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._folder = place.prepared
+        self._ready: list[_Ready] = []
+        self._changing = asyncio.Lock()
+
+    async def prepare(self, wanted: Sequence[Prepared], mode: Mode) -> None:
+        """Have so many ready of each, and no others. DRIVER_FAILED when one cannot be made."""
+        if mode.program and Path(mode.program).name != "runc":
+            return
+        async with self._changing:
+            counts = [(shape_of(w.spec, warm=w.warm), w) for w in wanted if fits(w.spec)]
+            left = [shape for shape, w in counts for _ in range(w.count)]
+            surplus = []
+            for ready in self._ready:
+                if ready.shape in left and alive(ready.created.pid, ready.created.pid_ticks):
+                    left.remove(ready.shape)
+                else:
+                    surplus.append(ready)
+            for ready in surplus:
+                self._ready.remove(ready)
+                await self._discard(ready.files)
+            for shape in left:
+                await self._add(shape, mode)
+
+    async def claim(self, spec: ContainerSpec) -> bool:
+        """Make a prepared container become `spec`, not yet started; False when none fits, and nothing has changed."""
+        if not fits(spec):
+            return False
+        for warm in (True, False):
+            shape = shape_of(spec, warm=warm)
+            if warm and not shape.warm_command:
+                continue
+            for ready in [r for r in self._ready if r.shape == shape]:
+                if not warm and not has_program(ready.created.pid, spec.command[0], self._env(spec).get("PATH", "")):
+                    return False  # the cold way says what is missing
+                self._ready.remove(ready)
+                if await self._bound(ready, spec, warm=warm):
+                    return True
+        return False
+
+    async def clean(self) -> list[str]:
+        """Take away all that nobody's link names and we do not hold; returns what, in words."""
+        held = {ready.files.id for ready in self._ready}
+        bound = {Path(os.readlink(path)).name for path in self._place.containers.iterdir() if path.is_symlink()}
+        words = []
+        for directory in sorted(self._folder.iterdir()) if self._folder.exists() else ():
+            if directory.name not in bound | held:
+                await self._discard(ContainerFiles(directory))
+                words.append(f"prepared container {directory.name}")
+        return words
+
+    def _env(self, spec: ContainerSpec) -> dict[str, str]:
+        return environment(spec, self._place.layout.env)
+
+    async def _add(self, shape: ContainerSpec, mode: Mode) -> None:
+        id = f"{ID_PREFIX}{os.urandom(6).hex()}"
+        files, run_dir = ContainerFiles(self._folder / id), self._place.run / id
+        bind = run_dir / "bind"
+        spec = replace(
+            shape,
+            id=id,
+            command=shape.warm_command or WAITER,
+            socket_dir=run_dir / "socket",
+            models_dir=run_dir / "models" if shape.models_dir is not None else None,
+        )
+        more = Bind(bind, BIND_DIR_INSIDE, ("bind", "ro", "nosuid", "nodev", "noexec"))
+
+        def make_fifo(uid_start: int) -> None:
+            bind.mkdir(parents=True, exist_ok=True, mode=0o755)
+            os.mkfifo(bind / "go", 0o400)
+            os.chown(bind / "go", uid_start, uid_start)
+
+        try:
+            fifo = str(bind / "go")
+            await start.create(self._place, spec, mode, start.Waiting(files, more, fifo, make_fifo))
+            record, created = files.record(), files.created()
+            assert record is not None
+            assert created is not None
+            await start.let_go(self._place, files, record)
+        except BaseException:
+            await asyncio.shield(self._discard(files))
+            raise
+        self._ready.append(_Ready(files, shape, created))
+
+    async def _bound(self, ready: _Ready, spec: ContainerSpec, *, warm: bool) -> bool:
+        try:
+            if alive(ready.created.pid, ready.created.pid_ticks):
+                await asyncio.to_thread(self._bind, ready.files, spec, message(spec, self._env(spec), warm=warm))
+                return True
+        except (FalError, OSError):
+            pass  # it is made the cold way, which says what is wrong if that fails, too
+        await self._discard(ready.files)
+        return False
+
+    def _bind(self, files: ContainerFiles, spec: ContainerSpec, text: bytes) -> None:
+        """A few dozen system calls, of which the last makes it the container."""
+        record = files.record()
+        assert record is not None
+        assert spec.socket_dir is not None
+        if len(text) > MESSAGE_BYTES_MAX:
+            raise driver_failed(f"command and environment of {spec.id} are too long", remedy="Shorten them.")
+        socket_dir.check_path(spec.socket_dir)
+        write_whole(files.directory / "record.json", {**record.as_json(), "socket_dir": str(spec.socket_dir)})
+        config_file = files.paths().bundle / "config.json"
+        config = json.loads(config_file.read_text())
+        config["process"]["args"] = list(spec.command)  # `exec` reads it
+        config["process"]["env"] = [f"{name}={value}" for name, value in sorted(self._env(spec).items())]
+        write_whole(config_file, config)
+        (files.directory / "go").write_bytes(text)
+        spec.socket_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tree_fd = mounts.open_tree(Path(record.run_dir) / "socket")  # with the mount's flags: nosymfollow and the rest
+        try:
+            mounts.move_mount(tree_fd, spec.socket_dir)
+        finally:
+            os.close(tree_fd)
+        (self._place.containers / spec.id).symlink_to(Path("..") / self._folder.name / files.id)
+
+    async def _discard(self, files: ContainerFiles) -> None:
+        record, created = files.record(), files.created()
+        if created is not None:
+            processes.send_signal(created.pid, created.pid_ticks, signal.SIGKILL)
+        if record is not None:
+            with suppress(FalError):  # what the runtime leaves, or never made, goes below
+                command = self._place.runtime(record.runtime).command("delete", "--force", record.id)
+                await processes.run_command(command, f"removal of prepared container {record.id}")
+        if created is not None:
+            await processes.end_of(created.conmon, created.conmon_ticks)
+        if files.directory.exists():
+            await asyncio.to_thread(leftovers.take_away, self._place, files, record)
+
+
+async def tell(id: str, files: ContainerFiles, record: Record) -> None:
+    """Send a bound container its message. DRIVER_FAILED when it does not wait."""
+    created, fifo = files.created(), Path(record.fifo)
+    assert created is not None
+    text = (files.directory / "go").read_bytes()
+    try:
+        async with asyncio.timeout(READER_TIMEOUT_S):
+            while not _written(fifo, text):
+                if not alive(created.pid, created.pid_ticks):
+                    raise driver_failed(
+                        f"start of container {id} failed: its first process has ended", remedy="Look at its log."
+                    )
+                if not text.startswith(b"{") and not _shell_waits(created.pid):
+                    break  # told before, by an agent that was killed before it could take the FIFO away
+                await asyncio.sleep(_READER_POLL_S)
+    except TimeoutError:
+        raise driver_failed(
+            f"start of container {id} failed: it did not wait for its command", remedy="Look at the machine's load."
+        ) from None
+    fifo.unlink(missing_ok=True)
+
+
+def _shell_waits(pid: int) -> bool:
+    with suppress(OSError):
+        return GO_INSIDE.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def _written(fifo: Path, text: bytes) -> bool:
+    """Write all at once; False while nobody reads."""
+    try:
+        fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return False
+        raise driver_failed(f"{fifo}: {error.strerror}", remedy="Look at the container's log.") from error
+    try:
+        if len(text) > 4096:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 2 * MESSAGE_BYTES_MAX)
+        return os.write(fd, text) == len(text)
+    finally:
+        os.close(fd)
