@@ -159,8 +159,13 @@ async def _follower(path: Path, tail_lines: int) -> Follower:
     try:
         return await asyncio.shield(making)
     except asyncio.CancelledError:
-        making.add_done_callback(lambda made: made.cancelled() or made.exception() or made.result().close())
+        making.add_done_callback(_close_unwanted)
         raise
+
+
+def _close_unwanted(made: asyncio.Task[Follower]) -> None:
+    if not made.cancelled() and made.exception() is None:
+        made.result().close()
 
 
 async def read_log(
