@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from contract.driver_cases import oci_missing
-from egress_world import METADATA, NODE, NODE_PRIVATE, PRIVATE, PUBLIC, TRY, World, world
+from egress_world import METADATA, NAMES, NODE, NODE_PRIVATE, PRIVATE, PUBLIC, TRY, World, world
 from fal_agent.probe import UnixProber
 from fal_contract.errors import Code, FalError
 from fal_runtime import host_image
@@ -104,6 +104,30 @@ def test_a_container_reaches_what_its_policy_names_and_nothing_of_the_node(here:
     left = [*everything.items(), *only.items(), *denied.items(), *bold.items()]
     assert [(target, what) for target, what in left if not what.startswith(NO)] == []
     assert any(target.startswith(other) for target, _ in left)
+
+
+@pytest.mark.oci
+@pytest.mark.skipif(bool(oci_missing()), reason="no containers here")
+def test_a_container_sees_its_own_interfaces_and_the_nodes_name_servers(here: World, tmp_path: Path) -> None:
+    look = "ls /sys/class/net; cat /etc/resolv.conf; echo 1 > /sys/class/net/eth0/mtu; grep -cv lo /proc/net/if_inet6"
+    spec = ContainerSpec("look", ("/bin/sh", "-c", f"({look}) 2>&1; ip link del eth0 2>&1; exit 0"), network="egress")
+
+    async def main() -> list[str]:
+        driver = OciDriver(tmp_path / "state", run_dir=tmp_path / "run")
+        try:
+            await driver.create(spec)
+            await driver.start(spec.id)
+            await driver.wait(spec.id)
+            return [line.text async for line in driver.logs(spec.id, tail_lines=50, follow=False)]
+        finally:
+            await driver.clean(frozenset())
+            driver.close()
+
+    eth0, lo, server, search, write, inet6, delete = here.run(main())
+    assert [eth0, lo, server, search] == ["eth0", "lo", f"nameserver {NAMES}", "search example"]
+    assert "Read-only" in write or "Permission denied" in write
+    assert inet6 == "0", "no IPv6 that a packet could leave by"
+    assert "Operation not permitted" in delete
 
 
 def _address(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
     RUN/net-SCOPE/netns/ID   the namespace      RUN/net-SCOPE/resolv/ID   its resolv.conf
     RUN/net-SCOPE/ipam/      leases (host-local, one file an address)     RUN/net-SCOPE/result/ID  what the plugin said
+    RUN/net-SCOPE/sys/ID     sysfs of the namespace
     RUN/egress-forwarded-before   whether the node was a router before any agent came
 
 Invariants: a namespace has a name only when it is made, and is handed out only with its rules in force; whatever a
@@ -31,6 +32,7 @@ from fal_runtime.network.namespaces import command
 from fal_runtime.network.node_view import IP_FORWARD, NodeView, look
 from fal_runtime.network.policy import Jump, Network, Node
 from fal_runtime.network.subnets import claim
+from fal_runtime.oci import mounts
 
 SUBNET_DEFAULT: Final = "10.222.0.0/16"
 PLUGIN_FOLDERS: Final = ("/usr/lib/cni", "/opt/cni/bin")
@@ -38,7 +40,8 @@ NETWORK_NAME: Final = "fal-egress"
 PROBE_ID: Final = "falctl-probe-net"
 # IPv6 is off but on loopback; a server may listen on any port of its own namespace.
 SYSCTLS: Final = {"ipv6/conf/default/disable_ipv6": "1", "ipv4/ip_unprivileged_port_start": "0"}
-_NAMED: Final = ("netns", "result", "resolv")  # folders with an entry for each container
+_NAMED: Final = ("netns", "result", "resolv", "sys")  # folders with an entry for each container
+_SYS_FLAGS: Final = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
 _WAIT: Final = ("-w", "10")  # seconds for others who change rules
 
 
@@ -56,6 +59,7 @@ class NetworkSetup:
 
     netns: Path
     resolv_conf: Path
+    sysfs: Path  # as seen from this network; the container's user namespace may not mount one
     address: str
 
 
@@ -115,7 +119,10 @@ class EgressNetwork:
         resolv_conf = self._folder / "resolv" / id
         resolv_conf.write_text(policy.resolv_conf_inside(view.resolvers, view.resolv_conf))
         resolv_conf.chmod(0o644)
-        return NetworkSetup(self.netns(id), resolv_conf, address)
+        sysfs = self._folder / "sys" / id
+        sysfs.mkdir(exist_ok=True, mode=0o700)
+        namespaces.inside(self.netns(id), lambda: mounts.mount("falctl-sys", sysfs, "sysfs", _SYS_FLAGS))
+        return NetworkSetup(self.netns(id), resolv_conf, sysfs, address)
 
     def check(self, id: str) -> None:
         """Raise DRIVER_FAILED unless the network of `id` is as `open` left it."""
@@ -132,6 +139,9 @@ class EgressNetwork:
                 self._plugins(self._whole, 0).delete(Attachment(id, netns), self._said(id))
         namespaces.delete(netns)
         self._release(lambda holder: holder != id)
+        mounts.unmount_all(self._folder / "sys" / id)
+        with contextlib.suppress(FileNotFoundError):
+            (self._folder / "sys" / id).rmdir()
         (self._folder / "result" / id).unlink(missing_ok=True)
         resolv_conf.unlink(missing_ok=True)
         return True

@@ -25,6 +25,7 @@ from fal_runtime.driver import (
     Mount,
     driver_failed,
 )
+from fal_runtime.network.egress import NetworkSetup
 from fal_runtime.oci import mounts
 from fal_runtime.oci.spec import Bind, DeviceNode
 
@@ -96,6 +97,12 @@ def binds(run_dir: Path, spec: ContainerSpec) -> tuple[Bind, ...]:
     if spec.network == "host":
         found.append(bind_resolv_conf(Path("/etc/resolv.conf")))
     return tuple(found)
+
+
+def network_binds(network: NetworkSetup) -> tuple[Bind, ...]:
+    """What a container sees of a network that was made for it: its name servers, and sysfs."""
+    sysfs = Bind(network.sysfs, "/sys", ("bind", "ro", "nosuid", "nodev", "noexec"))
+    return bind_resolv_conf(network.resolv_conf), sysfs
 
 
 def bind_resolv_conf(source: Path) -> Bind:
