@@ -167,6 +167,8 @@ def torch_layout(folder: Path) -> Path:
         "markupsafe",
     )
     found = [site / name for name in (*packages, "typing_extensions.py") if (site / name).exists()]
+    for shared in sorted((stdlib / "lib-dynload").glob("*.so")):
+        _with_libraries(shared, stage, itself=False)
     for shared in sorted((site / "torch").glob("lib/*.so*")) if (site / "torch").exists() else []:
         _with_libraries(shared, stage, itself=False)
     _run("umoci", "insert", "--image", image, str(stage), "/")
