@@ -124,6 +124,8 @@ _ATTESTED_BY = {
     "version": "every range came under one version of the origin's file; it does not publish the digest of each",
     "read": "the scheduler read the folder",
     "push": "an operator's upload",
+    "build": "a build task of this cluster left it",
+    "pack": "a task of this cluster packed it",
 }
 
 

@@ -1275,8 +1275,8 @@ class Model(_message.Message):
     """`uri` with moving names replaced by what they meant when it was registered: a commit."""
     attestation: _builtins.str
     """How the content became known: "digests" (the origin published them, and they were confirmed), "version" (every
-    range came under one version of the origin's file), "read" (the scheduler read the folder itself), "push" or "build"
-    (a task that the scheduler ran left it).
+    range came under one version of the origin's file), "read" (the scheduler read the folder itself), "push", "build"
+    (a task that the scheduler ran left it) or "pack" (the same, of an image).
     """
     attested_by: _builtins.str
     """Who told the content: "scheduler", a node's id, or an operator's name."""
