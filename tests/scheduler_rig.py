@@ -96,6 +96,7 @@ class Agent:
         self.gateways: agent_pb2.GatewaySet | None = None
         self.revoked: list[str] = []
         self.logs: list[str] = ["first line", "second line"]
+        self.log_error = ""
         self.features: tuple[str, ...] = ()
         self.on_assignment: Callable[[agent_pb2.Assignment], agent_pb2.RunnerStatus | None] = self._obey
         self._leader = leader
@@ -192,7 +193,8 @@ class Agent:
             self.gateways = message.gateways
         elif kind == "log_request" and not message.log_request.cancel:
             lines = [agent_pb2.LogLine(stream="stdout", text=text) for text in self.logs]
-            chunk = agent_pb2.LogChunk(id=message.log_request.id, lines=lines, end=not message.log_request.follow)
+            end = bool(self.log_error) or not message.log_request.follow
+            chunk = agent_pb2.LogChunk(id=message.log_request.id, lines=lines, end=end, error=self.log_error)
             self._say(agent_pb2.AgentMessage(log_chunk=chunk))
 
     def _take(self, assignments: object) -> None:

@@ -49,7 +49,15 @@ WRONG: dict[str, list[tuple[str, int, str]]] = {
     ],
     "runner list": [("--app Bad_Name", 1, "Bad_Name")],
     "runner show": [("nothing", 1, "nothing"), ("a/b/c", 1, "b/c")],
-    "runner logs": [("nothing", 1, "nothing"), ("here --tail x", 2, "--tail")],
+    "runner logs": [
+        ("nothing", 1, "nothing"),
+        ("here --tail x", 2, "--tail"),
+        ("here --since soon", 1, "--since"),
+        ("here --since 2026-99-01", 1, "--since"),
+    ],
+    "runner exec": [("nothing -- true", 1, "nothing"), ("here", 2, "command"), ("here --tty -- true", 1, "--tty")],
+    "runner shell": [("nothing", 1, "nothing"), ("here --tty", 1, "--tty")],
+    "runner top": [("nothing", 1, "nothing"), ("here --every x", 2, "--every")],
     "runner stop": [("nothing", 1, "nothing")],
     "runner kill": [("nothing", 1, "nothing")],
     "weights add": [

@@ -388,8 +388,17 @@ def test_logs_stop_and_crash(tmp_path: Path) -> None:
             assert "the worker exited" in view.reason
             assert list(view.status.log_tail) == ["Traceback", "ValueError: no weights"]
             assert view.backoff_until_s > leader.clock.wall_s()
-            tail = [x async for x in runners.runner_logs(leader, cluster_pb2.RunnerLogsRequest(id=view.runner.id))]
-            assert [line.text for line in tail[0].lines] == ["Traceback", "ValueError: no weights"]
+
+            async def output() -> list[str]:
+                chunks = runners.runner_logs(leader, cluster_pb2.RunnerLogsRequest(id=view.runner.id))
+                return [line.text async for chunk in chunks for line in chunk.lines]
+
+            assert await output() == ["first line", "second line"], "what its node has kept"
+            agent.logs, agent.log_error = [], "it does not exist"
+            assert await output() == ["Traceback", "ValueError: no weights"], "what it told"
+            agent.hang_up()
+            await eventually(lambda: not leader.sessions.connected("n1"))
+            assert await output() == ["Traceback", "ValueError: no weights"]
 
     api_test(tmp_path, test)
 

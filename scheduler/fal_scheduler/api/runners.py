@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from fal_contract.errors import Code, FalError, not_found
 from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
@@ -65,25 +65,33 @@ def _ended(leader: Leadership, runner_id: str) -> cluster_pb2.RunnerView:
     return cluster_pb2.RunnerView(runner=state_pb2.Runner(id=runner_id, node=placed.facts["node"]))
 
 
+def _node_of_last_life(leader: Leadership, runner_id: str) -> str:
+    """The connected node on which a runner that waits for its next try ran last; empty: none."""
+    placed = leader.feed.latest("RUNNER_PLACED", runner_id)
+    node_id = placed.facts["node"] if placed is not None else ""
+    return node_id if node_id and leader.sessions.connected(node_id) else ""
+
+
 async def runner_logs(leader: Leadership, request: cluster_pb2.RunnerLogsRequest) -> AsyncIterator[agent_pb2.LogChunk]:
     """A runner's output, from its node, also when it has ended. NOT_FOUND, UNAVAILABLE (the node is silent)."""
     try:
         view = find_runner(leader.view, request.id)
     except FalError:
         view = _ended(leader, request.id)
-    if not view.runner.node:
-        tail = view.status.log_tail if view.HasField("status") else ()
+    node_id = view.runner.node or _node_of_last_life(leader, request.id)
+    tail: Sequence[str] = view.status.log_tail if not view.runner.node and view.HasField("status") else ()
+    last = agent_pb2.LogChunk(lines=[agent_pb2.LogLine(stream="stdout", text=text) for text in tail], end=True)
+    if not node_id:
         if not tail:
             raise FalError(
                 Code.FAILED_PRECONDITION,
                 f"runner {request.id!r} has no output: {view.reason}",
                 remedy="Wait until it is on a node.",
             )
-        lines = [agent_pb2.LogLine(stream="stdout", text=text) for text in tail]
-        yield agent_pb2.LogChunk(lines=lines, end=True)
+        yield last
         return
     chunks = leader.sessions.logs.follow(
-        view.runner.node,
+        node_id,
         request.id,
         tail_lines=min(request.tail_lines, TAIL_LINES_MAX),
         follow=request.follow,
@@ -91,4 +99,5 @@ async def runner_logs(leader: Leadership, request: cluster_pb2.RunnerLogsRequest
         request_id=request.request_id,
     )
     async for chunk in chunks:
-        yield chunk
+        yield last if tail and chunk.error else chunk  # its node keeps nothing of it any more
+        tail = ()
