@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from google.protobuf.message import DecodeError
 
-from fal_contract.artifact import Artifact, attestation_text, from_manifest, listing_id
+from fal_contract.artifact import Artifact, attestation_text, from_manifest, listing_id, signed_by
 from fal_contract.cache_key import OUTPUT_URI
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import BUILD_MANIFEST_BYTES_MAX
@@ -121,9 +121,12 @@ class ImagePacks:
         finally:
             del self._awaited[key]
         artifact = await asyncio.to_thread(from_manifest, manifest)
-        if not artifact.attested or artifact.signature or replace(artifact, hashes=None) != listing:
+        unsigned = replace(artifact, signature=b"")  # a cache that had it before tells it as it was signed then
+        if not artifact.attested or replace(unsigned, hashes=None) != listing:
             raise _bad("its node's cache holds something else than what its end told")
-        return artifact
+        if artifact.signature and not signed_by(self._ca.public_key, artifact.signature, attestation_text(artifact)):
+            raise _bad("its node's cache tells digests that another cluster has signed")
+        return unsigned
 
     async def _take(self, runner: Runner, task: BuildTask, artifact: Artifact, facts: ImageFacts) -> None:
         signed = replace(artifact, signature=self._ca.sign(attestation_text(artifact)))

@@ -350,6 +350,19 @@ def test_an_image_in_use_stays_and_one_that_is_not_goes_from_the_nodes(tmp_path:
     with_packer(tmp_path, body)
 
 
+def test_an_image_is_added_again_while_a_node_still_has_it_as_it_was_signed(tmp_path: Path) -> None:
+    async def body(leader: Leadership, node: Packer) -> None:
+        made = image()
+        await node.packed(leader, made)
+        node.holds[made.id] = from_manifest(leader.models.manifest_of(made.id))
+        assert node.holds[made.id].signature
+        await images.remove_model(leader, cluster_pb2.RemoveModelRequest(id=ID), ACTOR)
+        await node.packed(leader, made)
+        assert seen(leader).state == "ready"
+
+    with_packer(tmp_path, body)
+
+
 def test_an_artifact_that_another_name_needs_is_not_dropped(tmp_path: Path) -> None:
     async def body(leader: Leadership, node: Packer) -> None:
         made = image()
