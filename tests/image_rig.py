@@ -147,8 +147,9 @@ def torch_layout(folder: Path) -> Path:
     python = Path(sys.executable).resolve()
     stdlib = Path(sysconfig.get_path("stdlib"))
     stage = folder.with_name(f"{folder.name}-base")
-    for path in (Path("/bin/sh"), Path("/bin/ls"), Path("/bin/cat"), Path("/usr/bin/env"), python):
+    for path in (Path("/bin/sh"), Path("/bin/ls"), Path("/bin/cat"), Path("/usr/bin/env")):
         _with_libraries(path, stage)
+    _with_libraries(python, stage, itself=False)
     (stage / "usr/local/bin").mkdir(parents=True)
     shutil.copy2(python, stage / "usr/local/bin/python3")
     (stage / "tmp").mkdir(mode=0o1777)
