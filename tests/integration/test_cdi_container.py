@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Coroutine, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from driver_tree import UUIDS, VERSION, make_tree
 from fal_contract.errors import Code, FalError
 from fal_runtime import host_image
 from fal_runtime.cdi.driver_tree import find_driver, write_specification
+from fal_runtime.cdi.model import Edits, NodeEdit
 from fal_runtime.cdi.nvidia import INSIDE, Gpu, qualified
+from fal_runtime.cdi.reader import Reader, complete
+from fal_runtime.cdi.registry import split
 from fal_runtime.driver import ContainerSpec, Resources
-from fal_runtime.oci import cgroups
+from fal_runtime.oci import attach, cgroups, rootfs
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.driver import OciDriver
+from fal_runtime.oci.spec import DeviceNode
 from image_folders import image_of, make_folder, tools_missing
 
 pytestmark = [
@@ -273,3 +278,80 @@ def test_an_image_cannot_lead_the_drivers_files_out_of_it(driver: OciDriver, tmp
 
     assert run(main()) == [f"libcuda {VERSION}"]
     assert os.listdir(outside) == []
+
+
+WAIT = """
+import json, os, time
+def named():
+    return sorted(name for name in os.listdir("/dev") if name.startswith("nvidia"))
+print(json.dumps({"before": named()}), flush=True)
+while not os.path.islink("/dev/nvidia1"):
+    time.sleep(0.01)
+def opened(path):
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+        return 0
+    except OSError as error:
+        return error.errno
+for _ in range(500):
+    if opened("/dev/nvidia1") == 0:
+        break
+    time.sleep(0.01)
+def removed(path):
+    try:
+        os.unlink(path)
+        return 0
+    except OSError as error:
+        return error.errno
+print(json.dumps({
+    "after": named(), "one": opened("/dev/nvidia1"),
+    "cap": opened("/dev/nvidia-caps/nvidia-cap1"), "folder": sorted(os.listdir("/dev/fal")),
+    "removed": removed("/dev/fal/nvidia1"),
+}), flush=True)
+"""
+
+
+def test_a_live_container_gets_a_gpu(driver: OciDriver, cdi: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """What its devices share is there from the start; nodes come when it is known which."""
+    folder = tmp_path / "devices"
+    shared, own = split([qualified(UUIDS[1])], Reader((cdi,)).registry())
+    assert [node.path for node in own.nodes] == ["/dev/nvidia1"]
+    assert own == Edits(nodes=own.nodes), "nothing that a live container could not get"
+    as_made, real = complete(shared, user_namespace=True), rootfs.binds
+    monkeypatch.setattr(driver._place, "edits", lambda spec, **more: as_made)
+    monkeypatch.setattr(rootfs, "binds", lambda *given: (*real(*given), attach.bind(folder)))
+    waiter = ContainerSpec(f"cdi-{os.urandom(4).hex()}", (PYTHON, "-c", WAIT), uid_range_start=0x7F00_0000)
+    attach.open_folder(folder, owner_uid=0x7F00_0000)
+    attach.open_folder(folder, owner_uid=0x7F00_0000)
+
+    async def main() -> list[Any]:
+        await driver.create(waiter)
+        await driver.start(waiter.id)
+        seen: list[Any] = []
+        async with aclosing(driver.logs(waiter.id, tail_lines=9, follow=True)) as lines:
+            async for line in lines:
+                seen.append(json.loads(line.text))
+                if len(seen) == 1:
+                    status = await driver.status(waiter.id)
+                    assert status is not None
+                    cap = NodeEdit("/dev/nvidia-caps/nvidia-cap1", kind="c", major=1, minor=5)
+                    nodes = [cap, *complete(own, user_namespace=True).nodes]
+                    held = [DeviceNode(node.path, "c", node.major or 0, node.minor or 0) for node in as_made.nodes]
+                    for _ in range(2):  # again changes nothing
+                        attach.attach(
+                            folder, nodes, pid=status.pid or 0, cgroup_path=driver._place.cgroup_path(waiter.id),
+                            owner_uid=0x7F00_0000, held=held,
+                        )  # fmt: skip
+        await driver.remove(waiter.id)
+        return seen
+
+    try:
+        before, after = run(main())
+    finally:
+        attach.close_folder(folder)
+    assert before == {"before": ["nvidia-uvm", "nvidiactl"]}
+    assert after["after"] == ["nvidia-caps", "nvidia-uvm", "nvidia1", "nvidiactl"]
+    assert (after["one"], after["cap"]) == (0, 0)
+    assert after["folder"] == ["nvidia-caps", "nvidia1"]
+    assert after["removed"] in (errno.EROFS, errno.EACCES)
+    assert not folder.exists()

@@ -67,6 +67,31 @@ def resolve(names: Sequence[str], registry: Registry) -> Edits:
     INVALID for what is no name, NOT_FOUND for what no file has, FAILED_PRECONDITION for what files disagree about.
     """
     edits, seen = Edits(), set[str]()
+    for file, device in _found(names, registry):
+        if file.path not in seen:
+            seen.add(file.path)
+            edits += file.specification.edits
+        edits += device.edits
+    return edits
+
+
+def split(names: Sequence[str], registry: Registry) -> tuple[Edits, Edits]:
+    """`resolve` in two parts: what all devices of the same files need, and what is these devices' own.
+
+    A container that was made ahead has the first, and can get the second while it runs if that is nodes alone.
+    """
+    shared, own, seen = Edits(), Edits(), set[str]()
+    for file, device in _found(names, registry):
+        if file.path not in seen:
+            seen.add(file.path)
+            shared += file.specification.edits
+        own += device.edits
+    return shared, own
+
+
+def _found(names: Sequence[str], registry: Registry) -> list[tuple[File, Device]]:
+    """The devices with these names, each once; raises as `resolve` says."""
+    devices = []
     for name in dict.fromkeys(names):
         parse_name(name)
         if paths := registry.conflicts.get(name):
@@ -79,9 +104,5 @@ def resolve(names: Sequence[str], registry: Registry) -> Edits:
         if found is None:
             known = sorted(registry.devices)[:_NAMED_MAX]
             raise not_found("CDI device", name, remedy=f"Known here: {', '.join(known) or 'none'}.")
-        file, device = found
-        if file.path not in seen:
-            seen.add(file.path)
-            edits += file.specification.edits
-        edits += device.edits
-    return edits
+        devices.append(found)
+    return devices
