@@ -27,6 +27,7 @@ from fal_agent.options import AgentOptions
 from fal_agent.probe import UnixProber
 from fal_agent.proxy_link import ProxyLink, proxy_answers
 from fal_agent.session import Session
+from fal_agent.spares import Spares
 from fal_agent.supervise import START_TIMEOUT_S, Daemon
 from fal_agent.tools import Tools
 from fal_contract.artifact import key_of_pem
@@ -43,6 +44,8 @@ from fal_runtime.host_image import worker_command
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
+
+    from fal_agent.proxy.messages import ProxyStats
 
 _LOOK_S: Final = 5.0
 PROXY_CGROUP: Final = "/falctl-proxy"
@@ -82,15 +85,22 @@ class Agent:
         fsd_socket = self._options.fsd_socket or self._layout.fsd_socket
         cache = CacheClient(fsd_socket)
         fsd = self._fsd_daemon(fsd_socket, cache)
+        from fal_agent.proxy_metrics import ProxyMetrics
+
+        self._proxy_metrics = ProxyMetrics()
         self._proxy = self._proxy_link()
         tools = Tools(
             driver=driver, cache=cache, proxy=self._proxy, prober=UnixProber(), machine=machine,
             places=self._layout.places(isolates=driver.isolates), clock=self._clock, rng=self._rng,
             on_event=_log_event, save=_no_save, ca_key=lambda: key_of_pem(self._identity.ca_pem),
             secrets=GrpcDialer(self._options.schedulers, lambda: self._identity, self._clock).secrets,
-            packer=self._packer(driver),
+            packer=self._packer(driver), on_created=lambda spec: self._spares.used(spec),
         )  # fmt: skip
         self._node = Node(self._facts(driver, capabilities), tools, journal)
+        self._spares = Spares(
+            driver, self._clock, prepared=self._options.prepared_containers, warm=self._options.warm(),
+            in_setup=self._node.in_setup,
+        )  # fmt: skip
         for event in self._events:
             self._node.event(*event)
         try:
@@ -104,6 +114,7 @@ class Agent:
 
     async def _serve(self, group: asyncio.TaskGroup, fsd: Daemon, machine: InventoryMachine) -> None:
         registry, lag = _metrics()
+        registry.register(self._proxy_metrics)
         telemetry = TelemetryServer(registry, self._health)
         port = await telemetry.start(self._options.metrics_host, self._options.metrics_port)
         await self._node.start()
@@ -112,6 +123,7 @@ class Agent:
             group.create_task(self._watch_fsd(fsd), name="fsd"),
             group.create_task(self._look(), name="inventory"),
             group.create_task(lag.run(), name="lag"),
+            group.create_task(self._spares.run(), name="spares"),
         ]
         waiting = asyncio.create_task(self._stop.wait())
         connected = asyncio.create_task(self._proxy.connected.wait())
@@ -196,8 +208,12 @@ class Agent:
         return ProxyLink(
             control, daemon, software=software_version(), rng=self._rng, entries=lambda: self._node.entries(),
             kept=lambda: self._node.kept(),
-            on_stats=lambda stats: self._node.count(stats), on_trouble=self._trouble("PROXY_DOWN", "fal-proxy"),
+            on_stats=self._proxy_told, on_trouble=self._trouble("PROXY_DOWN", "fal-proxy"),
         )  # fmt: skip
+
+    def _proxy_told(self, stats: ProxyStats) -> None:
+        self._proxy_metrics.see(stats)
+        self._node.count(stats)
 
     async def _watch_fsd(self, fsd: Daemon) -> None:
         trouble = self._trouble("FSD_DOWN", "fal-fsd")

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from fal_agent.proxy.messages import RunnerEntry
 from fal_agent.proxy.slots import Outcome, Refused, SlotTable
+from fal_agent.proxy.tally import Tally
 from fal_agent.proxy.worker_pool import WorkerConnection, WorkerPool
 from fal_contract.identity import PeerIdentity
 from fal_contract.limits import (
@@ -74,6 +75,7 @@ class DataPath:
         self.bounds = bounds
         self.connections: set[Connection] = set()
         self.workers = WorkerPool()
+        self.tally = Tally()
         self.revoked = RevokedPeers()
         self.empty = asyncio.Event()  # there are no connections
         self.empty.set()
@@ -107,11 +109,15 @@ class DataPath:
         admitted = self.slots.admit(runner_id, ticket_term)
         if isinstance(admitted, RunnerEntry):
             self._on_change()
+        else:
+            self.tally.refuse(admitted.code.value)
         return admitted
 
-    def release(self, runner_id: str, outcome: Outcome) -> None:
-        """An admitted request ended."""
-        self.slots.release(runner_id, outcome, self.now_s())
+    def release(self, runner_id: str, outcome: Outcome, began_s: float) -> None:
+        """A request that was admitted at `began_s` ended."""
+        now_s = self.now_s()
+        self.slots.release(runner_id, outcome, now_s)
+        self.tally.end(outcome.value, now_s - began_s)
         if self.on_finished is not None:
             self.on_finished(runner_id, outcome)
         self._on_change()

@@ -272,7 +272,7 @@ class Exchange:
     def _release(self, outcome: Outcome) -> None:
         if not self._released:
             self._released = True
-            self._path.release(self._entry.runner_id, outcome)
+            self._path.release(self._entry.runner_id, outcome, self._deadline_s - self._entry.request_timeout_s)
 
     def _end(self, *, keep: bool = False) -> None:
         if self._timer is not None:

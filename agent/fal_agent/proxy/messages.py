@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import msgpack
 
+from fal_agent.proxy.tally import Tally
 from fal_contract.errors import Code, FalError, invalid
 from fal_contract.revocation import RevokedPeer
 
@@ -84,6 +85,7 @@ class ProxyStats:
     connections: int
     runners: tuple[RunnerStats, ...]
     tunnels: tuple[str, ...]
+    tally: Tally = field(default_factory=Tally)  # of this process
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +192,7 @@ def stats_to_wire(stats: ProxyStats) -> dict[str, object]:
         "instance": stats.instance,
         "connections": stats.connections,
         "tunnels": list(stats.tunnels),
+        "tally": stats.tally.to_wire(),
         "runners": [
             [r.runner_id, r.max_multiplexing, r.draining, r.in_flight, r.served, r.failed, r.cancelled,
              r.last_used_age_s]
@@ -204,6 +207,7 @@ def stats_from_wire(raw: Mapping[str, Any]) -> ProxyStats:
         connections=take(raw, "connections", int),
         runners=tuple(RunnerStats(*row) for row in take(raw, "runners", list)),
         tunnels=tuple(take(raw, "tunnels", list)),
+        tally=Tally.from_wire(take(raw, "tally", dict, default={})),
     )
 
 

@@ -190,6 +190,7 @@ class ClientConnection(asyncio.BufferedProtocol):
 
     def write(self, data: bytes | memoryview) -> None:
         """Bytes of the answer; a view is good until this returns."""
+        self._path.tally.bytes_out += len(data)
         if self._send is not None and self._transport is not None:
             pumping.write(self._transport, self._send, data)
         elif self._transport is not None:
@@ -273,6 +274,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             # A second request before the first was answered: nobody here needs it, and it would have to be kept.
             self.abort()
             return
+        self._path.tally.bytes_in += used
         self._exchange.write(data)
 
     def _refuse_rest(self, rest: bytes) -> None:

@@ -215,6 +215,7 @@ class ProxyServer:
             len(self._path.connections),
             self._slots.stats(self._path.now_s()),
             self._tunnels.connected(),
+            self._path.tally,
         )
 
     def runners(self) -> tuple[RunnerEntry, ...]:
