@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from fal_contract.clock import Clock, SystemClock
 from fal_contract.errors import invalid
-from fal_runtime import process_exec, secrets_dir, socket_dir
+from fal_runtime import endings, process_exec, secrets_dir, socket_dir
 from fal_runtime.container_use import ContainerUse
 from fal_runtime.driver import (
     MODELS_DIR_ENV,
@@ -196,6 +196,7 @@ class ProcessDriver:
     async def stop(self, id: str, *, grace_s: float) -> ContainerStatus:
         directory = self._directory(id)
         if self._status(directory).phase is Phase.RUNNING:
+            _tell(directory, "SIGTERM", grace_s)
             self._signal(directory, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace_s):
@@ -209,6 +210,7 @@ class ProcessDriver:
             exit = {"exit_code": 137, "finished_at_s": self._clock.wall_s(), "reason": "killed before it started"}
             write_whole(directory / "exit.json", exit)
         elif status.phase is Phase.RUNNING:
+            _tell(directory, "SIGKILL")
             self._signal(directory, signal.SIGKILL)
         try:
             async with asyncio.timeout(EXIT_TIMEOUT_S):
@@ -319,7 +321,9 @@ class ProcessDriver:
         started_at_s = pids.get("started_at_s")
         if ended:
             code = ended["exit_code"]
-            reason = ended["reason"] or f"exited with code {code}"
+            asked = _read(directory / "told.json")
+            told = endings.Told(tuple(asked.get("signals", ())), asked.get("grace_s", 0.0))
+            reason = ended["reason"] or endings.reason(code, told=told)
             return ContainerStatus(
                 id, Phase.EXITED, None, started_at_s, ended["finished_at_s"], code, oom_killed=False, reason=reason
             )
@@ -339,6 +343,14 @@ class ProcessDriver:
         if child.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signum)
+
+
+def _tell(directory: Path, signal_name: str, grace_s: float = 0.0) -> None:
+    """Remember that we are about to send this signal. Best effort: a full disk must not keep it alive."""
+    with contextlib.suppress(OSError):
+        told = _read(directory / "told.json")
+        signals = [*told.get("signals", ()), signal_name]
+        write_whole(directory / "told.json", {"signals": signals, "grace_s": told.get("grace_s", grace_s)})
 
 
 def _read(path: Path) -> dict[str, Any]:

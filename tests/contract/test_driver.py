@@ -105,6 +105,29 @@ def test_every_call_twice_is_like_once(bench: Bench) -> None:
     run(main())
 
 
+def test_who_ended_it_is_told(bench: Bench) -> None:
+    if bench.name == "fake":
+        pytest.skip("its scripts choose the words")
+
+    async def main() -> None:
+        driver = bench.driver
+        deaf, killed = bench.spec("deaf", "ignore-term", "say=up", "forever"), bench.spec("killed", "forever")
+        itself = bench.spec("itself", "signal=9")
+        for spec in (deaf, killed, itself):
+            await driver.create(spec)
+            await driver.start(spec.id)
+        assert await _first_line(bench, deaf.id) == "up"
+        assert (
+            await driver.stop(deaf.id, grace_s=0.2)
+        ).reason == "stopped: SIGTERM was ignored for 0.2 s, then SIGKILL"
+        assert (await driver.kill(killed.id)).reason == "killed by us (SIGKILL)"
+        assert (await bench.again().status(deaf.id)) == await driver.status(deaf.id)
+        if bench.name == "process":  # process 1 of a container cannot kill itself
+            assert (await driver.wait(itself.id)).reason == "killed by SIGKILL (signal 9), not by us"
+
+    run(main())
+
+
 def test_the_output_of_a_removed_container_is_kept_for_a_while(bench: Bench) -> None:
     async def main() -> None:
         driver, spec, silent = (

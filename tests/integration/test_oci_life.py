@@ -215,3 +215,47 @@ def test_a_full_disk_is_one_clear_reason_and_what_runs_goes_on(state: Path) -> N
         run(main())
     finally:
         subprocess.run(["umount", str(state)], check=True)
+
+
+async def output(driver: OciDriver, id: str, *command: str) -> tuple[str, int]:
+    """Standard output of a command in a container, and its exit code."""
+    session = await driver.exec(id, command)
+    said = b""
+    try:
+        while (got := await session.read()) is not None:
+            said += got[1]
+        return said.decode(), await session.wait()
+    finally:
+        await session.close()
+
+
+def test_a_command_in_a_container_may_do_no_more_than_the_container(state: Path) -> None:
+    waits = "print('up', flush=True)\nimport time\ntime.sleep(600)"
+    show = "print(open('/proc/self/status').read(), open('/proc/self/cgroup').read(), open('/proc/self/limits').read())"
+    limits = Resources(memory_bytes=128 << 20, pids_max=32)
+
+    async def main() -> None:
+        async with driver_at(state) as driver:
+            id = await started(driver, python("bound", waits, resources=limits))
+            assert await first_line(driver, id) == "up"
+            said, code = await output(driver, id, PYTHON, "-c", show)
+            assert code == 0
+            facts = dict(line.split(":", 1) for line in said.splitlines() if ":\t" in line)
+            assert [int(facts[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")] == [0] * 5
+            assert (facts["NoNewPrivs"].strip(), facts["Seccomp"].strip()) == ("1", "2")
+            status = await driver.status(id)
+            assert status is not None
+            ours, _ = await output(driver, id, "/bin/cat", "/proc/1/cgroup")
+            assert all(line in said for line in ours.splitlines())
+            for link in ("pid", "mnt", "net", "ipc", "uts", "user"):
+                there, _ = await output(driver, id, "/usr/bin/readlink", f"/proc/self/ns/{link}")
+                assert there.strip() == os.readlink(f"/proc/{status.pid}/ns/{link}")
+            again, code = await output(driver, id, "/bin/sh", "-c", "echo reopened > /dev/stdout")
+            assert (again, code) == ("reopened\n", 0)
+            _, code = await output(driver, id, PYTHON, "-c", EAT)
+            assert code != 0, "what it eats counts to the container"
+            status = await driver.status(id)
+            assert status is not None
+            assert status.oom_killed
+
+    run(main())
