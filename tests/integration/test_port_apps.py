@@ -169,13 +169,17 @@ def test_a_runner_on_a_port_serves_through_kill_9_of_its_agent(
     tmp_path_factory: pytest.TempPathFactory, driver: str
 ) -> None:
     async def scenario(s: Scheduler) -> None:
-        agent = s.start_agent(driver=driver)
+        agent = s.start_agent("--no-allow-host-network", driver=driver)
         hello = await s.hello()
+        nosy = assignment("default/nosy-00000001")
+        nosy.spec.network = "host"
         wish = assignment(A, python=worker_command(isolates=driver == "oci").argv[0])
         wish.spec.port = 80
-        s.complete(wish)
+        s.complete(wish, nosy)
         status = await s.state(A, IDLE, DONE)
         assert status.state == IDLE, f"{status.reason} {status.log_tail}"
+        refused = await s.state(nosy.runner_id, DONE)
+        assert "no network 'host'" in refused.reason, "the node's own veto, whatever a scheduler believes"
         before = await request(s, proxy_port(hello), A, {"n": 1})
         s.end_agent(agent, signal.SIGKILL)
         assert (await request(s, proxy_port(hello), A, {"n": 2}))["pid"] == before["pid"]
