@@ -110,10 +110,18 @@ class Chain:
         token = (await self._stub.CreateToken(request, timeout=START_TIMEOUT_S)).token
         state = self._folder / pool.name
         with agent(self._process, token, state, "--driver", "oci", "--sim-gpus", "1xH100-80GB"):
-            await nodes_ready(self._stub, 3)
+            await self._joined(state.name)
             async with self._app(f"app{number}", pool.name, state) as took_s:
                 self.moved.append(await self._moved(state))
                 return took_s
+
+    async def _joined(self, name: str) -> None:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while True:
+                nodes = (await self._stub.ListNodes(cluster_pb2.ListNodesRequest())).nodes
+                if any(view.node.name == name and view.health == "ready" for view in nodes):
+                    return
+                await asyncio.sleep(POLL_S)
 
     @asynccontextmanager
     async def _app(self, name: str, pool: str, state: Path) -> AsyncIterator[float]:

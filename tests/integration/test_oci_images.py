@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from contract.driver_cases import oci_missing
-from fal_runtime.driver import ContainerSpec, ContainerStatus, Image, Resources
+from fal_contract.errors import Code, FalError
+from fal_runtime.driver import ContainerSpec, ContainerStatus, Image, Mount, Resources
 from fal_runtime.oci import mounts
 from fal_runtime.oci.driver import OciDriver
 from image_folders import image_of, make_folder, tools_missing
@@ -92,3 +93,152 @@ def test_the_image_names_the_process(driver: OciDriver, tmp_path: Path) -> None:
     status, lines = run(finished(driver, spec_of(image, env={"FAL_X": "ours"})))
     assert status.exit_code == 0, lines
     assert lines == ["uid=1000(worker) gid=1000(worker) groups=44(video)", "hello", "/home/worker", "/var", "ours"]
+
+
+def test_two_containers_of_one_image_share_a_mount_and_no_writes(driver: OciDriver, tmp_path: Path) -> None:
+    image = image_of(make_folder(tmp_path / "i"))
+    writer = spec_of(image, *shell("echo mine >/etc/mine; echo changed >/etc/passwd; cat /etc/mine; exec sleep 60"))
+    reader = spec_of(image, *shell("cat /etc/mine; head -n1 /etc/passwd; id -u; cat /proc/self/uid_map"))
+
+    async def main() -> tuple[ContainerStatus, list[str]]:
+        assert await up(driver, writer) == "mine"
+        found = await finished(driver, reader)
+        shared = [point for point in mounts.mount_points() if point == driver._place.images.folder / image.id]
+        assert len(shared) == 1
+        return found
+
+    _status, lines = run(main())
+    assert any("/etc/mine" in line for line in lines)  # no such file
+    assert "root:x:0:0::/root:/bin/sh" in lines
+    assert "0" in lines
+
+
+def test_what_is_written_over_an_image_is_bounded(driver: OciDriver, tmp_path: Path) -> None:
+    image = image_of(make_folder(tmp_path / "i"))
+    script = "dd if=/dev/zero of=/fill bs=65536 count=1000 2>&1; stat -c %s /fill; echo still >/tmp/here; cat /tmp/here"
+    status, lines = run(finished(driver, spec_of(image, *shell(script))))
+    assert status.exit_code == 0
+    assert any("No space left" in line for line in lines)
+    assert 0 < int(lines[-2]) <= 4 * MIB
+    assert lines[-1] == "still"
+    files = "i=0; while mkdir /d$i; do i=$((i+1)); [ $i -gt 6000 ] && break; done; echo made $i"
+    _status, lines = run(finished(driver, spec_of(image, *shell(files))))
+    assert int(lines[-1].split()[1]) < 6000  # inodes are bounded, too
+
+
+def test_no_scratch_means_a_read_only_root(driver: OciDriver, tmp_path: Path) -> None:
+    image = image_of(make_folder(tmp_path / "i"))
+    script = "echo x >/etc/new || echo refused; cat /etc/hosts"
+    spec = spec_of(image, *shell(script), resources=Resources(), models_dir=tmp_path / "m")
+    _status, lines = run(finished(driver, spec))
+    assert "refused" in lines
+    assert "127.0.0.1\tlocalhost runner" in lines
+
+
+def hostile(root: Path) -> None:
+    """Links where the runtime mounts and where the driver reads; device nodes; a set-user-id program."""
+    for name in ("proc", "sys", "dev", "tmp", "run", "models"):
+        (root / name).symlink_to("/etc")
+    (root / "etc/passwd").unlink()
+    (root / "etc/passwd").symlink_to("/../../../../../etc/shadow")
+    (root / "etc/hosts").symlink_to("/proc/1/environ")
+    (root / "output").symlink_to("../../../../../../../../var")
+    os.mknod(root / "root/mem", 0o666 | 0o020000, os.makedev(1, 1))
+    (root / "bin/busybox").chmod(0o4755)
+
+
+def test_links_in_an_image_lead_nowhere(driver: OciDriver, tmp_path: Path) -> None:
+    image = image_of(make_folder(tmp_path / "i", change=hostile, config={"User": "0:0"}))
+    given = tmp_path / "given"
+    given.mkdir(mode=0o755)
+    (given / "marker").write_text("ours\n")
+    script = (
+        "cat /proc/self/comm; ls /models; cat /output/marker; ls -l /var | wc -l; readlink /run || echo folder;"
+        " head -c1 /root/mem || echo no-device; head -n1 /etc/hosts; ls /tmp; [ -e /etc/fal ] || echo nothing-there"
+    )
+    spec = spec_of(
+        image, *shell(script), models_dir=tmp_path / "m", socket_dir=tmp_path / "s", mounts=(Mount(given, "/output"),)
+    )
+    before = sorted(path.name for path in Path("/var").iterdir())
+    status, lines = run(finished(driver, spec))
+    assert status.exit_code == 0, lines
+    assert lines[0] == "cat"  # a real /proc
+    assert "ours" in lines  # the bind is where it was asked for, inside
+    assert "folder" in lines
+    assert "no-device" in lines
+    assert "127.0.0.1\tlocalhost runner" in lines
+    assert "nothing-there" in lines  # /run/fal is not /etc/fal
+    assert sorted(path.name for path in Path("/var").iterdir()) == before
+
+
+def test_a_user_is_never_looked_up_in_the_hosts_files(driver: OciDriver, tmp_path: Path) -> None:
+    """The image's /etc/passwd is a link to the host's: inside the image there is nothing behind it."""
+
+    def link(root: Path) -> None:
+        (root / "etc/passwd").unlink()
+        (root / "etc/passwd").symlink_to("/../../../../etc/group")  # on the host: a table with "root" and "daemon"
+
+    image = image_of(make_folder(tmp_path / "i", change=link, config={"User": "daemon"}))
+    with pytest.raises(FalError) as caught:
+        run(driver.create(spec_of(image, "/bin/sh")))
+    assert caught.value.code is Code.INVALID
+    assert caught.value.field == "user"
+    assert run(driver.clean(frozenset())) == [f"image mount {image.id}"]
+
+
+@pytest.mark.parametrize("name", ["passwd", "group"])
+def test_a_table_of_users_that_would_hang_its_reader_is_refused(driver: OciDriver, tmp_path: Path, name: str) -> None:
+    def fifo(root: Path) -> None:
+        (root / "etc" / name).unlink()
+        os.mkfifo(root / "etc" / name)
+
+    image = image_of(make_folder(tmp_path / "i", change=fifo))
+    with pytest.raises(FalError) as caught:
+        run(driver.create(spec_of(image, "/bin/sh")))
+    assert caught.value.code is Code.CORRUPT
+    assert caught.value.field == f"etc/{name}"
+
+
+def test_an_image_that_is_none_is_refused_and_leaves_nothing(driver: OciDriver, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "i")
+    (folder / "image.erofs").write_bytes(os.urandom(1 << 16))
+    with pytest.raises(FalError) as caught:
+        run(driver.create(spec_of(image_of(folder), "/bin/sh")))
+    assert caught.value.code is Code.DRIVER_FAILED
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(FalError) as caught:
+        run(driver.create(spec_of(image_of(folder), "/bin/sh")))
+    assert caught.value.code is Code.CORRUPT
+    assert run(driver.list()) == []
+
+
+def test_the_mount_goes_after_the_last_container_and_a_leaked_one_at_the_next_start(
+    driver: OciDriver, tmp_path: Path
+) -> None:
+    driver._place.images._keep_s = 0.0
+    image = image_of(make_folder(tmp_path / "i"))
+    place = driver._place.images.folder / image.id
+
+    async def one(keep_s: float) -> None:
+        driver._place.images._keep_s = keep_s
+        first, second = spec_of(image, "/bin/sleep", "60"), spec_of(image, "/bin/sleep", "60")
+        await driver.create(first)
+        await driver.create(second)
+        await driver.remove(first.id)
+        assert not await driver._place.images.release(image.id)  # the other one still uses it
+        assert place.is_mount()
+        await driver.remove(second.id)
+
+    async def main() -> None:
+        await one(0.0)
+        async with asyncio.timeout(10):
+            while place.exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await one(3600.0)
+        assert place.is_mount()
+        again = OciDriver(tmp_path / "state")  # the agent was killed before it unmounted
+        assert await again.clean(frozenset()) == [f"image mount {image.id}"]
+        again.close()
+        assert not place.exists()
+
+    run(main())

@@ -106,20 +106,26 @@ def _fill(upper: Path, uid_start: int, hostname: str) -> None:
 def process(image: Path, layout: ImageLayout, spec: ContainerSpec) -> Process:
     """What the image's configuration and the spec come to; the spec's command and environment win. INVALID."""
     meant = process_of(layout.config, spec.command, spec.env)
-    passwd = _text(image, "etc/passwd")
-    named = not meant.user.replace(":", "").isdecimal()
-    group = _text(image, "etc/group") if meant.user and named else ""
+    passwd, group = _text(image, "etc/passwd"), _text(image, "etc/group")
     user = user_of(meant.user, passwd, group)
     env = {"HOME": home_of(user.uid, passwd), **meant.env}
     return Process(meant.argv, env, meant.working_dir, user)
 
 
 def _text(image: Path, name: str) -> str:
-    """A file of the image, never one of the host; empty where there is none that is plain."""
+    """A file of the image, never one of the host; empty where there is none. CORRUPT: it is not plain.
+
+    The runtime reads it, too, inside the container, and would wait for ever at a fifo.
+    """
     try:
         with open(open_inside(image, name), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return ""
+                raise FalError(
+                    Code.CORRUPT,
+                    f"the image's /{name} is no plain file",
+                    remedy="Correct the image and add it again.",
+                    field=name,
+                )
             return file.read(USER_FILE_BYTES_MAX).decode("utf-8", "replace")
     except OSError as exc:
         if exc.errno not in (errno.EIO, errno.EINTR, errno.ENOTCONN):
