@@ -30,7 +30,8 @@ _LONGEST_FIRST = (
     "test_fsd_swarm_faults", "test_proxy_nat", "test_proxy_process", "test_fsd_process", "test_mount",
     "test_scheduler_footprint", "test_store_drills", "test_crash_points", "test_disk_kills", "test_peer_faults",
     "test_fsd_swarm", "test_push", "test_simulation", "test_planted_bugs", "test_store_etcd", "test_falctl",
-    "test_core_world", "test_data_path", "test_swarm_state",
+    "test_core_world", "test_data_path", "test_swarm_state", "test_cdi_container", "test_oci_limits",
+    "test_device_attach",
 )  # fmt: skip
 
 
