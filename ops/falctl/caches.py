@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from falctl.context import unary
+from falctl.context import owned, unary
 from falctl.pools import JsonFlag
 
 group = typer.Typer(help="Compile caches: kernels that are compiled once for a kind of GPU.", no_args_is_help=True)
@@ -119,6 +119,7 @@ def build(
     fact: Facts = None,
     gpus: Annotated[int, typer.Option(help="GPUs of the task.", min=0)] = 0,
     machine_type: Annotated[str, typer.Option(help="GPU model it must run on, such as H100-80GB.")] = "",
+    image: Annotated[str, typer.Option(help="Image of the namespace's team to build in; else the node's own.")] = "",
     pool: Annotated[list[str] | None, typer.Option(help="Pool that will do; repeat it. None: any.")] = None,
     size_max: Annotated[str, typer.Option(help="Refuse more output than this, such as 500MiB.")] = "4GiB",
     within: Annotated[str, typer.Option("--within", help="How long the task may run: 90s, 15m, 6h.")] = "1h",
@@ -135,6 +136,7 @@ def build(
         namespace=namespace,
         facts=read_facts(facts, fact or []),
         command=command,
+        image=owned(image, field="--image") if image else "",
         num_gpus=gpus,
         machine_type=machine_type,
         pools=pool or [],

@@ -28,7 +28,8 @@ from fal_fsd.ingest import URI
 from fal_scheduler.api import apps, compile_caches, nodes, runners, weights
 from fal_scheduler.core import builds
 from fal_scheduler.core.build_events import BuildEnded, EvictCacheEntry, PutCacheEntry, TrimCache
-from fal_scheduler.core.records import CacheEntry, Model
+from fal_scheduler.core.model_events import AddModel
+from fal_scheduler.core.records import CacheEntry, ImageFacts, Model, ModelState
 from fal_scheduler.leadership import Leadership
 from fal_scheduler.store.memory import MemoryBackend, MemoryStore
 from scheduler_rig import ACTOR, Agent, app_request, eventually, join, leading, status_of
@@ -149,6 +150,38 @@ def test_a_build_runs_our_image_without_network_model_or_environment(tmp_path: P
         assert len(assignment.gpus) == 2
         assert (spec.build.namespace, spec.build.key, spec.scaling.startup_timeout_s) == ("team/t", KEY, 60)
         assert assignment.app.startswith(f"system/build-{KEY[:12]}-")
+
+    with_builder(tmp_path, body)
+
+
+def engine_image(team: str = "t", **changes: object) -> Model:
+    facts = ImageFacts("docker://r/engine:1", "sha256:" + "ab" * 32, "erofs")
+    made = Model(
+        f"{team}/engine", "image", facts.source, ModelState.ATTESTED, "ef" * 32, 10, 2, artifact_id="12" * 32,
+        resolved_uri="push://ingest", attestation="pack", attested_by="n1", image=facts,
+    )  # fmt: skip
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_a_teams_own_image_builds_for_that_team_alone_and_is_named_in_the_key(tmp_path: Path) -> None:
+    right = GOOD | {"engine_image": "sha256:" + "ab" * 32}
+
+    async def body(leader: Leadership, node: Builder) -> None:
+        await leader.engine.submit(AddModel(engine_image()))
+        for namespace, image, facts, field in (
+            ("cluster", "t/engine", right, "image"),
+            ("team/b", "t/engine", right, "image"),
+            ("team/t", "t/missing", right, "image"),
+            ("team/t", "t/engine", GOOD, "facts.engine_image"),
+        ):
+            asked = request(namespace, image=image, facts=facts)
+            error = await refused(compile_caches.build_cache(leader, asked, ACTOR))
+            assert error.field == field, (namespace, image)
+        view = await compile_caches.build_cache(leader, request("team/t", image="t/engine", facts=right), ACTOR)
+        assert view.key == cache_key(right)
+        runner = leader.view.runners[view.runner]
+        assert leader.view.revisions[runner.app, 1].spec.image == "t/engine"
+        assert "images" in (leader.view.pending[runner.app, 1].reason)  # this node runs none
 
     with_builder(tmp_path, body)
 

@@ -5,9 +5,10 @@ Reading costs what is listed. One build runs for a key, whoever asks: a second c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite
 
-from fal_contract.cache_key import cache_key, check_key, check_namespace
+from fal_contract.cache_key import cache_key, check_key, check_namespace, namespace_of
 from fal_contract.errors import Code, FalError, invalid
 from fal_contract.limits import (
     BUILD_TIMEOUT_MAX_S,
@@ -19,12 +20,11 @@ from fal_contract.v1 import cluster_pb2
 from fal_scheduler.codec_weights import cache_entry_to_pb
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry
 from fal_scheduler.core.builds import builds, runner_of_build
+from fal_scheduler.core.model_commands import check_image
 from fal_scheduler.core.packs import NAMESPACE as IMAGES
-from fal_scheduler.core.records import BuildTask, CacheEntry, Resources, Scaling, Spec
+from fal_scheduler.core.records import HOST_IMAGE, BuildTask, CacheEntry, Resources, Scaling, Spec
 from fal_scheduler.leadership import Leadership
 
-# Images that hold our engine and nothing of a customer; only these build entries.
-ENGINE_IMAGES = ("host",)
 COMMAND_WORDS_MAX = 256
 COMMAND_BYTES_MAX = 32 << 10
 MACHINE_TYPE_CHARS_MAX = 256
@@ -49,13 +49,13 @@ async def build_cache(
 
 
 def _spec(leader: Leadership, request: cluster_pb2.BuildCacheRequest, namespace: str, key: str) -> Spec:
-    """A build runs our image without network, model or environment of anybody."""
+    """A build runs our image, or one of the team that alone reads the entry, without network, model or environment."""
     words = tuple(request.command)
     if len(words) > COMMAND_WORDS_MAX or sum(map(len, words)) > COMMAND_BYTES_MAX or not words[0]:
         raise invalid("command", words[0][:80], "is empty or too long", remedy=f"At most {COMMAND_BYTES_MAX} bytes.")
-    image = request.image or ENGINE_IMAGES[0]
-    if image not in ENGINE_IMAGES:
-        raise invalid("image", image[:80], "is no engine image", remedy=f"Use {', '.join(ENGINE_IMAGES)}.")
+    image = request.image or HOST_IMAGE
+    if image != HOST_IMAGE:
+        _check_engine(leader, image, namespace, request.facts)
     if request.num_gpus > GPUS_PER_RUNNER_MAX:
         raise invalid("num_gpus", request.num_gpus, "is out of bounds", remedy=f"Use 0 to {GPUS_PER_RUNNER_MAX}.")
     if len(request.machine_type) > MACHINE_TYPE_CHARS_MAX:
@@ -79,6 +79,19 @@ def _spec(leader: Leadership, request: cluster_pb2.BuildCacheRequest, namespace:
         scaling=Scaling(min_concurrency=1, max_concurrency=1, startup_timeout_s=timeout_s),
         build=BuildTask(namespace, key, request.bytes_max or CACHE_ENTRY_BYTES_MAX, dict(request.facts)),
     )
+
+
+def _check_engine(leader: Leadership, image: str, namespace: str, facts: Mapping[str, str]) -> None:
+    """Whose code makes an entry is who reads it; and the key names the content that made it."""
+    if namespace != namespace_of(image.partition("/")[0]):
+        remedy = f"Use {HOST_IMAGE}, or build for the namespace of the image's team."
+        raise invalid("image", image[:128], f"is no engine image for namespace {namespace}", remedy=remedy)
+    check_image(leader.view, Spec(image=image))
+    known = leader.view.models[image].image
+    if known is None or facts["engine_image"] != known.digest:
+        digest = known.digest if known is not None else "unknown"
+        remedy = f"Give engine_image = {digest}."
+        raise invalid("facts.engine_image", facts["engine_image"][:128], f"is not image {image}", remedy=remedy)
 
 
 def _pools(leader: Leadership, request: cluster_pb2.BuildCacheRequest) -> tuple[str, ...]:
