@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from contract.driver_cases import Bench, fake_bench, oci_bench, oci_missing, process_bench
 from fal_contract.errors import Code, FalError
-from fal_runtime.driver import ContainerSpec, LogLine, Phase
+from fal_runtime.driver import ContainerSpec, Image, LogLine, Phase
 
 TIMEOUT_S = 30.0
 
@@ -353,5 +354,21 @@ def test_probe_says_whether_it_isolates(bench: Bench) -> None:
         if bench.name == "process":
             assert not capabilities.isolates
             assert "none" in capabilities.details["isolation"]
+
+    run(main())
+
+
+def test_an_image_that_nothing_uses_may_be_told_finished_and_one_is_no_host(bench: Bench, tmp_path: Path) -> None:
+    async def main() -> None:
+        image = Image("ab" * 32, tmp_path / "absent")
+        await bench.driver.image_finished(image)
+        await bench.driver.image_finished(image)
+        assert await bench.driver.list() == []
+        if bench.name == "process":
+            with pytest.raises(FalError) as caught:
+                await bench.driver.create(bench.spec("i", image=image))
+            assert caught.value.field == "image"
+        with pytest.raises(FalError):  # without an image there must be a command
+            await bench.driver.create(replace(bench.spec("c"), command=()))
 
     run(main())
