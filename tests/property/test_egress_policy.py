@@ -129,6 +129,7 @@ def test_the_policy_is_what_its_words_say(egress: Egress, node: Node, to: IPv4Ad
         assert verdict(text, "OUTPUT", to, port=53) == "ACCEPT"
 
 
+@settings(deadline=None)
 @given(nodes, addresses, addresses)
 def test_a_foreign_source_and_a_new_connection_inwards_are_dropped(
     node: Node, source: IPv4Address, to: IPv4Address

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fal_runtime.driver import ContainerSpec, Resources
@@ -83,6 +83,7 @@ def test_cgroup_v2_has_no_swap_and_dies_as_one() -> None:
     assert resources["unified"] == {"memory.oom.group": "1"}
 
 
+@settings(deadline=None)
 @given(
     cpu_milli=st.integers(0, 512_000),
     memory_bytes=st.integers(0, 1 << 42),
