@@ -3,7 +3,8 @@
 A file is recorded once, by `python tests/store_samples.py FOLDER FILE`, and is never made anew: a later release must
 read what an earlier one wrote. For a new format, kind or record version, record a new file in a folder of its own.
 `v1`: release 0.1. `v1-weights`: models with artifacts, wishes, entries of the compile cache, specs that stream.
-`v1-caches`: a build task of the compile cache, an app that names entries.
+`v1-caches`: a build task of the compile cache, an app that names entries. `v1-images`: a task that packs an image, an
+image, a secret, an app with image, network, port and bounds of drivers and resources.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fal_scheduler.core.records import (
     BuildTask,
     CacheEntry,
     Goal,
+    ImageFacts,
     Meta,
     Model,
     ModelState,
@@ -37,6 +39,7 @@ from fal_scheduler.core.records import (
     Runner,
     ScaleOverride,
     Scaling,
+    Secret,
     Spec,
     Wish,
     key_of,
@@ -207,7 +210,48 @@ CACHES: Final[tuple[Record, ...]] = (
     App("team1/digits", 1, created_at_s=MADE_AT_S),
     Revision("team1/digits", 1, Spec("host", ("serve",), compile_caches=("34" * 32, "56" * 32)), "ab" * 32, MADE_AT_S),
 )
-SETS: Final[dict[str, tuple[Record, ...]]] = {"v1": RECORDS, "v1-weights": WEIGHTS, "v1-caches": CACHES}
+PACK: Final = BuildTask(
+    "image", "78" * 32, 64 << 30, image="team1/web-2", source="docker://registry:5000/team/web:2",
+    auth_secret="registry", platform="linux/amd64",
+)  # fmt: skip
+IMAGES: Final[tuple[Record, ...]] = (
+    Meta("c-7k2m", 3, "i-9q4c", MADE_AT_S),
+    Secret("team1/registry", b"nonce and ciphertext", 2, MADE_AT_S, MADE_AT_S + 60, "operator/ada", 52),
+    Model(
+        "team1/web", "image", "docker://registry:5000/team/web:1", ModelState.ATTESTED, "56" * 32, 200 << 20, 2,
+        MADE_AT_S, artifact_id="9a" * 32, resolved_uri="push://ingest", attestation="pack", attested_by="n-7k2m9q4c0000",
+        image=ImageFacts(
+            "docker://registry:5000/team/web:1", "sha256:" + "bc" * 32, "erofs", "linux/amd64", (0, 7, 3), 90 << 20
+        ),
+    ),
+    App("system/pack-787878787878-7k2m9q4c", 1, generation=2, created_at_s=MADE_AT_S),
+    Revision(
+        "system/pack-787878787878-7k2m9q4c", 1, Spec("host", network="host", build=PACK), "78" * 32, MADE_AT_S,
+        "operator/ada",
+    ),
+    Runner(
+        "system/pack-787878787878-7k2m9q4c-1a2b3c4d", "system/pack-787878787878-7k2m9q4c",
+        (Binding("system/pack-787878787878-7k2m9q4c", 1),), MADE_AT_S,
+    ),
+    App("team1/site", 1, created_at_s=MADE_AT_S),
+    Revision(
+        "team1/site",
+        1,
+        Spec(
+            "team1/web", ("serve",), resources=Resources(1000, 1 << 30, 64, 0, 1024, 1 << 20, 50 << 20, 0),
+            network="egress", port=8080, driver_version_min="550.54", cuda_version_min="12.4",
+            egress_allow=("10.0.0.0/8",), egress_deny=("10.9.0.0/16",), secrets=("registry",),
+        ),
+        "de" * 32,
+        MADE_AT_S,
+    ),
+)  # fmt: skip
+SETS: Final[dict[str, tuple[Record, ...]]] = {
+    "v1": RECORDS,
+    "v1-weights": WEIGHTS,
+    "v1-caches": CACHES,
+    "v1-images": IMAGES,
+}
 
 
 async def record(path: Path, records: Sequence[Record] = RECORDS) -> None:
