@@ -219,7 +219,8 @@ IMAGES: Final[tuple[Record, ...]] = (
     Secret("team1/registry", b"nonce and ciphertext", 2, MADE_AT_S, MADE_AT_S + 60, "operator/ada", 52),
     Model(
         "team1/web", "image", "docker://registry:5000/team/web:1", ModelState.ATTESTED, "56" * 32, 200 << 20, 2,
-        MADE_AT_S, artifact_id="9a" * 32, resolved_uri="push://ingest", attestation="pack", attested_by="n-7k2m9q4c0000",
+        MADE_AT_S, artifact_id="9a" * 32, resolved_uri="push://ingest", attestation="pack",
+        attested_by="n-7k2m9q4c0000",
         image=ImageFacts(
             "docker://registry:5000/team/web:1", "sha256:" + "bc" * 32, "erofs", "linux/amd64", (0, 7, 3), 90 << 20
         ),
