@@ -106,6 +106,7 @@ def container_spec(
         cdi=devices.cdi,
         mounts=_output_mount(message, places),
         egress=Egress(tuple(app.egress_allow), tuple(app.egress_deny)),
+        warm_command=() if app.command or real else (*places.worker_command, "--warm"),
     )
     return replace(
         bare,

@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--proxy-port", type=int, help="port of the proxy (0: any, the same at each start)")
     run.add_argument("--addresses", action="append", help="where gateways reach the proxy, NETWORK=HOST[:PORT]; repeat")
     run.add_argument("--fsd-socket", help="socket of the node's fal-fsd")
+    run.add_argument("--prepared-containers", type=int, help="kept ready for each of the last kinds started here (1)")
+    run.add_argument("--warm-workers", type=int, help="workers kept with libraries loaded (1; 0 with simulated GPUs)")
     host_network = "take apps with network = host where their pool allows it (yes)"
     run.add_argument("--allow-host-network", action=argparse.BooleanOptionalAction, help=host_network)
     run.add_argument("--egress-subnet", help="addresses of containers with network = egress (10.222.0.0/16)")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from fal_agent import launch, recovery, wire
 from fal_agent.core.admission import NodeView, Refusal, admit
-from fal_agent.core.assignments import Assignment, Assignments, Complete, Delta, receive
+from fal_agent.core.assignments import Assignment, Assignments, Complete, Delta, Goal, receive
 from fal_agent.core.standing import Leader, Standing, distrust, obey, stale, works_for
 from fal_agent.core.tasks import Phase, Task
 from fal_agent.journal import Journal
@@ -99,6 +99,10 @@ class Node:
         """A start of an image was recorded."""
         self._access.append(access)
         self.changed.set()
+
+    def in_setup(self) -> bool:
+        """Is a runner being made, or not ready yet?"""
+        return any(r.task.phase < Phase.READY and r.task.goal is Goal.RUN for r in self._runners.values())
 
     async def look(self) -> None:
         """Look at the machine again; a change is told. Call it from time to time."""

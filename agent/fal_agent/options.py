@@ -46,6 +46,12 @@ class AgentOptions(ConfigModel):
     )
     fsd_socket: Path | None = Field(None, description="socket of the node's fal-fsd; default: one of its own")
     fsd_config: Path | None = Field(None, description="TOML file with settings of fal-fsd, such as bulk_port")
+    prepared_containers: int = Field(
+        1, ge=0, le=16, description="containers kept ready for each of the last kinds started here; 0: none"
+    )
+    warm_workers: int | None = Field(
+        None, ge=0, le=16, description="of our worker's: with its libraries loaded; default: 1, with simulated GPUs 0"
+    )
     allow_host_network: bool = Field(True, description='false: no app with network "host", whatever its pool allows')
     egress_subnet: str = Field("10.222.0.0/16", description='addresses of containers with network "egress"')
     cni_plugin_dir: str = Field("/usr/lib/cni:/opt/cni/bin", description="folders with CNI plugins, first match wins")
@@ -69,6 +75,12 @@ class AgentOptions(ConfigModel):
             raise invalid(
                 "egress_subnet", self.egress_subnet, f"cannot be used: {error}", remedy="Write it like 10.222.0.0/16."
             ) from None
+
+    def warm(self) -> int:
+        """How many warm workers to keep for each kind."""
+        if self.warm_workers is None:
+            return 0 if self.sim_gpus else 1
+        return self.warm_workers
 
     def cdi_folders(self) -> tuple[Path, ...]:
         """`cdi_dirs` as paths."""

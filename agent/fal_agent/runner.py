@@ -286,7 +286,7 @@ class Runner:
         spec = replace(spec, image=image, secrets=await self._secrets.of(message))
         spec = self._tools.packer.completed(spec, message, self._tools.driver)
         launch.keep_assignment(self._tools.places, message)
-        await self._tools.driver.create(spec)
+        await self._tools.create(spec)
 
     async def _create(self) -> None:
         began_s = self._now_s()

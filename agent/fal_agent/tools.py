@@ -44,6 +44,12 @@ class Tools:
     ca_key: Callable[[], ec.EllipticCurvePublicKey | None] = lambda: None
     secrets: AskSecrets = _no_scheduler
     packer: Packer = field(default_factory=Packer)
+    on_created: Callable[[runtime.ContainerSpec], None] = lambda spec: None
+
+    async def create(self, spec: runtime.ContainerSpec) -> None:
+        """Have the driver make it; what was made once is kept ready (`fal_agent.spares`)."""
+        await self.driver.create(spec)
+        self.on_created(spec)
 
 
 async def together(stages: Sequence[Awaitable[object]], make: Awaitable[None]) -> None:

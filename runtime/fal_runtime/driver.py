@@ -33,6 +33,8 @@ MODELS_DIR_INSIDE: Final = "/models"
 SECRETS_DIR_INSIDE: Final = "/run/secrets"
 SOCKET_DIR_ENV: Final = "FAL_SOCKET_DIR"
 MODELS_DIR_ENV: Final = "FAL_MODELS_DIR"
+# Where a container that was made ahead reads who it is to be: one message, then the end (see `ContainerSpec`).
+MESSAGE_FIFO_INSIDE: Final = "/run/fal-bind/go"
 SECRETS_DIR_ENV: Final = "FAL_SECRETS_DIR"
 
 LOG_BYTES_MAX_DEFAULT: Final = 16 << 20

@@ -7,8 +7,11 @@ stops at conmon's own nanosecond stamp of the line. Bare: `runc run` with its ou
 config.json that our driver wrote for a container that still runs (its rootfs, binds, user namespace, seccomp profile
 and limits; a cgroup of its own), from before the fork until the line is read.
 
-The floor of ours, whatever our code does: the bare side's own work, plus one more execution of runc (create and start
-are two; `run` is one), conmon's start, two durable writes (store, journal) and three hops (client → scheduler → agent).
+The floor of a cold start, whatever our code does: the bare side's own work (create and start in one execution of runc,
+as we start without it), conmon's start (2 ms), two durable writes (store, journal) and three hops (client → scheduler →
+agent). Of the bare side's work a grace period of the kernel (7 to 15 ms) is paid ahead by us (`oci.nursery`).
+Prepared: the container waits, made and started, for a message with its command (`oci.prepared`); the floor is the two
+durable writes, the hops, a dozen system calls and the shell. What makes the next one ready is not in the figure.
 """
 
 from __future__ import annotations
@@ -36,8 +39,8 @@ from fal_contract.manifest import AppManifest
 from fal_contract.v1 import cluster_pb2, cluster_pb2_grpc
 from fal_runtime.oci import cgroups
 
-MUST_REACH = "p50 ratio <= 3"
-RATIO_MAX = 3.0
+MUST_REACH = "p50 ratio <= 1.5 cold and <= 0.5 prepared, p95 ratio <= 2.5 cold"
+RATIO_MAX, P95_RATIO_MAX, PREPARED_RATIO_MAX = 1.5, 2.5, 0.5
 STARTS_PER_PAIR = 3  # a start takes tens of milliseconds: take more of them than other benchmarks take runs
 LINE = "up"
 COMMAND = ["/bin/sh", "-c", f"echo {LINE}; exec sleep 3600"]
@@ -49,7 +52,9 @@ POLL_S = 0.005  # nothing is timed by polling
 class Ours:
     """Starts one app after the other through scheduler and agent."""
 
-    def __init__(self, stub: cluster_pb2_grpc.ClusterAsyncStub, state_dir: Path) -> None:
+    def __init__(self, stub: cluster_pb2_grpc.ClusterAsyncStub, state_dir: Path, prepared: int) -> None:
+        self._prepared = prepared
+        self._pool = state_dir / "c" / "prepared"
         self.phases: dict[str, list[float]] = defaultdict(list)
         self._stub = stub
         self._containers = state_dir / "c" / "containers"
@@ -58,7 +63,12 @@ class Ours:
 
     async def run(self) -> float:
         """Seconds of one start; the container is gone again when this returns."""
+        if self._prepared:
+            await self._one_waits()
         app, seconds = await self.start()
+        if self._prepared:
+            links = [path for path in self._containers.glob(f"{path_of(app)}-*") if path.is_symlink()]
+            assert links, "this start did not come from the prepared pool"
         await self._stub.DeleteApp(cluster_pb2.DeleteAppRequest(id=app), timeout=TIMEOUT_S)
         async with asyncio.timeout(TIMEOUT_S):
             while (await self._stub.ListRunners(cluster_pb2.ListRunnersRequest(app=app))).runners:  # noqa: ASYNC110
@@ -78,6 +88,15 @@ class Ours:
         line_s = await self._first_line(f"default.{name}-*")
         await self._note(request.id, sent_s, replied_s, line_s)
         return request.id, line_s - sent_s
+
+    async def _one_waits(self) -> None:
+        """A prepared container that nobody has."""
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:
+                used = {path.resolve().name for path in self._containers.iterdir() if path.is_symlink()}
+                if any(path.parent.name not in used for path in self._pool.glob("*/ready")):
+                    return
+                await asyncio.sleep(POLL_S)
 
     async def _first_line(self, container: str) -> float:
         """When conmon had it, wall clock."""
@@ -168,17 +187,19 @@ def why_not() -> str:
 
 
 @asynccontextmanager
-async def sides(folder: Path) -> AsyncIterator[tuple[Ours, Bare]]:
+async def sides(folder: Path, prepared: int) -> AsyncIterator[tuple[Ours, Bare]]:
     """Both sides, ready to start containers."""
+    folder.mkdir()
     async with running(folder) as (process, stub):
         state = folder / "n"
-        with agent(process, await join_token(stub), state, "--driver", "oci", "--sim-gpus", "2xH100-80GB"):
+        flags = ("--driver", "oci", "--sim-gpus", "2xH100-80GB", "--prepared-containers", str(prepared))
+        with agent(process, await join_token(stub), state, *flags):
             await nodes_ready(stub, 1)
-            ours = Ours(stub, state)
+            ours = Ours(stub, state, prepared)
             app, _ = await ours.start()  # its rootfs and mounts serve the bare side while it runs
             container = next((state / "c" / "containers").glob(f"{path_of(app)}-*"))
             try:
-                yield ours, Bare(bundle_of(container, folder / "bundle"), folder / "runc")
+                yield ours, Bare(bundle_of(container.resolve(), folder / "bundle"), folder / "runc")
             finally:
                 cgroups.remove(CGROUP)
 
@@ -188,19 +209,26 @@ async def run(options: Options) -> Result:
     if why := why_not():
         raise SystemExit(f"start: not measured, it {why}")
     with tempfile.TemporaryDirectory(prefix="bs-") as name:
-        async with sides(Path(name)) as (ours, bare):
+        async with sides(Path(name) / "a", 0) as (ours, bare):
             paired = await interleave(ours.run, bare.run, pairs=STARTS_PER_PAIR * options.pairs)
+        async with sides(Path(name) / "b", 1) as (pooled, bare):
+            ready = await interleave(pooled.run, bare.run, pairs=STARTS_PER_PAIR * options.pairs)
     phases = {name: percentile(values[2:], 0.5) for name, values in ours.phases.items()}
     p95_s, bare_p95_s = percentile(paired.ours, 0.95), percentile(paired.baseline, 0.95)
-    figures = paired.as_json()
+    figures, ready_figures = paired.as_json(), ready.as_json()
+    ready_p95_s, ready_bare_p95_s = percentile(ready.ours, 0.95), percentile(ready.baseline, 0.95)
     print_table(
         ("start, ms", "ours", "bare runc run", "ratio"),
         [
-            ("p50", 1e3 * figures["ours"], 1e3 * figures["baseline"], paired.ratio),
-            ("p95", 1e3 * p95_s, 1e3 * bare_p95_s, p95_s / bare_p95_s),
+            ("cold p50", 1e3 * figures["ours"], 1e3 * figures["baseline"], paired.ratio),
+            ("cold p95", 1e3 * p95_s, 1e3 * bare_p95_s, p95_s / bare_p95_s),
             *((f"  {name}", 1e3 * seconds, "", "") for name, seconds in phases.items()),
+            ("prepared p50", 1e3 * ready_figures["ours"], 1e3 * ready_figures["baseline"], ready.ratio),
+            ("prepared p95", 1e3 * ready_p95_s, 1e3 * ready_bare_p95_s, ready_p95_s / ready_bare_p95_s),
+            *((f"  {name}", 1e3 * percentile(values[2:], 0.5), "", "") for name, values in pooled.phases.items()),
         ],
     )
+    p95_ratio = p95_s / bare_p95_s
     return Result(
         bench="start",
         ours=1e3 * figures["ours"],
@@ -209,11 +237,15 @@ async def run(options: Options) -> Result:
         unit="ms from submit to first line",
         runs=len(paired.ours),
         must_reach=MUST_REACH,
-        reached=paired.ratio <= RATIO_MAX,
+        reached=paired.ratio <= RATIO_MAX and p95_ratio <= P95_RATIO_MAX and ready.ratio <= PREPARED_RATIO_MAX,
         extra={
             "p95": significant(1e3 * p95_s),
             "baseline_p95": significant(1e3 * bare_p95_s),
-            "p95_ratio": significant(p95_s / bare_p95_s),
+            "p95_ratio": significant(p95_ratio),
             "phases_ms": {name.partition(":")[0]: significant(1e3 * s, 3) for name, s in phases.items()},
+            "prepared": significant(1e3 * ready_figures["ours"]),
+            "prepared_baseline": significant(1e3 * ready_figures["baseline"]),
+            "prepared_ratio": significant(ready.ratio),
+            "prepared_p95_ratio": significant(ready_p95_s / ready_bare_p95_s),
         },
     )

@@ -61,12 +61,12 @@ def _make(hierarchy: Path, path: str) -> Path:
     return directory
 
 
-def make_parent(path: str) -> None:
-    """The cgroup above all containers, with the CPU weight of one ordinary process per CPU.
+def make_parent(path: str, *, weight: int = 1) -> None:
+    """The cgroup above all containers, with the CPU weight of so many ordinary processes per CPU.
 
     By default all containers together would weigh as much as a single process of the host.
     """
-    cpus = os.cpu_count() or 1
+    cpus = weight * (os.cpu_count() or 1)
     for hierarchy in hierarchies():
         try:
             directory = _make(hierarchy, path)

@@ -23,6 +23,7 @@ from fal_runtime.oci import cgroups
 
 SYNC_FD: Final = 9  # the shell's syntax knows descriptors of one digit
 _LOOP: Final = 'while IFS= read -r line; do eval "$line"; done'
+_CPU_WEIGHT: Final = 16
 _SHELL: Final = "/bin/sh"
 
 
@@ -86,6 +87,8 @@ class Nursery:
         self._pid, self._line_fd = _shell()
         self._finalizer = weakref.finalize(self, _end, self._pid, self._line_fd)
         try:
+            # Conmon and the runtime under it work for milliseconds, and somebody waits: before what computes for hours.
+            await asyncio.to_thread(cgroups.make_parent, cgroups.CONMON_CGROUP, weight=_CPU_WEIGHT)
             await asyncio.to_thread(cgroups.enter, self._pid, cgroups.CONMON_CGROUP)
         except BaseException:
             self.close()

@@ -31,7 +31,7 @@ from typing import Final
 
 from fal_contract.errors import FalError
 from fal_runtime import socket_dir
-from fal_runtime.driver import ContainerSpec, Prepared, driver_failed
+from fal_runtime.driver import MESSAGE_FIFO_INSIDE, ContainerSpec, Prepared, driver_failed
 from fal_runtime.oci import leftovers, mounts, processes, start
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.inside import has_program
@@ -41,8 +41,8 @@ from fal_runtime.oci.spec import Bind, environment
 from fal_runtime.process_supervisor import write_whole
 
 ID_PREFIX: Final = "pool-"
-BIND_DIR_INSIDE: Final = "/run/fal-bind"
-GO_INSIDE: Final = f"{BIND_DIR_INSIDE}/go"
+BIND_DIR_INSIDE: Final = os.path.dirname(MESSAGE_FIFO_INSIDE)
+GO_INSIDE: Final = MESSAGE_FIFO_INSIDE
 WAITER: Final = ("/bin/sh", "-c", f". {GO_INSIDE}")
 MESSAGE_BYTES_MAX: Final = 512 << 10  # fits into a pipe at once
 READER_TIMEOUT_S: Final = 10.0  # until a waiter that was just made reads
@@ -173,6 +173,7 @@ class Pool:
         except BaseException:
             await asyncio.shield(self._discard(files))
             raise
+        (files.directory / "ready").touch()  # for people and benchmarks; nothing here reads it
         self._ready.append(_Ready(files, shape, created))
 
     async def _bound(self, ready: _Ready, spec: ContainerSpec, *, warm: bool) -> bool:

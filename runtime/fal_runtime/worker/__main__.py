@@ -9,13 +9,18 @@ from fal_runtime.worker.log import log
 
 
 def main() -> None:
-    if not {"-h", "--help"} & set(sys.argv[1:]):
+    arguments = sys.argv[1:]
+    if arguments == ["--warm"]:
+        from fal_runtime.worker import warm
+
+        arguments = warm.wait()
+    if not {"-h", "--help"} & set(arguments):
         log("start", pid=os.getpid(), python=sys.version.split()[0])
     from fal_contract.errors import FalError
     from fal_runtime.worker import main as process
 
     try:
-        options = process.parse_options(sys.argv[1:], os.environ)
+        options = process.parse_options(arguments, os.environ)
     except FalError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         process.leave(process.EXIT_USAGE)

@@ -41,6 +41,12 @@ _WARM_STEPS: Final = 2
 _ARGUMENTS: Final = {"steps": "num_inference_steps", "guidance": "guidance_scale", "width": "width", "height": "height"}
 
 
+def quiet_environment() -> None:
+    """What the libraries read when they are imported: no network, no warnings."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 class DiffusersEngine:
     """Loads `model` (a folder) and its `loras` (name and folder each) onto the GPU if there is one, else the CPU."""
 
@@ -110,8 +116,7 @@ class DiffusersEngine:
 
     def _import(self, index: dict[str, Any]) -> Any:
         """Import torch, diffusers and the pipeline's classes, away from the network and from read-only folders."""
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        quiet_environment()
         os.environ.setdefault("HF_HOME", str(Path(tempfile.gettempdir()) / "hf"))
         self._torch = importlib.import_module("torch")
         if self._threads:
