@@ -157,6 +157,7 @@ def torch_layout(folder: Path) -> Path:
     site = Path(sysconfig.get_path("purelib"))
     packages = (
         "torch",
+        "torchgen",
         "numpy",
         "numpy.libs",
         "sympy",
