@@ -162,14 +162,14 @@ def _last_line(runner: str) -> str:
 def _progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
     """On a terminal one line that is rewritten; else a line on stderr now and then; nothing where `quiet`."""
     from fal_contract.clock import SystemClock
-    from falctl.output import console
+    from falctl.output import console, status_line
 
     if quiet:
         yield lambda text: None
         return
     if console().is_terminal:
-        with console().status("") as status:
-            yield lambda text: status.update(text)
+        with status_line("") as say:
+            yield say
         return
     clock, before, told_s = SystemClock(), "", float("-inf")
 

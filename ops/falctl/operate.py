@@ -32,6 +32,8 @@ def _server() -> None:
 
 def status(json: JsonFlag = False) -> None:
     """Leader, store, counts and what waits for an operator."""
+    from rich.markup import escape
+
     from fal_contract.units import format_duration
     from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import console, print_facts, print_json, to_json
@@ -53,7 +55,8 @@ def status(json: JsonFlag = False) -> None:
         ]
     )
     for alarm in reply.alarms:
-        console().print(f"[bold red]{alarm.kind}[/bold red] {alarm.subject}: {alarm.message} {alarm.remedy}")
+        text = escape(f"{alarm.subject}: {alarm.message} {alarm.remedy}")
+        console().print(f"[bold red]{escape(alarm.kind)}[/bold red] {text}", markup=True)
 
 
 def _counts(counts: Any) -> str:
@@ -71,11 +74,11 @@ def explain(subject: str, json: JsonFlag = False) -> None:
         print_json("explanation", to_json(reply))
         return
     out = console()
-    out.print(f"[bold]{reply.kind}[/bold] {escape(reply.summary)}")
+    out.print(f"[bold]{reply.kind}[/bold] {escape(reply.summary)}", markup=True)
     for line in reply.lines:
         typer.echo(f"  {line}")
     if reply.placement.nearest_miss:
-        out.print(f"nearest miss: {escape(reply.placement.nearest_miss)}")
+        out.print(f"nearest miss: {reply.placement.nearest_miss}")
     if reply.verdicts:
         print_table(
             ("NODE", "FITS", "REFUSED BY", "BECAUSE"),

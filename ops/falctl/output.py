@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from fal_contract.errors import FalError
@@ -19,10 +20,13 @@ _ENUM_PREFIXES: Final = ("RUNNER_STATE_", "MODEL_STATE_", "GPU_HEALTH_", "GOAL_"
 
 
 def console() -> Console:
-    """A console on stdout; plain and as wide as needed where stdout is no terminal."""
+    """A console on stdout; plain and as wide as needed where stdout is no terminal.
+
+    Without markup: what is printed was mostly written by others, and a `[/` in it would be an error.
+    """
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
+    return Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 
 
 def print_error(error: FalError) -> None:
@@ -73,7 +77,18 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     shown = [(name, value) for name, value in facts if value]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
-        console().print(f"[bold]{name:<{width}}[/bold]  {_escaped(value)}")
+        console().print(f"[bold]{name:<{width}}[/bold]  {_escaped(value)}", markup=True)
+
+
+@contextmanager
+def status_line(first: str, *, stderr: bool = False) -> Iterator[Callable[[str], None]]:
+    """On a terminal one line that is rewritten by what is yielded; the text is taken as it is."""
+    from rich.console import Console
+    from rich.text import Text
+
+    out = Console(stderr=True, highlight=False) if stderr else console()
+    with out.status(Text(first)) as status:
+        yield lambda text: status.update(Text(text))
 
 
 def _escaped(value: str) -> str:

@@ -109,7 +109,7 @@ def _show(reply: Any, before: Any, *, clear: bool) -> None:
             (
                 str(row.pid_inside), str(row.pid), str(row.uid), row.state,
                 f"{row.cpu_s:.1f}s{_row_share(row, earlier.get(row.pid), reply, before)}",
-                format_bytes(row.memory_bytes), str(row.threads), harmless(row.command).replace("[", "\\["),
+                format_bytes(row.memory_bytes), str(row.threads), harmless(row.command),
             )
             for row in reply.processes
         ),

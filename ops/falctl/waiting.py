@@ -80,10 +80,12 @@ def _progress(quiet: bool) -> Iterator[Any]:
         return
     from rich.console import Console
 
+    from falctl.output import status_line
+
     console = Console(stderr=True, highlight=False, markup=False)
     if console.is_terminal:
-        with console.status("waiting") as status:
-            yield lambda text: status.update(text)
+        with status_line("waiting", stderr=True) as say:
+            yield say
         return
     last = ""
 

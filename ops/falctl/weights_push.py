@@ -109,14 +109,14 @@ def progress_line(progress: PushProgress) -> str:
 def _shown(*, quiet: bool) -> Iterator[Callable[[PushProgress], None]]:
     """On a terminal one line that is rewritten; else a line on stderr now and then; nothing with --json."""
     from fal_contract.clock import SystemClock
-    from falctl.output import console
+    from falctl.output import console, status_line
 
     if quiet:
         yield lambda progress: None
         return
     if console().is_terminal:
-        with console().status("reading") as status:
-            yield lambda progress: status.update(progress_line(progress))
+        with status_line("reading") as say:
+            yield lambda progress: say(progress_line(progress))
         return
     clock, phase, told_s = SystemClock(), "", 0.0
 

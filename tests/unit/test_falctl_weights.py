@@ -238,3 +238,19 @@ def test_many_rows_are_printed_plainly(capsys: pytest.CaptureFixture[str]) -> No
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["A     LONG", "0     x"]
     assert len(lines) == PRETTY_ROWS_MAX + 2
+
+
+def test_what_others_wrote_is_printed_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closing tag that opens nothing would be an error of the printing library's markup."""
+    from falctl.output import console, print_facts, print_table, status_line
+
+    text = "no [/usr/bin/x] in [red]"
+    print_table(("A",), [(text,)], empty="")
+    print_facts([("reason", text)])
+    console().print(text)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # taken for a terminal
+    with status_line(text) as say:
+        say(text)
+    assert capsys.readouterr().out.count("[/usr/bin/x] in [red]") >= 4
