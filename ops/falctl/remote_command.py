@@ -68,7 +68,11 @@ class _Talk:
             await self._call.write(request)
 
     async def _input(self, **fields: object) -> None:
-        await self.send(cluster_pb2.ExecRequest(input=agent_pb2.ExecInput(**fields)))  # type: ignore[arg-type]
+        """Input to a command that may have ended meanwhile: how it ended is for `next` to say."""
+        import grpc
+
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            await self.send(cluster_pb2.ExecRequest(input=agent_pb2.ExecInput(**fields)))  # type: ignore[arg-type]
 
     async def next(self) -> agent_pb2.ExecOutput:
         import grpc
