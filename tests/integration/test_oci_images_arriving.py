@@ -31,7 +31,7 @@ pytestmark = [
 PIECE = 1 << 16
 FILE_BYTES = 1 << 20
 NAMES = ("a", "b", "c")
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 DOWN_TIMEOUT_S = 15.0
 GO_ON = "until [ -e /models/go ]; do sleep 0.05; done"
 
