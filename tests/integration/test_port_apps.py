@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,6 +148,21 @@ def test_probes_and_requests_go_to_the_port(server: subprocess.Popen[bytes], tmp
         with pytest.raises(FalError) as gone:
             await connect_worker(RunnerEntry(RUNNER, "", 1, 1.0, pid=to.pid, port=80, pid_ticks=1), 5)
         assert gone.value.code is Code.UNAVAILABLE
+
+    _run(main())
+
+
+@pytest.mark.parametrize(("pid", "ticks"), [(-1, 0), (1 << 22, 7), (os.getpid(), 0)])
+def test_a_runner_without_its_process_never_leads_to_the_node(pid: int, ticks: int) -> None:
+    """Else a container that ends as it is registered would send requests to whatever listens on the node."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as there:
+            entry = RunnerEntry(RUNNER, "", 1, 1.0, pid=pid, port=there.getsockname()[1], pid_ticks=ticks)
+            with pytest.raises(FalError, match="its process has ended"):
+                await connect_worker(entry, 5)
+            own = await connect_worker(RunnerEntry(RUNNER, "", 1, 1.0, port=there.getsockname()[1]), 5)
+            own.close()
 
     _run(main())
 

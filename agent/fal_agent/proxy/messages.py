@@ -41,7 +41,7 @@ class RunnerEntry:
     pid: int = 0  # the worker is this process or a descendant; 0: not checked
     draining: bool = False  # finishes what it has, takes nothing new
     port: int = 0  # its server listens on this port of loopback; 0: on the socket
-    pid_ticks: int = 0  # when `pid` began: the port is in that process's network namespace; 0: on the node's own
+    pid_ticks: int = 0  # when `pid` began: the port is in that process's network namespace; `pid` 0: on the node's own
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,8 @@ async def attach(sock: socket.socket, protocol: asyncio.BufferedProtocol) -> Non
 
 
 async def _connect_port(entry: RunnerEntry, timeout_s: float) -> socket.socket:
-    to = Port(entry.port, entry.pid, entry.pid_ticks) if entry.pid_ticks else Port(entry.port)
+    # Only an entry without any process is the node's own: one whose process has ended must never lead to the node.
+    to = Port(entry.port, entry.pid, entry.pid_ticks)
     try:
         async with asyncio.timeout(timeout_s):
             return await connect(to)
