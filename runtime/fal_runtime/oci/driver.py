@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
+import os
 import signal
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ from fal_runtime.oci.rotation import Rotations
 from fal_runtime.watch import Watcher
 
 RUN_DIR: Final = Path("/run/falctl")
+MAKING_PER_CPU: Final = 2
 EXIT_TIMEOUT_S: Final = 30.0  # from SIGKILL to conmon's word
 
 
@@ -82,6 +84,8 @@ class OciDriver:
         self._forced = mode
         self._mode: Mode | None = mode
         self._probing = asyncio.Lock()
+        # More at once make each slower, and none sooner: what they wait for is the CPU and the kernel's cgroup lock.
+        self._making = asyncio.Semaphore(MAKING_PER_CPU * (os.cpu_count() or 1))
 
     async def probe(self) -> Capabilities:
         async with self._probing:
@@ -114,7 +118,8 @@ class OciDriver:
 
     async def _make(self, spec: ContainerSpec, mode: Mode) -> None:
         if not await self._pool.claim(spec):
-            await start.create(self._place, spec, mode)
+            async with self._making:
+                await start.create(self._place, spec, mode)
 
     async def create(self, spec: ContainerSpec) -> None:
         start.check(spec)
