@@ -145,7 +145,8 @@ class Chain:
         """When conmon had it, wall clock. `state`: of the node, or a folder of nodes' folders."""
         async with asyncio.timeout(START_TIMEOUT_S):
             while True:
-                for log in state.glob(f"**/c/containers/default.{name}-*/log/log"):
+                found = f"c/containers/default.{name}-*/log/log"
+                for log in (*state.glob(found), *state.glob(f"[abn]/{found}")):
                     for text in log.read_text().splitlines():
                         stamp, _stream, _kind, line = text.split(" ", 3)
                         if line == LINE:
