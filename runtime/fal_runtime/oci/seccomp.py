@@ -36,9 +36,14 @@ DENIED: Final = (
 )
 # Every CLONE_NEW* flag that clone() takes: cgroup, uts, ipc, user, pid, net, mount.
 _NAMESPACE_FLAGS: Final = (0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000, 0x00020000)
-# Sockets that reach the kernel's or the host's interior rather than a network: packet, vsock, and the like.
-_SOCKET_FAMILIES_DENIED: Final = (17, 38, 40)  # AF_PACKET, AF_ALG, AF_VSOCK
-_TIOCSTI: Final = 0x5412
+# Families of sockets but UNIX (1), INET (2), INET6 (10) and NETLINK (16), as (mask, value) of the family's low 32 bits;
+# the kernel looks at no others. Each other one is code that few have read, and is loaded when somebody asks for it
+# (vsock reaches the hypervisor's host). Masks of 32 bits: what lies above them the kernel ignores, and the filter must.
+_FAMILIES_DENIED: Final = (
+    *((0xFFFFFFFF, 3), (0xFFFFFFFC, 4), (0xFFFFFFFE, 8), (0xFFFFFFFF, 11), (0xFFFFFFFC, 12)),
+    *((0xFFFFFFFF, 17), (0xFFFFFFFE, 18), (0xFFFFFFFC, 20), (0xFFFFFFF8, 24), (0xFFFFFFE0, 32)),
+)
+_TERMINAL_REQUESTS_DENIED: Final = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: they write what the terminal's reader types
 _ARCHITECTURES: Final = ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32", "SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM")
 
 
@@ -56,9 +61,10 @@ def profile(privileges: Iterable[str] = ()) -> dict[str, Any]:
     ]
     for flag in _NAMESPACE_FLAGS:
         rules.append(_when("clone", 0, flag, "SCMP_CMP_MASKED_EQ", flag))
-    for family in _SOCKET_FAMILIES_DENIED:
-        rules.append(_when("socket", 0, family, "SCMP_CMP_EQ"))
-    rules.append(_when("ioctl", 1, 0xFFFFFFFF, "SCMP_CMP_MASKED_EQ", _TIOCSTI))
+    for mask, family in _FAMILIES_DENIED:
+        rules.append(_when("socket", 0, mask, "SCMP_CMP_MASKED_EQ", family))
+    for request in _TERMINAL_REQUESTS_DENIED:
+        rules.append(_when("ioctl", 1, 0xFFFFFFFF, "SCMP_CMP_MASKED_EQ", request))
     return {"defaultAction": "SCMP_ACT_ALLOW", "architectures": list(_ARCHITECTURES), "syscalls": rules}
 
 

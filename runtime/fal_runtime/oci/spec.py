@@ -35,6 +35,11 @@ TMP_BYTES_DEFAULT: Final = 1 << 30
 OOM_SCORE_ADJ: Final = 500  # the node's own daemons go last
 UNBOUNDED: Final = 1 << 62
 LOCKED_BYTES_DEFAULT: Final = 8 << 20  # the kernel's own since 5.16; the agent's may be anything
+# What the kernel counts for all users of a machine, or for whoever made a user namespace, so that one container could
+# take all of it: signals that wait (and timers, which need one each), and terminals.
+SIGNALS_PENDING_MAX: Final = 2048
+TERMINALS_MAX: Final = 128
+_PTS_OPTIONS: Final = ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", f"max={TERMINALS_MAX}")
 
 MASKED_PATHS: Final = (
     *("/proc/acpi", "/proc/asound", "/proc/bus", "/proc/fs", "/proc/interrupts", "/proc/kcore", "/proc/keys"),
@@ -129,7 +134,7 @@ def _capabilities(spec: ContainerSpec, host: HostLayout) -> dict[str, list[str]]
 
 
 def _rlimits(spec: ContainerSpec, host: HostLayout) -> list[dict[str, Any]]:
-    limits = {"RLIMIT_CORE": 0}
+    limits = {"RLIMIT_CORE": 0, "RLIMIT_SIGPENDING": SIGNALS_PENDING_MAX}
     if spec.resources.open_files_max:
         limits["RLIMIT_NOFILE"] = min(spec.resources.open_files_max, host.open_files_max)
     locked = spec.resources.locked_memory_bytes or LOCKED_BYTES_DEFAULT
@@ -178,7 +183,7 @@ def _mounts(spec: ContainerSpec, host: HostLayout) -> list[dict[str, Any]]:
     mounts = [
         _mount("/proc", "proc", "nosuid", "nodev", "noexec"),
         _mount("/dev", "tmpfs", "nosuid", "noexec", "strictatime", "mode=755", "size=65536"),
-        _mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"),
+        _mount("/dev/pts", "devpts", *_PTS_OPTIONS),
         _mount("/dev/shm", "tmpfs", "nosuid", "nodev", "noexec", "mode=1777", f"size={limits.shm_bytes or tmp_bytes}"),
         _mount("/dev/mqueue", "mqueue", "nosuid", "nodev", "noexec"),
         _mount("/tmp", "tmpfs", "nosuid", "nodev", "mode=1777", f"size={tmp_bytes}"),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fal_contract.errors import FalError
 from fal_runtime.driver import ContainerSpec, check_spec, driver_failed
-from fal_runtime.oci import cgroups, conmon, limits, processes, rootfs, roots
+from fal_runtime.oci import cgroups, conmon, limits, processes, rootfs, roots, user_counts
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.place import Place
 from fal_runtime.oci.record import ContainerFiles, Created, Record
@@ -106,6 +106,8 @@ async def _create(place: Place, spec: ContainerSpec, mode: Mode, waiting: Waitin
     paths = files.paths()
     (paths.bundle / "config.json").write_text(json.dumps(build(replace(spec, command=root.command), host)))
     pid = await conmon.create(spec.id, place.runtime(mode.program), paths, spec.log_bytes_max, place.nursery)
+    if mode.user_namespace:
+        await user_counts.bound(spec.id, pid)
     files.mark_created(pid)
 
 

@@ -1,0 +1,39 @@
+"""Bounds on what the kernel counts for each user, within a container's own user namespace.
+
+Watches of files (inotify) of a container are counted again for whoever made its user namespace: the node's root, whose
+128 instances, as kernels come, one container could take, and with them those of the node's own services. A namespace
+has bounds of its own (namespaces(7), /proc/sys/user), which only a process within it can set: `nsenter` (util-linux),
+before the container's first process executes anything. Called by `start`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fal_contract.errors import FalError
+from fal_runtime.oci import processes
+
+INOTIFY_INSTANCES_MAX: Final = 16
+INOTIFY_WATCHES_MAX: Final = 8192
+# A second wall behind the filter of system calls: no namespaces in it, whoever finds a way to ask for them.
+_BOUNDS: Final = {
+    "max_inotify_instances": INOTIFY_INSTANCES_MAX,
+    "max_inotify_watches": INOTIFY_WATCHES_MAX,
+    "max_user_namespaces": 0,
+}
+_SCRIPT: Final = "".join(f"echo {value} >/proc/sys/user/{name} || exit 9; " for name, value in _BOUNDS.items())
+
+
+async def bound(id: str, pid: int) -> bool:
+    """Set the bounds for the container whose first process is `pid`; False where this node's /proc is read-only."""
+    command = ("nsenter", f"--user=/proc/{pid}/ns/user", "--", "/bin/sh", "-c", _SCRIPT)
+    try:
+        await processes.run_command(command, f"bounding of container {id}")
+    except FalError as error:
+        if "Read-only file system" in error.what:
+            return False
+        raise
+    return True
+
+
+__all__ = ["INOTIFY_INSTANCES_MAX", "INOTIFY_WATCHES_MAX", "bound"]
