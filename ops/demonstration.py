@@ -110,12 +110,33 @@ class Demo:
         with self.phase("draw three prompts"):
             for number, prompt in enumerate(PROMPTS):
                 self.draw(prompt, f"{number}-{prompt.replace(' ', '-')}.png")
+        if self.isolates():
+            with self.phase("any server: an image of one static binary, without a network"):
+                self.serve_an_image()
         with self.phase("kill a container; it is replaced"):
             self.kill_a_container()
         with self.phase("kill the scheduler; runners go on; it comes back"):
             self.kill_the_scheduler(dev)
         with self.phase("draw once more, with the LoRA"):
             self.draw("a handwritten five", "3-five-with-lora.png", "--lora", "digits-look")
+
+    def isolates(self) -> bool:
+        """Whether the nodes run real containers."""
+        return all(node["capabilities"]["isolates"] for node in self.ask("nodes", "node", "list"))
+
+    def serve_an_image(self) -> None:
+        """Pack a root file system, start it as it stands, ask it through the gateway, run a command in it."""
+        example, root = REPOSITORY / "ops" / "examples" / "static-binary", self.folder / "static-root"
+        subprocess.run([str(example / "build.sh"), str(root)], check=True, timeout=60)
+        self.say(self.falctl("image", "add", "static", f"rootfs:{root}"))
+        self.say(self.falctl("app", "apply", "-f", str(example / "app.toml")))
+        state = json.loads((self.folder / "dev" / "dev.json").read_text())
+        url = f"{state['gateway']}/v1/run/default/static-binary/"
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            self.say(f"GET {url} → {answer.read().decode()}")
+        runner = self.ask("runners", "runner", "list", "--app", "static-binary")[0]["runner"]["id"]
+        self.say(self.falctl("runner", "exec", runner, "--", "/bin/busybox", "ip", "address"))
+        self.falctl("app", "delete", "static-binary")
 
     def watch_weights(self) -> None:
         """Say how much of the model each node had when its container started, and when the runner was ready."""

@@ -52,13 +52,12 @@ class Stub:
 
 
 def ran(outputs: list[agent_pb2.ExecOutput], out: Path) -> tuple[int, str, bool]:
-    async def go() -> tuple[int, bool]:
+    async def go(streams: Streams) -> tuple[int, bool]:
         call = Call(outputs)
-        with open(os.devnull, "rb") as nothing, out.open("wb") as kept:
-            code = await run_remote(Stub(call), "default/a", ("true",), Streams(nothing.fileno(), kept.fileno()))
-        return code, call.cancelled
+        return await run_remote(Stub(call), "default/a", ("true",), streams), call.cancelled
 
-    code, cancelled = asyncio.run(asyncio.wait_for(go(), 20))
+    with Path(os.devnull).open("rb") as nothing, out.open("wb") as kept:
+        code, cancelled = asyncio.run(asyncio.wait_for(go(Streams(nothing.fileno(), kept.fileno())), 20))
     return code, out.read_text(), cancelled
 
 
