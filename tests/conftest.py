@@ -15,8 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from node_leftovers import left_below, own_namespaces
+
+# A machine that does other things too makes single examples slow; how fast something is belongs to tests/bench.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 _COUNTS: dict[str, tuple[int, int]] = {}
 
