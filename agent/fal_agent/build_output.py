@@ -10,25 +10,29 @@ stopped a moment late, by what it writes within MEASURE_S); it goes with the run
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from fal_agent import packing
+from fal_agent import packing, strangers
 from fal_agent.arrivals import PASSING
 from fal_agent.launch import output_folder
 from fal_agent.ports import Places, WeightCache
 from fal_contract.cache_key import entry_model
 from fal_contract.errors import FalError
-from fal_contract.limits import BUILD_MANIFEST_BYTES_MAX, BUILD_OUTPUT_PIN_S, IMAGE_PACK_WORK_FACTOR, MODEL_FILES_MAX
+from fal_contract.limits import (
+    BUILD_MANIFEST_BYTES_MAX,
+    BUILD_OUTPUT_PIN_S,
+    IMAGE_PACK_WORK_FACTOR,
+    MODEL_FILES_MAX,
+    MODEL_PATH_BYTES_MAX,
+)
 from fal_contract.v1 import agent_pb2, state_pb2
 
 MEASURE_S: Final = 1.0
 _REST: Final = 10.0  # times as long as a look took
 _MODE: Final = 0o700
+_PACKED_MAX: Final = 1 << 24  # entries
 
 
 def make(places: Places, message: agent_pb2.Assignment) -> None:
@@ -39,18 +43,16 @@ def make(places: Places, message: agent_pb2.Assignment) -> None:
 
 def too_much(places: Places, message: agent_pb2.Assignment) -> str:
     """Why what lies there is more than the task may leave; empty while it is not. Blocks."""
-    task = message.spec.build
-    size = files = 0
-    for parent, folders, names in os.walk(output_folder(places, message.runner_id)):
-        for name in names:
-            with contextlib.suppress(OSError):  # a compiler's temporary file is gone again
-                size += (Path(parent) / name).lstat().st_blocks * 512
-        files += len(names) + len(folders)
+    task, folder = message.spec.build, output_folder(places, message.runner_id)
+    most = _PACKED_MAX if task.image else 2 * MODEL_FILES_MAX  # the packer bounds files and depth itself
+    found = strangers.measure(folder, entries_max=most, path_chars_max=MODEL_PATH_BYTES_MAX)
     bytes_max = task.bytes_max * (IMAGE_PACK_WORK_FACTOR if task.image else 1)
-    if size > bytes_max + files * 4096:  # a small file takes a block more than it has bytes
-        return f"its output takes {size} bytes, at most {bytes_max} are allowed"
-    if files > 2 * MODEL_FILES_MAX and not task.image:  # the packer bounds these
-        return f"its output has {files} files and folders, at most {MODEL_FILES_MAX} files are allowed"
+    if found.bytes > bytes_max + found.entries * 4096:  # a small file takes a block more than it has bytes
+        return f"its output takes {found.bytes} bytes, at most {bytes_max} are allowed"
+    if found.entries > most:
+        return f"its output has {found.entries} files and folders, at most {MODEL_FILES_MAX} files are allowed"
+    if found.too_deep and not task.image:
+        return f"its output has folders whose paths are longer than {MODEL_PATH_BYTES_MAX} characters"
     return ""
 
 
@@ -112,7 +114,7 @@ async def _take_image(folder: Path, cache: WeightCache, message: agent_pb2.Assig
 
 async def remove(places: Places, runner_id: str) -> None:
     """Leave nothing of it; what is not there is fine."""
-    await asyncio.to_thread(shutil.rmtree, output_folder(places, runner_id), ignore_errors=True)
+    await asyncio.to_thread(strangers.remove, output_folder(places, runner_id))
 
 
 __all__ = ["MEASURE_S", "make", "remove", "take_in", "too_much", "watch"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from fal_agent import strangers
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import SECRET_BYTES_MAX
 from fal_contract.v1 import agent_pb2, state_pb2
@@ -100,7 +101,7 @@ def clear_rest(folder: Path) -> None:
         if path.name in (CONFIG_FILE, image_file("erofs"), image_file("squashfs")):
             continue
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            strangers.remove(path)
         else:
             path.unlink()
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Final
 
+from fal_agent import strangers
 from fal_agent.layout import Layout
 from fal_agent.proxy.control import ProxyControl
 from fal_contract.clock import SystemClock
@@ -48,7 +48,7 @@ async def _containers(layout: Layout) -> list[str]:
     await driver.clean(frozenset())
     places = layout.places(isolates=driver.isolates)
     for folder in (places.sockets, places.models, places.runners, layout.cdi):
-        shutil.rmtree(folder, ignore_errors=True)
+        await asyncio.to_thread(strangers.remove, folder)
     if driver.isolates:  # else it is the state directory itself
         with contextlib.suppress(OSError):
             places.sockets.parent.rmdir()

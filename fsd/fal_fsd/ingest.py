@@ -13,13 +13,13 @@ import stat
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from blake3 import blake3
 
 from fal_contract.artifact import Artifact, ArtifactFile, check_listing, entries_of, listing_id, to_manifest
 from fal_contract.errors import FalError, invalid, not_found
-from fal_contract.limits import MODEL_FILES_MAX
+from fal_contract.limits import MODEL_FILES_MAX, MODEL_PATH_BYTES_MAX
 from fal_contract.model_manifest import manifest_digest
 from fal_contract.pieces import piece_bytes_of
 from fal_contract.v1 import fsd_pb2
@@ -68,16 +68,18 @@ def _sizes(folder: Path, bytes_max: int) -> dict[str, int]:
     if not folder.is_dir():
         raise not_found("folder", str(folder), remedy="Give a folder of this node.")
     found: dict[str, int] = {}
-    for parent, folders, names in os.walk(folder, onerror=_raise):
-        for name in [*folders, *names]:
-            path = Path(parent) / name
-            info = path.lstat()
+    below = [""]  # a list, as os.walk calls itself once per level, and strangers make levels
+    while below:
+        parent = below.pop()
+        for name, info in _listed(folder, parent):
+            path = f"{parent}{name}"
             if stat.S_ISDIR(info.st_mode):
-                continue
-            if not stat.S_ISREG(info.st_mode):
-                raise invalid("folder", str(path), "is neither file nor folder", remedy="Remove it.")
-            found[str(path.relative_to(folder))] = info.st_size
-        if len(found) > MODEL_FILES_MAX:
+                below.append(f"{path}/")
+            elif stat.S_ISREG(info.st_mode):
+                found[path] = info.st_size
+            else:
+                raise invalid("folder", path, "is neither file nor folder", remedy="Remove it.")
+        if len(found) > MODEL_FILES_MAX or len(below) > MODEL_FILES_MAX:
             raise invalid("folder", len(found), "files are too many", remedy=f"At most {MODEL_FILES_MAX}.")
     total = sum(found.values())
     if bytes_max and total > bytes_max:
@@ -85,6 +87,23 @@ def _sizes(folder: Path, bytes_max: int) -> dict[str, int]:
     if not found:
         raise invalid("folder", str(folder), "has no files", remedy="Give one that has.")
     return found
+
+
+def _listed(folder: Path, below: str) -> list[tuple[str, os.stat_result]]:
+    """What is in a folder below it ("" or ending with "/"). INVALID: names that no artifact can have."""
+    if len(os.fsencode(below)) > MODEL_PATH_BYTES_MAX:
+        raise invalid("folder", below[:80], "is too deep", remedy=f"Paths have at most {MODEL_PATH_BYTES_MAX} bytes.")
+    try:
+        with os.scandir(folder / below) as entries:
+            listed = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    except OSError as error:
+        _raise(error)
+    for name, _ in listed:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise invalid("folder", ascii(name)[:80], "is no text", remedy="Name it in UTF-8.") from None
+    return listed
 
 
 def _digests(path: Path, size: int, piece_bytes: int, stop: threading.Event) -> tuple[bytes, list[bytes]]:
@@ -141,7 +160,7 @@ def taken_in(store: DiskStore, artifact: Artifact) -> Artifact | None:
     return replace(artifact, hashes=tuple(known)) if len(known) == len(hashes) else None
 
 
-def _raise(error: OSError) -> None:
+def _raise(error: OSError) -> NoReturn:
     raise invalid("folder", str(error.filename), f"cannot be read: {error.strerror}", remedy="Correct its permissions.")
 
 
