@@ -123,8 +123,8 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._exchange = None
         self.timer.stop()
 
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return pumping.BUFFER
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return pumping.VIEW
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._state is _State.EXCHANGE:

@@ -1,6 +1,6 @@
 """Moving bytes between sockets with as few copies as Python can.
 
-All connections of the process read into one buffer (`BUFFER`): whoever is told that bytes came uses them before it
+All connections of the process read into one buffer (`VIEW`): whoever is told that bytes came uses them before it
 returns, and nobody else reads meanwhile, because everything runs on one loop. What was read is sent from there at once
 where the other side takes it; only what it does not take is copied, for the loop to send later.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 BUFFER: Final = bytearray(512 << 10)
-VIEW: Final = memoryview(BUFFER)
+VIEW: Final = memoryview(BUFFER)  # what the loop is given: asyncio's TLS slices it, and a slice of BUFFER were a copy
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _KEPT_BYTES: Final = 32 << 20

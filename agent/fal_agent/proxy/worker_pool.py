@@ -117,8 +117,8 @@ class WorkerConnection(asyncio.BufferedProtocol):
             user, self.user = self.user, None
             user.worker_lost(exc)
 
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return pumping.BUFFER
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return pumping.VIEW
 
     def buffer_updated(self, nbytes: int) -> None:
         if self.user is None:
