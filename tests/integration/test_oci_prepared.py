@@ -221,7 +221,11 @@ time.sleep(600)
     run(main())
 
 
-@pytest.mark.parametrize("broken", ["unclaimed", "before the link", "before the start", "told but not noted"])
+class _KilledError(BaseException):
+    """In place of the agent's own end."""
+
+
+@pytest.mark.parametrize("broken", ["unclaimed", "before the link", "before the start", "before the message"])
 def test_a_killed_agent_leaves_a_whole_container_or_none(
     driver: OciDriver, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,11 +240,11 @@ def test_a_killed_agent_leaves_a_whole_container_or_none(
             monkeypatch.undo()
         elif broken != "unclaimed":
             await driver.create(spec)
-        if broken == "told but not noted":
-            monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
-            await driver.start(spec.id)
+        if broken == "before the message":
+            monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(_KilledError()))
+            with pytest.raises(_KilledError):
+                await driver.start(spec.id)
             monkeypatch.undo()
-            assert await first_line(driver, spec.id) == "up"
         again = OciDriver(tmp_path / "state")
         words = await again.clean(frozenset({spec.id}))
         status = await again.status(spec.id)
@@ -251,10 +255,13 @@ def test_a_killed_agent_leaves_a_whole_container_or_none(
             assert list((tmp_path / "state" / "prepared").iterdir()) == []
             await again.create(spec)
         await again.start(spec.id)
-        assert await first_line(again, spec.id) == "up"
-        assert await lines_of(again, spec.id) == ["up"]
-        ended = await again.kill(spec.id)
-        assert ended.exit_code == 137
+        if broken == "before the message":  # it never was anybody, and says so by its end
+            assert (await again.wait(spec.id)).exit_code == 0
+            assert await lines_of(again, spec.id) == []
+        else:
+            assert await first_line(again, spec.id) == "up"
+            assert await lines_of(again, spec.id) == ["up"]
+            assert (await again.kill(spec.id)).exit_code == 137
         again.close()
         driver._pool._ready.clear()
 

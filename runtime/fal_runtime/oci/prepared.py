@@ -46,7 +46,16 @@ GO_INSIDE: Final = MESSAGE_FIFO_INSIDE
 WAITER: Final = ("/bin/sh", "-c", f". {GO_INSIDE}")
 MESSAGE_BYTES_MAX: Final = 512 << 10  # fits into a pipe at once
 READER_TIMEOUT_S: Final = 10.0  # until a waiter that was just made reads
+WARM_READER_TIMEOUT_S: Final = 120.0  # a worker that was just made loads its libraries first
 _READER_POLL_S: Final = 0.002
+# Variables that a shell reads in a way of its own, or lets nobody set: another process is to find them as they are.
+_SHELLS_OWN: Final = frozenset(
+    (
+        *("BASHOPTS", "BASHPID", "BASH_VERSINFO", "DIRSTACK", "EPOCHREALTIME", "EPOCHSECONDS", "EUID", "FUNCNAME"),
+        *("GROUPS", "HISTCMD", "IFS", "LINENO", "OPTARG", "OPTIND", "PPID", "RANDOM", "SECONDS", "SHELLOPTS", "SHLVL"),
+        *("SRANDOM", "UID", "_"),
+    )
+)
 _SHAPE_PATH: Final = Path("/")
 
 
@@ -100,20 +109,28 @@ class Pool:
         """Have so many ready of each, and no others. DRIVER_FAILED when one cannot be made."""
         if mode.program and Path(mode.program).name != "runc":
             return
-        async with self._changing:
-            counts = [(shape_of(w.spec, warm=w.warm), w) for w in wanted if fits(w.spec)]
-            left = [shape for shape, w in counts for _ in range(w.count)]
-            surplus = []
-            for ready in self._ready:
-                if ready.shape in left and alive(ready.created.pid, ready.created.pid_ticks):
-                    left.remove(ready.shape)
-                else:
-                    surplus.append(ready)
-            for ready in surplus:
+        try:
+            async with self._changing:
+                await self._prepare(wanted, mode)
+        except OSError as error:  # a full disk
+            what = f"a container was not made ahead: {error.filename or ''}: {error.strerror}"
+            raise driver_failed(what, remedy="Look at the node's disk.") from error
+
+    async def _prepare(self, wanted: Sequence[Prepared], mode: Mode) -> None:
+        counts = [(shape_of(w.spec, warm=w.warm), w) for w in wanted if fits(w.spec)]
+        left = [shape for shape, w in counts for _ in range(w.count)]
+        surplus = []
+        for ready in self._ready:
+            if ready.shape in left and alive(ready.created.pid, ready.created.pid_ticks):
+                left.remove(ready.shape)
+            else:
+                surplus.append(ready)
+        for ready in surplus:
+            if ready in self._ready:  # else it became somebody while another was taken away
                 self._ready.remove(ready)
                 await self._discard(ready.files)
-            for shape in left:
-                await self._add(shape, mode)
+        for shape in left:
+            await self._add(shape, mode)
 
     async def claim(self, spec: ContainerSpec) -> bool:
         """Make a prepared container become `spec`, not yet started; False when none fits, and nothing has changed."""
@@ -123,7 +140,11 @@ class Pool:
             shape = shape_of(spec, warm=warm)
             if warm and not shape.warm_command:
                 continue
+            if not warm and not _SHELLS_OWN.isdisjoint(self._env(spec)):
+                return False
             for ready in [r for r in self._ready if r.shape == shape]:
+                if ready not in self._ready:  # it became somebody else while one before it was taken away
+                    continue
                 if not warm and not has_program(ready.created.pid, spec.command[0], self._env(spec).get("PATH", "")):
                     return False  # the cold way says what is missing
                 self._ready.remove(ready)
@@ -133,6 +154,10 @@ class Pool:
 
     async def clean(self) -> list[str]:
         """Take away all that nobody's link names and we do not hold; returns what, in words."""
+        async with self._changing:  # what is being made is not held yet
+            return await self._clean()
+
+    async def _clean(self) -> list[str]:
         held = {ready.files.id for ready in self._ready}
         bound = {Path(os.readlink(path)).name for path in self._place.containers.iterdir() if path.is_symlink()}
         words = []
@@ -224,44 +249,45 @@ class Pool:
 
 
 async def tell(id: str, files: ContainerFiles, record: Record) -> None:
-    """Send a bound container its message. DRIVER_FAILED when it does not wait."""
+    """Send a bound container its message. DRIVER_FAILED when it does not wait.
+
+    The FIFO goes before the message does: while it has its name nothing was told, whoever is killed when. A process
+    that finds the end in place of its message ends.
+    """
     created, fifo = files.created(), Path(record.fifo)
     assert created is not None
     text = (files.directory / "go").read_bytes()
     try:
-        async with asyncio.timeout(READER_TIMEOUT_S):
-            while not _written(fifo, text):
+        async with asyncio.timeout(WARM_READER_TIMEOUT_S if text.startswith(b"{") else READER_TIMEOUT_S):
+            while (fd := _opened(fifo)) is None:
                 if not alive(created.pid, created.pid_ticks):
-                    raise driver_failed(
-                        f"start of container {id} failed: its first process has ended", remedy="Look at its log."
-                    )
-                if not text.startswith(b"{") and not _shell_waits(created.pid):
-                    break  # told before, by an agent that was killed before it could take the FIFO away
+                    raise _not_told(id, "its first process has ended")
                 await asyncio.sleep(_READER_POLL_S)
     except TimeoutError:
         raise driver_failed(
             f"start of container {id} failed: it did not wait for its command", remedy="Look at the machine's load."
         ) from None
-    fifo.unlink(missing_ok=True)
-
-
-def _shell_waits(pid: int) -> bool:
-    with suppress(OSError):
-        return GO_INSIDE.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
-
-
-def _written(fifo: Path, text: bytes) -> bool:
-    """Write all at once; False while nobody reads."""
-    try:
-        fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return False
-        raise driver_failed(f"{fifo}: {error.strerror}", remedy="Look at the container's log.") from error
     try:
         if len(text) > 4096:
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 2 * MESSAGE_BYTES_MAX)
-        return os.write(fd, text) == len(text)
+        fifo.unlink()
+        if os.write(fd, text) != len(text):
+            raise _not_told(id, "its command was cut")
+    except OSError as error:
+        raise _not_told(id, str(error.strerror)) from error
     finally:
         os.close(fd)
+
+
+def _not_told(id: str, why: str) -> FalError:
+    return driver_failed(f"start of container {id} failed: {why}", remedy="Look at its log.")
+
+
+def _opened(fifo: Path) -> int | None:
+    """A descriptor to write to; None while nobody reads."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise driver_failed(f"{fifo}: {error.strerror}", remedy="Look at the container's log.") from error
