@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Coroutine, Iterator
-from contextlib import ExitStack, aclosing, closing
+from contextlib import ExitStack, aclosing, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -427,3 +427,54 @@ def test_a_terminal_does_not_type_for_its_reader(tmp_path: Path) -> None:
     finally:
         run(driver.clean(frozenset()))
         driver.close()
+
+
+# It waits for processes that come from outside, and tries to open the program that each one runs for writing.
+AMBUSH = """
+import errno, json, os, time
+with open("/tmp/again", "w") as script: script.write("#!/proc/self/exe\\n")
+os.chmod("/tmp/again", 0o755)
+known, seen, until_s = {str(os.getpid())}, {}, time.monotonic() + 60
+print("waits", flush=True)
+while not os.path.exists("/tmp/over") and time.monotonic() < until_s:
+    for pid in [name for name in os.listdir("/proc") if name.isdigit() and name not in known]:
+        for flags in (os.O_RDONLY, os.O_WRONLY):
+            try:
+                target = os.readlink(f"/proc/{pid}/exe")
+                fd = os.open(f"/proc/{pid}/exe", flags)
+            except OSError as error:
+                seen.setdefault(f"{flags} {errno.errorcode[error.errno]}", 0)
+                continue
+            if flags == os.O_WRONLY: seen[f"wrote {target}"] = os.write(fd, b"#!/tmp/hostile\\n")
+            else: seen[f"read {target}"] = len(os.readlink(f"/proc/self/fd/{fd}"))
+            os.close(fd)
+print(json.dumps(seen))
+"""
+
+
+def test_the_runtime_cannot_be_overwritten_by_the_container_that_it_enters(driver: OciDriver) -> None:
+    """CVE-2019-5736: who enters a container brings its program, as /proc/PID/exe."""
+    assert driver._mode is not None
+    program = Path(driver._mode.program)
+    before = program.read_bytes()
+
+    async def main() -> dict[str, Any]:
+        spec = spec_of(PYTHON, "-c", AMBUSH)
+        await up(driver, spec, "waits")
+        for command in [("/bin/true",)] * 4 + [("/tmp/again",), ("/bin/sh", "-c", ": >/tmp/over")]:
+            with suppress(FalError):  # /tmp/again makes the runtime execute itself, which it does not like
+                session = await driver.exec(spec.id, command)
+                try:
+                    while await session.read() is not None:
+                        pass
+                    await session.wait()
+                finally:
+                    await session.close()
+        await driver.wait(spec.id)
+        seen: dict[str, Any] = json.loads((await lines_of(driver, spec.id))[-1])
+        return seen
+
+    seen = run(main())
+    assert seen, "it saw nobody come"
+    assert not [name for name in seen if name.startswith("wrote")], seen
+    assert program.read_bytes() == before
