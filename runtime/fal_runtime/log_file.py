@@ -122,20 +122,19 @@ class Follower:
                 self._file.seek(0, os.SEEK_END)
             self.first = (older + self.first)[-tail_lines:] if tail_lines > 0 else []
 
-    def read(self) -> list[LogLine]:
-        """Everything new since the last call."""
-        lines: list[LogLine] = []
+    def read(self) -> Iterator[list[LogLine]]:
+        """Everything new since the last call, in pieces of a few milliseconds' work."""
         while True:
             if self._file is None:
                 self._file = _open(self._path)
             if self._file is None:
-                return lines
+                return
             # Look for a successor before reading: what is in the old file when the new one exists is all of it.
             replaced = self._replaced()
             while data := self._file.read(_BLOCK_BYTES):
-                lines.extend(self._assembler.feed(data))
+                yield list(self._assembler.feed(data))
             if not replaced:
-                return lines
+                return
             self.close()
 
     def _replaced(self) -> bool:
@@ -192,8 +191,10 @@ async def read_log(
                     yield line
             while True:
                 last = await ended()  # before reading: what was written before the end is then read
-                for line in follower.read():
-                    yield line
+                for lines in follower.read():
+                    for line in lines:
+                        yield line
+                    await asyncio.sleep(0)  # a flood must not keep others from the loop
                 if last:
                     return
                 await subscription.changed(FOLLOW_RECHECK_S)

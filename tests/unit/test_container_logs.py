@@ -73,8 +73,8 @@ def test_the_supervisors_log_is_bounded_and_read_across_rotation(tmp_path: Path)
         log.feed("stdout", f"number {number}\n".encode())
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 20_000
         if number % 7 == 0:
-            seen += [line.text for line in follower.read()]
-    seen += [line.text for line in follower.read()]
+            seen += [line.text for lines in follower.read() for line in lines]
+    seen += [line.text for lines in follower.read() for line in lines]
     follower.close()
     log.close()
     assert seen == [f"number {n}" for n in range(2000)]
@@ -119,6 +119,38 @@ def test_follow_sees_lines_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return took_s
 
     assert asyncio.run(main()) < 50  # else the fallback found them
+
+
+def test_a_flood_leaves_the_loop_to_others(tmp_path: Path) -> None:
+    """Also where nobody who reads the lines ever waits."""
+
+    async def main() -> None:
+        path, turns, over = tmp_path / "log", 0, False
+        path.write_bytes(record("old"))
+
+        async def ended() -> bool:
+            return True
+
+        async def others() -> None:
+            nonlocal turns
+            while not over:
+                turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(others())
+        lines = read_log(path, Watcher(), ended, tail_lines=1, follow=True)
+        async with aclosing(lines):
+            assert (await anext(lines)).text == "old"
+            flood = record("x" * 100) * 10_000
+            with path.open("ab") as file:
+                file.write(flood)
+            before = turns
+            assert len([line async for line in lines]) == 10_000
+        over = True
+        await counting
+        assert turns - before >= len(flood) // log_file._BLOCK_BYTES
+
+    asyncio.run(main())
 
 
 def test_a_watcher_closes_what_it_opened(tmp_path: Path) -> None:
