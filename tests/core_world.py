@@ -197,6 +197,12 @@ class SimNode:
         if not have.ended:
             self._set(replace(have, state=RunnerState.TERMINATED, exit_code=1, reason="exit code 1"))
 
+    def wound(self, runner_id: str) -> None:
+        """The monitor of one container that serves dies."""
+        have = self.containers[runner_id]
+        if have.serves:
+            self._set(replace(have, wounded=True, reason="conmon died"))
+
     def hello(self, now_s: float, meta: Meta) -> NodeHello:
         """A new session with everything."""
         self.session += 1
@@ -445,7 +451,7 @@ def random_step(world: World) -> None:
     node_id = rng.choice(sorted(world.nodes))
     node = world.nodes[node_id]
     app_id = f"default/app{rng.randrange(4)}"
-    match rng.randrange(25):
+    match rng.randrange(26):
         case 0 | 1:
             spec, digest = spec_of(
                 gpus=rng.choice((0, 1, 1, 2, 4)),
@@ -489,6 +495,10 @@ def random_step(world: World) -> None:
             world.step(Confirm(rng.choice(("adopt", "stop", "stops", "store", "node"))))
         case 15 | 16 | 17:
             _random_model_step(world)
+        case 25:
+            running = sorted(id_ for id_, one in node.containers.items() if one.serves)
+            if running:
+                node.wound(rng.choice(running))
         case 13:
             world.step(GatewayReach("g1", {node_id: "direct"}, world.now_s))
         case _:

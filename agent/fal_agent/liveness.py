@@ -1,8 +1,8 @@
 """Whether a runner that serves still does: its liveness probe, and what its container went through meanwhile.
 
 Called by fal_agent.runner for each serving runner; changes nothing. A container whose monitor died serves on: that is
-better than none, so it is told and left to the operator. A process that was killed for memory while the main one lives
-on is told once per kill.
+better than none, so it is told, and the scheduler starts another before it drains this one. A process that was killed
+for memory while the main one lives on is told once per kill.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Wounds:
         self._runner_id = runner_id
         self._container = container
         self._told: set[str] = set()
+        self.wounded = False  # once its monitor is dead it stays so
 
     async def look(self) -> str:
         """What an operator should read beside its state; empty: nothing."""
@@ -55,7 +56,8 @@ class Wounds:
         if status.oom_killed:
             self._tell("OUT_OF_MEMORY", "the kernel killed a process of it for its memory limit; the main one runs on")
         if status.reason:
-            self._tell("CONTAINER_WOUNDED", f"{status.reason}; it serves on: stop it when you can do without it")
+            self.wounded = True
+            self._tell("CONTAINER_WOUNDED", f"{status.reason}; it serves on until another has taken its place")
         return status.reason
 
     def _tell(self, kind: str, text: str) -> None:
@@ -74,6 +76,8 @@ async def watch(
 ) -> str:
     """Ask from time to time, until it failed too often in a row; returns why. `trouble` hears what is wrong now."""
     failures = 0
+    if wound := await wounds.look():
+        trouble(wound)
     await asyncio.sleep(rng.uniform(0, timing.interval_s))  # a full node's probes spread out
     while True:
         why = await ask()

@@ -389,6 +389,7 @@ class Node:
         status = wire.status_of(runner.task, runner.usage, now_wall_s=self._tools.clock.wall_s())
         if runner.trouble and runner.task.live:
             status.reason = f"{status.reason}: {runner.trouble}" if status.reason else runner.trouble
+        status.wounded = runner.wounds.wounded and runner.task.live
         return status
 
     def _inventory(self) -> agent_pb2.Inventory:

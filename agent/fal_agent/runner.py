@@ -72,6 +72,7 @@ class Runner:
         self._idle = asyncio.Event()  # set whenever the counts change
         self._secrets = RunnerSecrets(task.runner_id, tools.secrets, tools.driver)
         self._refused: dict[str, str] = {}  # entries of the compile cache that it must not see
+        self.wounds = liveness.Wounds(tools.driver, tools.on_event, self.id, launch.container_id(self.id))
         self._arrivals = Arrivals(task.runner_id, tools, on_failed=self._weights_failed)
         self._exit_watch: asyncio.Task[None] | None = None
         self._job: asyncio.Task[None] | None = None
@@ -336,13 +337,11 @@ class Runner:
         if self.task.phase is not Phase.SERVING or not self.task.known:
             await self._news.wait()
             return
-        probe, id = probe_of(self.task.assignment), launch.container_id(self.id)
-        where = await serving.address_of(self.task, self._tools)
-        wounds = liveness.Wounds(self._tools.driver, self._tools.on_event, self.id, id)
+        probe, where = probe_of(self.task.assignment), await serving.address_of(self.task, self._tools)
         why = await liveness.watch(
             probe,
             lambda: self._tools.prober.ask(where, probe.live_path, probe.timeout_s),
-            wounds,
+            self.wounds,
             self._trouble,
             self._tools.rng,
             lambda: not self.task.orphan,

@@ -100,6 +100,7 @@ def show(runner: str, json: JsonFlag = False) -> None:
             ("next try", _next_try(view)),
             ("exit code", str(status.exit_code) if status.HasField("exit_code") else ""),
             ("out of memory", "yes" if status.oom_killed else ""),
+            ("wounded", status.reason if status.wounded else ""),
             ("served", str(status.served)),
             ("GPU seconds", f"{status.gpu_seconds:.0f}"),
             ("phases", ", ".join(f"{phase.name} {phase.seconds:.2f}s" for phase in status.phases)),

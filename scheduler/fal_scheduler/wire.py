@@ -175,6 +175,7 @@ def status_of(status: agent_pb2.RunnerStatus) -> RunnerStatus:
         cpu_milli=status.cpu_milli,
         refused=status.refused,
         output=status.output.SerializeToString() if status.HasField("output") else b"",
+        wounded=status.wounded,
     )
 
 

@@ -52,7 +52,7 @@ class Excuses:
 
     runners: set[str] = field(default_factory=set)  # a command named them
     wishes: dict[str, list[Wish]] = field(default_factory=dict)  # by app
-    lost: set[str] = field(default_factory=set)  # apps of which a lost node's runners were replaced
+    lost: set[str] = field(default_factory=set)  # apps of which a lost node's or wounded runners were replaced
     orphans: bool = False  # an operator settled orphans
 
     def of(self, runner_id: str, app: str, born_s: float) -> str:
@@ -102,6 +102,10 @@ class Checker(SchedulerHooks):
     def count(self, what: str) -> None:
         """Of things that happened, so that a test can say what it saw."""
         self.counts[what] = self.counts.get(what, 0) + 1
+
+    def wounded(self, runner_id: str) -> None:
+        """The monitor of its container died. It, or after an agent's restart its replacement, may be drained."""
+        self.excuses.lost.add(self._app_of.get(runner_id, ""))
 
     # ---- the store
 

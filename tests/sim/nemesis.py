@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from core_world import GIB
@@ -18,6 +19,7 @@ from fal_scheduler.store.faults import Fault, FaultKind
 from fal_scheduler.store.memory import MemoryBackend
 from sim.checker import Wish
 from sim.cluster import SimCluster
+from sim.host import runner_of
 from sim.network import Weather
 from sim.schedulers import Scheduler, inner_of
 
@@ -57,7 +59,7 @@ class Nemesis:
             (4, self._bad_weather), (3, self._partition), (3, self._break_streams), (3, self._kill_agent),
             (1, self._reboot), (2, self._kill_scheduler), (2, self._kill_at_commit), (3, self._store_fault),
             (1, self._cut_store), (3, self._crash_container), (4, self._break_gpu), (1, self._proxy_away),
-            (2, self._requests), (1, self._skew), (1, self._journal_full),
+            (2, self._requests), (1, self._skew), (1, self._journal_full), (2, self._kill_monitor),
         ]  # fmt: skip
         self.cluster.ghost_share = 0.1 if self.cluster.profile.ghosts else 0.0
         (trouble,) = self.rng.choices([kind for _, kind in kinds], [weight for weight, _ in kinds])
@@ -157,6 +159,16 @@ class Nemesis:
             id = self.rng.choice(running)
             self.cluster.checker.note(f"container {id} crashes")
             host.machine.exit(id, 139, "segmentation fault")
+
+    def _kill_monitor(self) -> None:
+        """A container runs on, and nobody holds its output and exit code: another may take its place."""
+        host = self.rng.choice(list(self.cluster.hosts.values()))
+        running = host.machine.running()
+        if running:
+            container = host.machine.containers[self.rng.choice(running)]
+            self.cluster.checker.note(f"the monitor of {container.spec.id} dies")
+            self.cluster.checker.wounded(runner_of(container.spec))
+            container.status = replace(container.status, reason="log and exit code lost")
 
     def _break_gpu(self) -> None:
         host = self.rng.choice(list(self.cluster.hosts.values()))

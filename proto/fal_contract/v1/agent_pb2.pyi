@@ -609,6 +609,7 @@ class RunnerStatus(_message.Message):
     CPU_MILLI_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
+    WOUNDED_FIELD_NUMBER: _builtins.int
     runner_id: _builtins.str
     """`team/app-suffix`."""
     assignment_id: _builtins.str
@@ -646,6 +647,8 @@ class RunnerStatus(_message.Message):
     cpu_milli: _builtins.int
     refused: _builtins.bool
     """The admission refused it: nothing was started."""
+    wounded: _builtins.bool
+    """It serves, but its container's monitor died: its output and its exit code are lost. Another should take its place."""
     @_builtins.property
     def log_tail(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Last lines of its output when it failed."""
@@ -694,10 +697,11 @@ class RunnerStatus(_message.Message):
         cpu_milli: _builtins.int = ...,
         refused: _builtins.bool = ...,
         output: _state_pb2.ModelManifest | None = ...,
+        wounded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "app", b"app", "assignment_id", b"assignment_id", "cpu_milli", b"cpu_milli", "exit_code", b"exit_code", "gpu_seconds", b"gpu_seconds", "gpus", b"gpus", "in_flight", b"in_flight", "last_used_age_s", b"last_used_age_s", "log_tail", b"log_tail", "max_multiplexing", b"max_multiplexing", "memory_bytes", b"memory_bytes", "oom_killed", b"oom_killed", "output", b"output", "phases", b"phases", "ready_at_s", b"ready_at_s", "reason", b"reason", "refused", b"refused", "residencies", b"residencies", "revision", b"revision", "runner_id", b"runner_id", "served", b"served", "share_group", b"share_group", "started_at_s", b"started_at_s", "state", b"state", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "app", b"app", "assignment_id", b"assignment_id", "cpu_milli", b"cpu_milli", "exit_code", b"exit_code", "gpu_seconds", b"gpu_seconds", "gpus", b"gpus", "in_flight", b"in_flight", "last_used_age_s", b"last_used_age_s", "log_tail", b"log_tail", "max_multiplexing", b"max_multiplexing", "memory_bytes", b"memory_bytes", "oom_killed", b"oom_killed", "output", b"output", "phases", b"phases", "ready_at_s", b"ready_at_s", "reason", b"reason", "refused", b"refused", "residencies", b"residencies", "revision", b"revision", "runner_id", b"runner_id", "served", b"served", "share_group", b"share_group", "started_at_s", b"started_at_s", "state", b"state", "term", b"term", "wounded", b"wounded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

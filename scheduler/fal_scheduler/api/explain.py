@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fal_contract.errors import FalError, not_found
-from fal_contract.v1 import cluster_pb2, state_pb2
+from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
 from fal_scheduler.api.runners import find_runner
 from fal_scheduler.api.views import app_view, node_view, placement_view
 from fal_scheduler.core.explain import explain as explain_nodes
@@ -59,6 +59,8 @@ def _runner(leader: Leadership, view: cluster_pb2.RunnerView) -> cluster_pb2.Exp
     reply = cluster_pb2.ExplainReply(kind="runner", subject=view.runner.id, summary=summary)
     if view.runner.goal_reason:
         reply.lines.append(f"goal: {view.runner.goal_reason}")
+    if view.status.wounded:
+        reply.lines.append(_wounded_text(view.status))
     for phase in view.status.phases:
         reply.lines.append(f"{phase.name}: {phase.seconds:.3f} s")
     if view.status.HasField("exit_code"):
@@ -90,7 +92,12 @@ def _node(leader: Leadership, node: Node) -> cluster_pb2.ExplainReply:
 
 def _runner_line(view: cluster_pb2.RunnerView) -> str:
     name = state_pb2.RunnerState.Name(view.state).removeprefix("RUNNER_STATE_")
-    return f"{view.runner.id}: {name}" + (f": {view.reason}" if view.reason else "")
+    reason = view.reason or (_wounded_text(view.status) if view.status.wounded else "")
+    return f"{view.runner.id}: {name}" + (f": {reason}" if reason else "")
+
+
+def _wounded_text(status: agent_pb2.RunnerStatus) -> str:
+    return f"wounded: {status.reason}; it serves on, another starts where a place is free, then it is drained"
 
 
 def _is_ready(state: int) -> bool:

@@ -148,6 +148,8 @@ def report(work: Work, event: NodeReport) -> None:
             _ended(work, runner, status)
         elif status.serves and (before is None or not before.serves):
             _became_ready(work, runner)
+        if status.wounded and (before is None or not before.wounded):
+            state.dirty[runner.app] = None  # another takes its place
     for runner_id in event.gone:
         _gone(work, live, runner_id)
     if len(state.orphans) != orphans:

@@ -4,6 +4,8 @@ Pure. `reconcile` looks at one app, does at most what one step may change, and l
 Rules it keeps:
 - A new revision's runners come first; an old runner drains when a new one is ready in its place. A revision that
   cannot be placed therefore never takes down the one that serves.
+- A runner whose container's monitor died is replaced first and drained then: one more than wanted is made, at most one
+  at a time for each app, and only where a place for it is free. Where fewer are wanted it is the first to go.
 - Stops that no operator asked for wait in a leader's first minutes, and wait for a confirm when they are many.
 - Nothing is started or stopped by itself while the store is suspected, or on objects that broke an invariant.
 Called by `step` only.
@@ -31,7 +33,7 @@ from fal_scheduler.core.records import (
     Spec,
 )
 from fal_scheduler.core.state import Pending, State
-from fal_scheduler.core.told import Backoff
+from fal_scheduler.core.told import Backoff, Health
 from fal_scheduler.core.work import Work
 
 PENDING_TEXT_AGE_S: Final = 1.0  # how often the reason of a pending runner is worked out anew
@@ -72,15 +74,18 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
     wanted = desired(work, app)
     _replace_crashed(work, current)
     _roll(work, app, current, old, wanted)
+    more = _relieve(work, app, current, wanted)
     if current.count <= wanted and state.stops_held.pop(app_id, "") is None and not state.stops_held:
         work.settle("MASS_STOP", "cluster")
-    if current.count > wanted:
-        _shrink(work, app, current, wanted)
+    if current.count > wanted + more:
+        _shrink(work, app, current, wanted + more)
     elif current.count < wanted:
         _grow(work, placer, app, revision, wanted - current.count)
     if not work.full:
         state.asked.pop(app_id, None)
     _place_waiting(work, placer, app, revision, current.unplaced)
+    if more and current.count <= wanted:
+        _replace_wounded(work, placer, app, revision)
 
 
 def _run_once(work: Work, placer: Placer, app: App, revision: Revision) -> None:
@@ -189,6 +194,46 @@ def _shrink(work: Work, app: App, current: _Runners, wanted: int) -> None:
             stop(work, runner, goal, f"{app.id} should have {wanted} runner{'' if wanted == 1 else 's'} now")
 
 
+def _relieve(work: Work, app: App, current: _Runners, wanted: int) -> int:
+    """Drain wounded runners that are not needed any more; how many more than wanted there may be for those that are.
+
+    Runners on silent nodes count as little: a replacement that nobody can reach replaces nobody.
+    """
+    state = work.state
+    wounded = [runner for runner in current.ready if _wounded(state, runner)]
+    if not wounded:
+        return 0
+    sound = sum(1 for runner in current.ready if runner not in wounded and state.health_of(runner.node) is Health.READY)
+    needed = max(0, wanted - sound)
+    victims = wounded[needed:]
+    if victims and _may_stop(work, app, len(victims)):
+        for runner in victims:
+            status = state.status_of(runner)
+            why = status.reason if status is not None else ""
+            stop(work, runner, Goal.DRAIN, f"replaced: {why or 'its container is wounded'}")
+        current.ready = [runner for runner in current.ready if state.runners[runner.id].goal is Goal.RUN]
+    return int(any(runner in current.ready for runner in wounded))
+
+
+def _wounded(state: State, runner: Runner) -> bool:
+    status = state.status_of(runner)
+    return status is not None and status.serves and status.wounded
+
+
+def _replace_wounded(work: Work, placer: Placer, app: App, revision: Revision) -> None:
+    """One runner more than wanted, where a place is free; without one, nothing waits for it but this app."""
+    state = work.state
+    unplaced = any(not state.runners[id_].node for id_ in state.runners_by_app.get(app.id, ()))
+    if work.full or unplaced or backoff_of(work, app.id) is not None:
+        return
+    runner = _new(work, app, revision)
+    placed = _placed(work, placer, runner, revision)
+    if placed is None:
+        state.waiting[app.id] = None  # looked at again when something becomes free
+    else:
+        work.put(placed, None)
+
+
 def _youngest_first(runners: list[Runner]) -> list[Runner]:
     return sorted(runners, key=lambda runner: (-runner.created_at_s, runner.id))
 
@@ -243,19 +288,22 @@ def _grow(work: Work, placer: Placer, app: App, revision: Revision, missing: int
         if work.full:
             work.state.dirty[app.id] = None
             return
-        runner_id = f"{app.id}-{work.ids.suffix()}"
-        spec = revision.spec
-        runner = Runner(
-            id=runner_id,
-            share_group=spec.share_group or app.id,
-            bindings=(Binding(app.id, revision.number, "main" if spec.model else ""),),
-            created_at_s=work.moment.wall_s,
-            residencies=_residencies(work, spec),
-        )
+        runner = _new(work, app, revision)
         placed = _placed(work, placer, runner, revision)
         work.put(placed or runner, None)
         if placed is None:
             _note_pending(work, runner, revision)
+
+
+def _new(work: Work, app: App, revision: Revision) -> Runner:
+    spec = revision.spec
+    return Runner(
+        id=f"{app.id}-{work.ids.suffix()}",
+        share_group=spec.share_group or app.id,
+        bindings=(Binding(app.id, revision.number, "main" if spec.model else ""),),
+        created_at_s=work.moment.wall_s,
+        residencies=_residencies(work, spec),
+    )
 
 
 def _place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unplaced: list[Runner]) -> None:
