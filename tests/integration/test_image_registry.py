@@ -4,6 +4,7 @@ slow, moving, refusing, gone."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -110,6 +111,26 @@ def test_passwords(tmp_path: Path, layout: Path) -> None:
     for wrong in (tmp_path / "text", tmp_path / "none"):
         error = refused(registry.source(NAME), tmp_path / "no", Code.INVALID, "--authfile", authfile=wrong)
         assert "hunter" not in str(error)
+
+
+def test_credentials_are_never_copied_to_the_disk(tmp_path: Path, layout: Path) -> None:
+    """A node's pack task has them in memory only, and may be killed before it cleans up."""
+    work, seen = tmp_path / "work", []
+
+    def look(text: str) -> None:
+        files = [path for path in work.rglob("*") if path.is_file()]
+        seen.append([path.name for path in files if b"registry.example" in path.read_bytes()])
+
+    with ImageRegistry(tmp_path / "registry", users={"ann": "hunter22"}) as registry:
+        registry.push(layout, NAME)
+        auth = auth_file(tmp_path / "auth", registry.host, "ann", "hunter22")
+        table = json.loads(auth.read_text())
+        table["auths"]["registry.example"] = {"auth": "YTpi"}  # what is looked for
+        auth.write_text(json.dumps(table))
+        request = PackRequest(registry.source(NAME), tmp_path / "out", work=work, access=RegistryAccess(authfile=auth))
+        asyncio.run(pack(request, say=look))
+    assert len(seen) >= 3
+    assert not any(seen)
 
 
 @pytest.mark.slow

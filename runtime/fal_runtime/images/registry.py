@@ -235,18 +235,17 @@ def _passes(stderr: str, *, known: bool) -> bool:
 
 def _credentials(access: RegistryAccess, folder: Path) -> tuple[Path, Path | None]:
     """Files for skopeo. INVALID naming the option; never says what is in them."""
-    auth = folder / "auth.json"
-    text = b"{}"
     if access.authfile is not None:
-        text = _file(access.authfile, "--authfile")
+        auth = access.authfile.absolute()  # no copy: it may lie in memory, our folder is on a disk
         try:
-            table = json.loads(text)
-        except ValueError:
+            table = json.loads(_file(auth, "--authfile"))
+        except (ValueError, RecursionError):
             table = None
         if not isinstance(table, dict) or not isinstance(table.get("auths", {}), dict):
             raise invalid("--authfile", str(access.authfile), "is no credentials file", remedy="Use `skopeo login`.")
-    auth.touch(mode=0o600)
-    auth.write_bytes(text)
+    else:
+        auth = folder / "auth.json"
+        auth.write_bytes(b"{}")
     if access.ca_file is None:
         return auth, access.cert_dir and access.cert_dir.absolute()
     certificates = folder / "certificates"
