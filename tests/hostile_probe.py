@@ -112,6 +112,7 @@ def mounts(facts: dict[str, Any]) -> Attempts:
         "write below /usr": lambda: os.close(os.open("/usr/bin/hostile", os.O_CREAT | os.O_WRONLY)),
         "chattr of /usr": lambda: _ioctl("/usr", 0x40086602),
         "freeze /usr": lambda: _ioctl("/usr", 0xC0045877),
+        "lease of a file of the node": lambda: call(72 if _AMD64 else 25, os.open("/usr/bin/env", 0), 1024, 0),
         "overwrite a program by its mapping": _write_mapped,
         "unshare of a 32-bit program": lambda: _old_call(310, 0x10000000, b"") if _AMD64 else "ENOSYS",
         "unshare by a number of x32": lambda: call(0x40000000 | 272, 0x10000000) if _AMD64 else "ENOSYS",
