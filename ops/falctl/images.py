@@ -54,6 +54,7 @@ def add(
 
     id_, within_s = owned(name, field="NAME"), parse_duration_s(within, field="--within")
     bytes_max = parse_bytes(size_max, field="--size-max")
+    _check_bounds(size_max, bytes_max, within, within_s)
     if is_local(source):
         _add_local(id_, source, auth_secret, platform, pool or [], bytes_max, within_s, work)
         view = unary("GetImage", pb.GetImageRequest(id=id_))
@@ -71,6 +72,16 @@ def add(
     else:
         _say(view)
     _raise_where_failed(view)
+
+
+def _check_bounds(size_max: str, bytes_max: int, within: str, within_s: float) -> None:
+    """The scheduler takes 0 for its own default, which nobody means who writes it."""
+    from fal_contract.errors import invalid
+
+    if not bytes_max:
+        raise invalid("--size-max", size_max, "is nothing", remedy="Give a size such as 20GiB.")
+    if not within_s:
+        raise invalid("--within", within, "is no time", remedy="Give a time such as 15m.")
 
 
 def _check_remote(source: str, work: Path | None) -> None:
@@ -101,6 +112,8 @@ def _add_local(
         raise invalid("--auth-secret", auth_secret, "is for registries", remedy="Leave it out with a local source.")
     if len(pools) > 1:
         raise invalid("--pool", ", ".join(pools), "are several", remedy="A push goes to the nodes of one pool.")
+    if work is not None and not work.is_dir():
+        raise invalid("--work", str(work), "is no folder", remedy="Name one that exists.")
     options = PushOptions(
         platform=platform, pool=pools[0] if pools else "", bytes_max=bytes_max, work=work, timeout_s=within_s
     )
@@ -323,7 +336,9 @@ def remove(name: Name, json: JsonFlag = False) -> None:
     from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import console, print_json, to_json
 
-    reply = unary("RemoveModel", pb.RemoveModelRequest(id=owned(name, field="NAME")))
+    id_ = owned(name, field="NAME")
+    unary("GetImage", pb.GetImageRequest(id=id_))  # models have names of the same kind
+    reply = unary("RemoveModel", pb.RemoveModelRequest(id=id_))
     if json:
         print_json("removed", to_json(reply))
         return

@@ -155,11 +155,10 @@ def _since_s(text: str) -> float:
     except FalError:
         pass
     try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
         remedy = "Say how long ago, such as 10m, or a time such as 2026-11-21T10:00:00Z."
         raise invalid("--since", text, "is no time", remedy=remedy) from None
-    return at.timestamp()
 
 
 @group.command("logs")

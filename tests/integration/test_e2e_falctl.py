@@ -54,6 +54,7 @@ WRONG: dict[str, list[tuple[str, int, str]]] = {
         ("here --tail x", 2, "--tail"),
         ("here --since soon", 1, "--since"),
         ("here --since 2026-99-01", 1, "--since"),
+        ("here --since 0001-01-01", 1, "--since"),
     ],
     "runner exec": [("nothing -- true", 1, "nothing"), ("here", 2, "command"), ("here --tty -- true", 1, "--tty")],
     "runner shell": [("nothing", 1, "nothing"), ("here --tty", 1, "--tty")],

@@ -190,12 +190,15 @@ def test_a_local_source_is_packed_here_and_pushed(cluster: Loopback, monkeypatch
         (("add", "img", SOURCE, "--within", "soon"), "--within"),
         (("add", "img", SOURCE, "--within", "90d"), "timeout_s"),
         (("add", "img", SOURCE, "--size-max", "much"), "--size-max"),
+        (("add", "img", SOURCE, "--size-max", "0"), "--size-max"),
+        (("add", "img", SOURCE, "--within", "0s"), "--within"),
         (("add", "img", SOURCE, "--pool", "nowhere"), "nowhere"),
         (("add", "img", SOURCE, "--platform", "plan9/mips"), "plan9/mips"),
         (("add", "img", SOURCE, "--auth-secret", "none"), "not set"),
         (("add", "img", SOURCE, "--work", "/tmp"), "--work"),
         (("add", "img", "rootfs:/x", "--auth-secret", "s"), "--auth-secret"),
         (("add", "img", "rootfs:/x", "--pool", "a", "--pool", "b"), "one pool"),
+        (("add", "img", "rootfs:/x", "--work", "/nonexistent"), "--work"),
         (("show", "missing"), "missing"),
         (("warm", "missing", "--replicas", "1"), "missing"),
         (("where", "missing"), "missing"),
@@ -223,6 +226,18 @@ def test_where_and_warm_refuse_what_their_models_would(cluster: Loopback) -> Non
     assert "--watch" in str(refused("where", "more", "--watch", "--json"))
     assert "n9" in str(refused("verify", "more", "--node", "n9"))
     ok("rm", "more")
+
+
+def test_a_model_is_not_removed_as_an_image(cluster: Loopback) -> None:
+    async def body(leader: Leadership) -> None:
+        await leader.engine.submit(AddModel(replace(model("weights"), kind="model", image=None), ACTOR))
+
+    async def there(leader: Leadership) -> bool:
+        return "t/weights" in leader.view.models
+
+    cluster.run(body)
+    assert refused("rm", "weights").code is Code.NOT_FOUND
+    assert cluster.run(there)
 
 
 def test_facts_of_an_image_travel(cluster: Loopback) -> None:
