@@ -352,12 +352,17 @@ class DispatchClient:
                 raise result
 
     async def _surrender(self, link: DispatchLink) -> None:
-        """Best effort: what does not arrive is given back by expiry."""
-        updates = self._table.surrender()
-        if updates:
-            with contextlib.suppress(FalError, TimeoutError):
-                async with asyncio.timeout(_SURRENDER_S):
-                    await link.send(dispatch_wire.updates(updates))
+        """Best effort: what does not arrive is given back by expiry.
+
+        Wants end first: a slot given back while one is still wanted here would come back to a stream that ends.
+        """
+        messages = [serving_pb2.GatewayMessage(wants=serving_pb2.Wants())] if self._wants_told else []
+        if updates := self._table.surrender():
+            messages.append(dispatch_wire.updates(updates))
+        with contextlib.suppress(FalError, TimeoutError):
+            async with asyncio.timeout(_SURRENDER_S):
+                for message in messages:
+                    await link.send(message)
 
     async def _receive(self, link: DispatchLink) -> None:
         while True:
@@ -388,8 +393,9 @@ class DispatchClient:
             self._to_send.clear()
             wants = self._wants()
             if wants or self._wants_told:
-                self._wants_told = bool(wants)
+                self._wants_told = True
                 await link.send(serving_pb2.GatewayMessage(wants=serving_pb2.Wants(wants=wants)))
+                self._wants_told = bool(wants)
             paths = tuple(self._paths.paths())
             if paths != self._told:
                 changed = [path for path in paths if path not in self._told]

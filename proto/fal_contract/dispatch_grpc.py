@@ -27,13 +27,16 @@ class GrpcLink:
         dispatch: Any = serving_pb2_grpc.ServingStub(made).Dispatch  # the stubs know no stream without an iterator
         self._call = dispatch()
         self._reading: asyncio.Future[Any] | None = None
+        self._writing: asyncio.Future[None] | None = None
 
     async def send(self, message: serving_pb2.GatewayMessage) -> None:
-        """Raises FalError when the stream broke."""
+        """Raises FalError when the stream broke. Cancelling it leaves the stream open; the message still goes."""
         with fal_errors():
             try:
-                await self._call.write(message)
-            except grpc.aio.UsageError:  # the stream ended meanwhile; reading tells why
+                await self._written()
+                self._writing = asyncio.ensure_future(self._call.write(message))
+                await self._written()
+            except (grpc.aio.UsageError, asyncio.InvalidStateError):  # it ended meanwhile; reading tells why
                 raise _ended() from None
 
     async def receive(self) -> serving_pb2.DispatchMessage:
@@ -47,15 +50,28 @@ class GrpcLink:
     async def close(self) -> None:
         """End the stream and its channel, once the server has read what was sent."""
         if not self._call.done():
-            with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, TimeoutError):
+            with contextlib.suppress(
+                grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError
+            ):
                 async with asyncio.timeout(_CLOSE_S):
+                    await self._written()
                     await self._call.done_writing()
                     while isinstance(await self._read(), serving_pb2.DispatchMessage):
                         pass
         self._call.cancel()
-        if self._reading is not None:
-            await asyncio.gather(self._reading, return_exceptions=True)
+        pending = [future for future in (self._reading, self._writing) if future is not None]
+        await asyncio.gather(*pending, return_exceptions=True)
         await self._channel.close(None)
+
+    async def _written(self) -> None:
+        """Once the last message is on its way. A write that is cancelled would end the whole call, as a read would."""
+        if self._writing is None:
+            return
+        try:
+            await asyncio.shield(self._writing)
+        finally:
+            if self._writing.done():
+                self._writing = None
 
     async def _read(self) -> Any:
         """gRPC cancels the whole call with a read that is cancelled, and what was written last would be lost."""

@@ -368,3 +368,25 @@ def test_a_client_that_ends_gives_its_leases_back_at_once(tmp_path: Path) -> Non
             assert sum(update.served for update in scheduler.updates()) == 1
 
     asyncio.run(scenario())
+
+
+def test_a_client_that_ends_wants_nothing_before_it_gives_back() -> None:
+    """Else the scheduler, who knows of a want, would grant what comes back to the stream that ends."""
+
+    async def scenario() -> None:
+        scheduler = FakeScheduler()
+        nobody = Address("127.0.0.1", 9)
+        async with client_of(scheduler) as client:
+            request = asyncio.create_task(ask(client))
+            await until(lambda: bool(scheduler.wants()) and bool(scheduler.wants()[-1].wants))
+            scheduler.tell(routes(nobody))
+            scheduler.tell(lease())
+            await until(lambda: client.statistics().leases == 1)
+        request.cancel()
+        with contextlib.suppress(asyncio.CancelledError, FalError):
+            await request
+        told = [message for message in scheduler.heard if message.WhichOneof("kind") in ("wants", "updates")]
+        assert not told[-2].wants.wants
+        assert [(update.lease_id, update.returned) for update in told[-1].updates.updates] == [("l-1", 1)]
+
+    asyncio.run(scenario())
