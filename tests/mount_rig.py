@@ -154,7 +154,7 @@ class Rig:
         self.taken: list[str] = []
 
     def serve(self, **config: Any) -> None:
-        """Start the serving process. `off`, `give`, `finished`, `cgroup` as in `mount_server`."""
+        """Start the serving process. `off`, `give`, `withheld`, `finished`, `cgroup`: see `mount_server`."""
         everything = {
             "folder": str(self.folder),
             "data": str(self.root / "data"),

@@ -145,7 +145,8 @@ class Serving:
         self.wanted[artifact_id].update(dict.fromkeys(pieces, wanted))
         if wanted and self.config.get("give"):  # as a node whose peers are fast
             for piece in pieces:
-                self.put(self.by_id[artifact_id], piece)
+                if piece not in self.config.get("withheld", []):
+                    self.put(self.by_id[artifact_id], piece)
 
     def put(self, part: FilePart, piece: int) -> None:
         part.put(piece)
@@ -183,6 +184,8 @@ class Serving:
                     part.file_path(index).unlink()
             case "until_waiting":
                 await until(lambda: self.waiting() == words["count"])
+            case "until_waiting_for":
+                await until(lambda: any(words["piece"] in connection._by_piece for connection in mounts._all))
             case "until_lingering":
                 await until(lambda: mounts.lingering == words["count"])
             case "until_held":
