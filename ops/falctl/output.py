@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from fal_contract.errors import FalError
+from falctl.terminal import harmless
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -22,16 +23,26 @@ _ENUM_PREFIXES: Final = ("RUNNER_STATE_", "MODEL_STATE_", "GPU_HEALTH_", "GOAL_"
 def console() -> Console:
     """A console on stdout; plain and as wide as needed where stdout is no terminal.
 
-    Without markup: what is printed was mostly written by others, and a `[/` in it would be an error.
+    Without markup: what is printed was mostly written by others, and a `[/` in it would be an error. Nor does the
+    terminal obey it: a container's last words may be sequences that write to the operator's clipboard.
     """
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
+    class Harmless(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            super().print(*(_harmless(one) if isinstance(one, str) else one for one in objects), **options)
+
+    return Harmless(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
+
+
+def _harmless(text: str) -> str:
+    """Lines stay lines."""
+    return "\n".join(harmless(line) for line in text.split("\n"))
 
 
 def print_error(error: FalError) -> None:
     """`error: WHAT. REMEDY`."""
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(_harmless(f"error: {error}") + "\n")
 
 
 def print_json(noun: str, value: object) -> None:
@@ -50,7 +61,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty:
     from rich import box
     from rich.table import Table
 
-    rows = list(rows)
+    rows = [[_harmless(cell) for cell in row] for row in rows]
     if not rows:
         console().print(empty)
         return
@@ -88,7 +99,7 @@ def status_line(first: str, *, stderr: bool = False) -> Iterator[Callable[[str],
 
     out = Console(stderr=True, highlight=False) if stderr else console()
     with out.status(Text(first)) as status:
-        yield lambda text: status.update(Text(text))
+        yield lambda text: status.update(Text(_harmless(text)))
 
 
 def _escaped(value: str) -> str:
