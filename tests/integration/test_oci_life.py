@@ -207,9 +207,39 @@ def test_a_full_disk_is_one_clear_reason_and_what_runs_goes_on(state: Path) -> N
             assert status is not None
             assert status.phase is Phase.RUNNING
             assert [one.id for one in await driver.list()] == [id], "nothing of the other is left"
-            assert (await driver.stop(id, grace_s=0)).phase is Phase.EXITED
+            assert (await driver.stop(id, grace_s=0)).reason == "stopped: SIGTERM was ignored for 0 s, then SIGKILL"
             (state / "filler").unlink()
             assert (await ended(driver, python("later", "print(1)"))).exit_code == 0
+
+    try:
+        run(main())
+    finally:
+        subprocess.run(["umount", str(state)], check=True)
+
+
+def test_an_end_while_the_disk_is_full_keeps_its_exit_code(state: Path) -> None:
+    """Also for the next driver: conmon's word is not on that disk."""
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(state)], check=True)
+    code = "import signal, sys\nsignal.signal(10, lambda *_: sys.exit(3))\nprint('up', flush=True)\nsignal.pause()"
+
+    async def main() -> None:
+        async with driver_at(state) as driver:
+            id = await started(driver, python("ends", code))
+            assert await first_line(driver, id) == "up"
+            fill(state / "filler")
+            status = await driver.status(id)
+            assert status is not None
+            assert status.pid is not None
+            os.kill(status.pid, 10)
+            ends = await driver.wait(id)
+            assert (ends.exit_code, ends.reason) == (3, "exited with code 3")
+            assert not (state / "containers" / id / "ended.json").exists(), "the disk is full"
+            heir = OciDriver(state)
+            again = await heir.status(id)
+            assert again == ends
+            await heir.remove(id)
+            heir.close()
 
     try:
         run(main())

@@ -6,6 +6,9 @@
                           ended.json    the last word, once the exit was seen: OOM is read while the cgroup exists
                           exits/ID      the exit code, by conmon;  log/log  the output, by conmon
 
+`exits` and `persist` are links into the container's run directory, which lasts until the next boot: conmon writes the
+exit code to both and gives up at the first that fails, so that on STATE a full disk would lose it. What we told it (for
+the reason of its end) is kept there, too. An end that was seen is in ended.json, and outlives the boot.
 Invariant: `status` looks and never changes what runs. Called by the oci driver only.
 """
 
@@ -107,8 +110,13 @@ class ContainerFiles:
     def make(self, record: Record) -> None:
         """All directories, then the record."""
         paths = self.paths()
-        for path in (self.directory, paths.bundle, paths.log.parent, paths.exits, paths.persist, paths.attach):
+        for path in (self.directory, paths.bundle, paths.log.parent, paths.attach):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        run_dir = Path(record.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o711)
+        for link in (paths.exits, paths.persist):
+            (run_dir / link.name).mkdir(exist_ok=True, mode=0o700)
+            link.symlink_to(run_dir / link.name)
         write_whole(self.directory / "record.json", record.as_json())
 
     def record(self) -> Record | None:
@@ -131,10 +139,10 @@ class ContainerFiles:
     def mark_told(self, signal_name: str, grace_s: float = 0.0) -> None:
         """We are about to send it this signal. Best effort: a full disk must not keep it alive."""
         with contextlib.suppress(OSError):
-            told = _read(self.directory / "told.json")
+            told = _read(self.paths().persist / "told.json")
             signals = [*told.get("signals", ()), signal_name]
             grace_s = told.get("grace_s", grace_s)
-            write_whole(self.directory / "told.json", {"signals": signals, "grace_s": grace_s})
+            write_whole(self.paths().persist / "told.json", {"signals": signals, "grace_s": grace_s})
 
     def status(self, runtime_root: Path) -> ContainerStatus | None:
         """None when it was never wholly created."""
@@ -172,7 +180,7 @@ class ContainerFiles:
         if started_at_s is None:
             reason = "killed before it started"
         else:
-            told = _read(self.directory / "told.json")
+            told = _read(self.paths().persist / "told.json")
             last = [line.text for line in tail(self.paths().log, _HINT_LINES)] if code in (126, 127) else []
             asked = endings.Told(tuple(told.get("signals", ())), told.get("grace_s", 0.0))
             reason = endings.reason(code, told=asked, memory=memory, last_lines=last)
