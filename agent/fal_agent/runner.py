@@ -292,7 +292,8 @@ class Runner:
     async def _create(self) -> None:
         began_s = self._now_s()
         message = self._message()
-        await self._make(message)  # made while staging, or lost with an earlier life of this machine
+        if await self._tools.driver.status(launch.container_id(self.id)) is None:
+            await self._make(message)  # made while staging, and lost with an earlier life of this machine
         for artifact in message.artifacts:
             await self._arrivals.attach(artifact)
         self._see(advance(self.task, Phase.CREATED, move=Action.CREATE, seconds=self._now_s() - began_s))

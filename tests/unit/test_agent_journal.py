@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import struct
 from pathlib import Path
@@ -202,3 +203,38 @@ def test_concurrent_writers_each_get_a_whole_record(tmp_path: Path) -> None:
 
     asyncio.run(main())
     assert len(read(tmp_path / "j").tasks) >= 29
+
+
+def test_writers_that_wait_share_a_flush_and_one_that_is_too_much_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = 0
+    flush = os.fdatasync
+
+    def counted(fd: int) -> None:
+        nonlocal flushes
+        flushes += 1
+        flush(fd)
+
+    monkeypatch.setattr(os, "fdatasync", counted)
+    small = [Standing("c", 1, term, "i") for term in range(50)]
+    large = Standing("c" * 900, 1, 0, "i")
+
+    async def scenario() -> None:
+        journal = FileJournal(tmp_path / "j", on_event=no_event, bytes_max=40_000)
+        await asyncio.gather(*(journal.write(record) for record in small))
+        assert flushes == 1
+        asking = asyncio.create_task(journal.write(*[large] * 60))
+        answers = await asyncio.gather(*(journal.write(record) for record in small), return_exceptions=True)
+        assert answers == [None] * len(small)
+        with pytest.raises(FalError, match="40000 bytes"):
+            await asking
+        cancelled = asyncio.create_task(journal.write(Standing("last", 1, 1, "i")))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        journal.close()
+
+    asyncio.run(scenario())
+    assert read(tmp_path / "j").standing.cluster_id == "last"

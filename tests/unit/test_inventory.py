@@ -330,6 +330,42 @@ def test_the_view_of_the_agent_follows_faults_and_uses() -> None:
     assert told == []
 
 
+def test_who_asks_while_a_look_is_under_way_shares_the_next_one() -> None:
+    inventory = SimulatedInventory(parse_sim_gpus("2xT4-16GB"), node_name="n", read_host=lambda: HOST)
+
+    class Slow:
+        looks = 0
+        go = asyncio.Event()
+        begun = asyncio.Event()
+
+        async def snapshot(self) -> Snapshot:
+            self.looks += 1
+            seen = await inventory.snapshot()
+            self.begun.set()
+            await self.go.wait()
+            return seen
+
+        async def close(self) -> None:
+            return
+
+    async def scenario() -> None:
+        slow = Slow()
+        machine = InventoryMachine(slow)
+        first = asyncio.create_task(machine.look())
+        await slow.begun.wait()
+        others = [asyncio.create_task(machine.look()) for _ in range(50)]
+        await asyncio.sleep(0)
+        others[0].cancel()
+        gpu = (await inventory.snapshot()).gpus[0].id
+        inventory.use(gpu, memory_bytes=1 << 30, pids=[9])  # after the first look, before theirs
+        slow.go.set()
+        assert (await first).gpus[gpu].pids == ()
+        seen = [(await other).gpus[gpu].pids for other in others[1:]]
+        assert (slow.looks, seen) == (2, [(9,)] * 49)
+
+    asyncio.run(scenario())
+
+
 def test_a_first_look_that_fails_is_an_error() -> None:
     class Broken:
         async def snapshot(self) -> Snapshot:

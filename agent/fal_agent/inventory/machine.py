@@ -1,7 +1,8 @@
 """The inventory as the rest of the agent uses it: `ports.Machine` over any provider.
 
 When a look fails (a hung driver), the last one is shown with every GPU unfit, so that nothing new is placed and
-what runs is left alone.
+what runs is left alone. Who asks while a look is under way shares the next one with all others who do: fifty runners
+that start at once cost two looks, and nobody sees what was there before he asked.
 """
 
 from __future__ import annotations
@@ -50,9 +51,23 @@ class InventoryMachine:
         self._last: Snapshot | None = None
         self._problem = ""
         self._raised = 0  # generations that were added here, for looks that failed
+        self._looking: asyncio.Task[MachineView] | None = None  # the last that has begun
+        self._next: asyncio.Task[MachineView] | None = None  # has not begun: more may join
 
     async def look(self) -> MachineView:
         """What is there now. Raises FalError only when there never was a successful look."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._look_in_turn(), name="look at the machine")
+            self._next.add_done_callback(_retrieved)
+        return await asyncio.shield(self._next)
+
+    async def _look_in_turn(self) -> MachineView:
+        if self._looking is not None and not self._looking.done():
+            await asyncio.wait({self._looking})
+        self._looking, self._next = self._next, None
+        return await self._look()
+
+    async def _look(self) -> MachineView:
         try:
             snapshot = await self._inventory.snapshot()
         except FalError as error:
@@ -95,6 +110,12 @@ class InventoryMachine:
             devices={gpu.id: gpu.device_nodes for gpu in snapshot.gpus},
             cdi=self._cdi,
         )
+
+
+def _retrieved(look: asyncio.Task[MachineView]) -> None:
+    """Its error is told to whoever still waits; when nobody does it is none."""
+    if not look.cancelled():
+        look.exception()
 
 
 def told_of(snapshot: Snapshot) -> agent_pb2.Inventory:

@@ -15,7 +15,7 @@ from typing import Final
 from fal_runtime.driver import driver_failed
 
 TIMEOUT_S: Final = 10.0
-KEPT_MAX: Final = 16
+KEPT_MAX: Final = 64  # a full node; each costs a descriptor and a few KiB of the kernel
 
 
 async def open_userns(start: int, count: int) -> int:
