@@ -15,7 +15,6 @@ within the root (securejoin) and mounts through a descriptor. Called by `roots`;
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -29,6 +28,7 @@ from fal_runtime.driver import MODELS_DIR_INSIDE, SECRETS_DIR_INSIDE, SOCKET_DIR
 from fal_runtime.images.layout import ImageLayout
 from fal_runtime.images.process import USER_FILE_BYTES_MAX, UserIds, home_of, process_of, user_of
 from fal_runtime.oci import mounts
+from fal_runtime.oci.inside import open_inside
 
 ROOTFS: Final = "rootfs"
 LOWER: Final = "lower"
@@ -47,14 +47,6 @@ _MOUNT_POINTS: Final = (
     (MODELS_DIR_INSIDE.lstrip("/"), 0o755),
 )
 _HOSTS: Final = "127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost ip6-loopback\n"
-_SYS_OPENAT2: Final = 437
-_RESOLVE_NO_MAGICLINKS: Final = 0x02
-_RESOLVE_IN_ROOT: Final = 0x10
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,22 +126,4 @@ def _text(image: Path, name: str) -> str:
         raise FalError(Code.UNAVAILABLE, what, remedy="It is tried again as it arrives.") from exc
 
 
-def open_inside(root: Path, name: str) -> int:
-    """A descriptor for reading `name`, every link on the way resolved as if `root` were the whole file system.
-
-    openat2(2) with RESOLVE_IN_ROOT, Linux 5.6. A fifo does not block, a terminal does not become ours.
-    """
-    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        how = _OpenHow(flags, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
-        fd = _libc.syscall(_SYS_OPENAT2, directory, os.fsencode(name), ctypes.byref(how), ctypes.sizeof(how))
-        if fd < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), name)
-        return int(fd)
-    finally:
-        os.close(directory)
-
-
-__all__ = ["Process", "assemble", "open_inside", "process"]
+__all__ = ["Process", "assemble", "process"]
