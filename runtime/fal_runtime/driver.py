@@ -33,7 +33,7 @@ MODELS_DIR_INSIDE: Final = "/models"
 SECRETS_DIR_INSIDE: Final = "/run/secrets"
 SOCKET_DIR_ENV: Final = "FAL_SOCKET_DIR"
 MODELS_DIR_ENV: Final = "FAL_MODELS_DIR"
-# Where a container that was made ahead reads who it is to be: one message, then the end (see `ContainerSpec`).
+# Where a container that was made ahead hears who it is to be (see `oci.prepared`).
 MESSAGE_FIFO_INSIDE: Final = "/run/fal-bind/go"
 SECRETS_DIR_ENV: Final = "FAL_SECRETS_DIR"
 
@@ -289,6 +289,11 @@ class Driver(Protocol):
     async def clean(self, keep: frozenset[str]) -> builtins.list[str]:
         """At the agent's start: remove everything but the ids in `keep`; returns what was removed, in words."""
         ...
+
+
+def message_beside(fifo: Path) -> Path:
+    """The file with the message for a warm worker whose bell this FIFO is."""
+    return fifo.with_name("message")
 
 
 def check_spec(spec: ContainerSpec) -> None:

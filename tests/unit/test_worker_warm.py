@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fal_runtime.driver import message_beside
+
 pytest.importorskip("torch")
 
 PROGRAM = """
@@ -33,8 +35,11 @@ def test_it_takes_environment_arguments_and_threads_from_the_message(tmp_path: P
         env={**os.environ, "WAITING": "1", "OMP_NUM_THREADS": "1"},
     )
     try:
-        with fifo.open("w") as write:  # opens once the worker reads, its libraries loaded
-            write.write(json.dumps(message))
+        with fifo.open("w"):  # opens once the worker listens, its libraries loaded
+            pass  # nobody is told anything
+        message_beside(fifo).write_text(json.dumps(message))
+        with fifo.open("w"):
+            pass
         out, _ = worker.communicate(timeout=60)
     finally:
         worker.kill()

@@ -1,12 +1,14 @@
 """Containers that were made before anybody wanted them, and how one becomes the container that somebody wants.
 
-A prepared container is created and started like any other, by the same code, but for its first process: a shell (or a
-worker without a model, `ContainerSpec.warm_command`) that waits to read one message from a FIFO that only the host can
-write. Binding it shows its socket directory where the spec wants it and names it in STATE/containers by a link;
-starting it writes the message. It is used once.
+A prepared container is created and started like any other, by the same code, but for its first process: a shell that
+waits to read one message from a FIFO that only the host can write, or a worker without a model
+(`ContainerSpec.warm_command`), to which the message is a file and the FIFO a bell. Binding it shows its socket
+directory where the spec wants it and names it in STATE/containers by a link; starting it writes the message. It is used
+once.
 
     STATE/prepared/POOL_ID   like STATE/containers/ID, and `go`, the message of a bound one
-    RUN/SCOPE/POOL_ID        mounts, with the tmpfs of its socket and models directories, and bind/go, the FIFO
+    RUN/SCOPE/POOL_ID        mounts, with the tmpfs of its socket and models directories, and bind/go, the FIFO, with
+                             bind/message, what a warm worker was told
 
 Invariant: the link is made last, so one that was claimed when the agent was killed is either a whole container or is
 found unlinked and taken away. Which containers can be prepared is `fits`: nothing of their isolation may depend on who
@@ -31,13 +33,13 @@ from typing import Final
 
 from fal_contract.errors import FalError
 from fal_runtime import socket_dir
-from fal_runtime.driver import MESSAGE_FIFO_INSIDE, ContainerSpec, Prepared, driver_failed
+from fal_runtime.driver import MESSAGE_FIFO_INSIDE, ContainerSpec, Prepared, driver_failed, message_beside
 from fal_runtime.oci import leftovers, mounts, processes, start
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.inside import has_program
 from fal_runtime.oci.place import Place
 from fal_runtime.oci.record import ContainerFiles, Created, Record, alive
-from fal_runtime.oci.spec import Bind, environment
+from fal_runtime.oci.spec import OOM_SCORE_ADJ, Bind, environment
 from fal_runtime.process_supervisor import write_whole
 
 ID_PREFIX: Final = "pool-"
@@ -46,7 +48,8 @@ GO_INSIDE: Final = MESSAGE_FIFO_INSIDE
 WAITER: Final = ("/bin/sh", "-c", f". {GO_INSIDE}")
 MESSAGE_BYTES_MAX: Final = 512 << 10  # fits into a pipe at once
 READER_TIMEOUT_S: Final = 10.0  # until a waiter that was just made reads
-WARM_READER_TIMEOUT_S: Final = 120.0  # a worker that was just made loads its libraries first
+DEATHS_MAX: Final = 3  # of warm workers of a shape while they wait: then it gets no more
+SPARE_OOM_SCORE_ADJ: Final = 1000  # when memory is short, what nobody uses goes first
 _READER_POLL_S: Final = 0.002
 # Variables that a shell reads in a way of its own, or lets nobody set: another process is to find them as they are.
 _SHELLS_OWN: Final = frozenset(
@@ -88,6 +91,16 @@ def shape_of(spec: ContainerSpec, *, warm: bool) -> ContainerSpec:
     )
 
 
+def listens(ready: _Ready) -> bool:
+    """Has this warm worker loaded its libraries? Ringing without a message changes nothing (`worker.warm`)."""
+    record = ready.files.record()
+    with suppress(FalError):
+        if record is not None and (fd := _opened(Path(record.fifo))) is not None:
+            os.close(fd)
+            return True
+    return False
+
+
 def message(spec: ContainerSpec, env: dict[str, str], *, warm: bool) -> bytes:
     """What the waiting process reads: a script for the shell, {"env", "argv"} for a warm worker."""
     if warm:
@@ -103,6 +116,7 @@ class Pool:
         self._place = place
         self._folder = place.prepared
         self._ready: list[_Ready] = []
+        self._died: list[ContainerSpec] = []  # shapes of those that ended while they waited, while they are wanted
         self._changing = asyncio.Lock()
 
     async def prepare(self, wanted: Sequence[Prepared], mode: Mode) -> None:
@@ -117,11 +131,14 @@ class Pool:
             raise driver_failed(what, remedy="Look at the node's disk.") from error
 
     async def _prepare(self, wanted: Sequence[Prepared], mode: Mode) -> None:
-        counts = [(shape_of(w.spec, warm=w.warm), w) for w in wanted if fits(w.spec)]
-        left = [shape for shape, w in counts for _ in range(w.count)]
+        shapes = [(shape_of(one.spec, warm=one.warm), one.count) for one in wanted if fits(one.spec)]
+        ended = [one for one in self._ready if not alive(one.created.pid, one.created.pid_ticks)]
+        wished = [shape for shape, _ in shapes if shape.warm_command]
+        self._died = [shape for shape in (*self._died, *(one.shape for one in ended)) if shape in wished]
+        left = [self._possible(shape) for shape, count in shapes for _ in range(count)]
         surplus = []
         for ready in self._ready:
-            if ready.shape in left and alive(ready.created.pid, ready.created.pid_ticks):
+            if ready.shape in left and ready not in ended:
                 left.remove(ready.shape)
             else:
                 surplus.append(ready)
@@ -131,6 +148,10 @@ class Pool:
                 await self._discard(ready.files)
         for shape in left:
             await self._add(shape, mode)
+
+    def _possible(self, shape: ContainerSpec) -> ContainerSpec:
+        """Without a worker where those end by themselves, such as where its libraries do not fit into the memory."""
+        return replace(shape, warm_command=()) if self._died.count(shape) >= DEATHS_MAX else shape
 
     async def claim(self, spec: ContainerSpec) -> bool:
         """Make a prepared container become `spec`, not yet started; False when none fits, and nothing has changed."""
@@ -142,7 +163,8 @@ class Pool:
                 continue
             if not warm and not _SHELLS_OWN.isdisjoint(self._env(spec)):
                 return False
-            for ready in [r for r in self._ready if r.shape == shape]:
+            # One that still loads is no slower than a container that would have to load, too.
+            for ready in sorted((r for r in self._ready if r.shape == shape), key=lambda r: warm and not listens(r)):
                 if ready not in self._ready:  # it became somebody else while one before it was taken away
                     continue
                 if not warm and not has_program(ready.created.pid, spec.command[0], self._env(spec).get("PATH", "")):
@@ -198,6 +220,7 @@ class Pool:
         except BaseException:
             await asyncio.shield(self._discard(files))
             raise
+        _oom_score_adj(created, SPARE_OOM_SCORE_ADJ)
         (files.directory / "ready").touch()  # for people and benchmarks; nothing here reads it
         self._ready.append(_Ready(files, shape, created))
 
@@ -220,6 +243,9 @@ class Pool:
             raise driver_failed(f"command and environment of {spec.id} are too long", remedy="Shorten them.")
         socket_dir.check_path(spec.socket_dir)
         write_whole(files.directory / "record.json", {**record.as_json(), "socket_dir": str(spec.socket_dir)})
+        created = files.created()
+        assert created is not None
+        _oom_score_adj(created, OOM_SCORE_ADJ)
         config_file = files.paths().bundle / "config.json"
         config = json.loads(config_file.read_text())
         config["process"]["args"] = list(spec.command)  # `exec` reads it
@@ -257,8 +283,11 @@ async def tell(id: str, files: ContainerFiles, record: Record) -> None:
     created, fifo = files.created(), Path(record.fifo)
     assert created is not None
     text = (files.directory / "go").read_bytes()
+    if text.startswith(b"{"):
+        await asyncio.to_thread(_tell_worker, fifo, text, record.uid_start)
+        return
     try:
-        async with asyncio.timeout(WARM_READER_TIMEOUT_S if text.startswith(b"{") else READER_TIMEOUT_S):
+        async with asyncio.timeout(READER_TIMEOUT_S):
             while (fd := _opened(fifo)) is None:
                 if not alive(created.pid, created.pid_ticks):
                     raise _not_told(id, "its first process has ended")
@@ -281,6 +310,26 @@ async def tell(id: str, files: ContainerFiles, record: Record) -> None:
 
 def _not_told(id: str, why: str) -> FalError:
     return driver_failed(f"start of container {id} failed: {why}", remedy="Look at its log.")
+
+
+def _oom_score_adj(created: Created, value: int) -> None:
+    """Of its only process. One that has ended is found out later."""
+    with suppress(OSError):
+        Path(f"/proc/{created.pid}/oom_score_adj").write_text(str(value))
+
+
+def _tell_worker(fifo: Path, text: bytes, owner_uid: int) -> None:
+    """The message first, then the bell: see `fal_runtime.worker.warm`. May be done again, up to the last step."""
+    message = message_beside(fifo)
+    beside = message.with_suffix(".new")
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o400), "wb") as file:
+        os.fchown(file.fileno(), owner_uid, owner_uid)
+        file.write(text)
+    beside.rename(message)
+    fd = _opened(fifo)
+    if fd is not None:  # else it still loads, and looks for the message before it listens
+        os.close(fd)
+    fifo.unlink()
 
 
 def _opened(fifo: Path) -> int | None:

@@ -20,6 +20,12 @@ _STARTED_S = time.monotonic()
 REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
 
+def begin() -> None:
+    """The life that lines are counted from begins now: a warm worker has become somebody."""
+    global _STARTED_S
+    _STARTED_S = time.monotonic()
+
+
 def log(event: str, **fields: object) -> None:
     """Write one line: `event`, seconds since 1970, seconds since start, then `fields` (JSON values)."""
     up_s = round(_CLOCK.monotonic_s() - _STARTED_S, 3)
