@@ -33,6 +33,12 @@ def up(
     credentials: Annotated[
         Path | None, typer.Option(help="TOML file with credentials of weight origins, mode 0600.")
     ] = None,
+    warm_workers: Annotated[
+        int,
+        typer.Option(
+            help="Workers that each node keeps with their libraries loaded, about 0.5 GiB each.", min=0, max=16
+        ),
+    ] = 0,
     directory: DirOption = None,
     json: JsonFlag = False,
 ) -> None:
@@ -40,7 +46,8 @@ def up(
     from falctl.dev_cluster import DevOptions, start_cluster
     from falctl.output import print_json
 
-    options = DevOptions(nodes, sim_gpus, store, driver, str(credentials.absolute()) if credentials else "")
+    held = str(credentials.absolute()) if credentials else ""
+    options = DevOptions(nodes, sim_gpus, store, driver, held, warm_workers)
     state = start_cluster(directory or default_dir(), options, say=(lambda _: None) if json else typer.echo)
     if json:
         print_json("dev", state)

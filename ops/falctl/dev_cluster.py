@@ -47,6 +47,7 @@ class DevOptions:
     store: str
     driver: str
     credentials: str = ""  # file; empty: origins that need none
+    warm_workers: int = 0  # of each node
 
 
 def start_cluster(folder: Path, options: DevOptions, *, say: Say) -> dict[str, Any]:
@@ -167,6 +168,7 @@ def _start_agents(folder: Path, options: DevOptions, started: list[Process], say
         config = [f'state_dir = "{state}"', f'node_name = "{name}"', f'driver = "{options.driver}"']
         config += [f'schedulers = ["127.0.0.1:{ports["rpc"]}"]', f'join_url = "https://127.0.0.1:{ports["join"]}"']
         config += [f'join_token_file = "{token_file}"', f'sim_gpus = "{options.sim_gpus}"', 'proxy_host = "127.0.0.1"']
+        config += [f"warm_workers = {options.warm_workers}"]
         cache = ['bulk_host = "127.0.0.1"', 'addresses = ["default=127.0.0.1"]']
         cache += [f'credentials_file = "{options.credentials}"'] if options.credentials else []
         config += [f'fsd_config = "{_write_config(state / "cache.toml", cache)}"']

@@ -124,7 +124,12 @@ WRONG: dict[str, list[tuple[str, int, str]]] = {
     "status": [("x", 2, "x")],
     "explain": [("nothing", 1, "nothing")],
     "events": [("--after x", 2, "--after")],
-    "dev up": [("--dir DIR --driver vm", 1, "vm"), ("--dir DIR --store dbm", 1, "dbm"), ("--nodes 0", 2, "--nodes")],
+    "dev up": [
+        ("--dir DIR --driver vm", 1, "vm"),
+        ("--dir DIR --store dbm", 1, "dbm"),
+        ("--nodes 0", 2, "--nodes"),
+        ("--warm-workers 17", 2, "--warm-workers"),
+    ],
     "dev down": [("--dir no-such-folder", 1, "no-such-folder")],
     "dev restart": [("scheduler --dir no-such-folder", 1, "scheduler")],
     "dev status": [("--dir", 2, "--dir")],
