@@ -24,7 +24,7 @@ import hostile_probe
 from contract.driver_cases import oci_missing
 from fal_contract.errors import FalError
 from fal_runtime import host_image
-from fal_runtime.driver import ContainerSpec, ContainerStatus, Phase, Prepared, Resources
+from fal_runtime.driver import Capabilities, ContainerSpec, ContainerStatus, Phase, Prepared, Resources
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.driver import OciDriver
 from fal_runtime.oci.spec import SIGNALS_PENDING_MAX, TERMINALS_MAX
@@ -50,16 +50,23 @@ REFUSALS = {
 
 
 @pytest.fixture(scope="module")
-def modes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Mode | None]:
-    """How containers can be made here; None: not so."""
-    made = OciDriver(tmp_path_factory.mktemp("modes"))
+def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Capabilities, Mode]:
+    """What works here, and how containers are best made."""
+    made = OciDriver(tmp_path_factory.mktemp("probed"))
     try:
-        mapped = run(made.probe()).user_namespaces
+        found = run(made.probe())
         assert made._mode is not None
-        return {"mapped": made._mode if mapped else None, "unmapped": Mode(made._mode.program, False)}
+        return found, made._mode
     finally:
         run(made.clean(frozenset()))
         made.close()
+
+
+@pytest.fixture(scope="module")
+def modes(probed: tuple[Capabilities, Mode]) -> dict[str, Mode | None]:
+    """How containers can be made here; None: not so."""
+    found, mode = probed
+    return {"mapped": mode if found.user_namespaces else None, "unmapped": Mode(mode.program, False)}
 
 
 @pytest.fixture(params=["mapped", "unmapped"])
@@ -192,14 +199,15 @@ def test_every_way_out_is_closed(driver: OciDriver, node: dict[str, Any], tmp_pa
 
 
 def test_a_network_opens_nothing_but_the_network(
-    node: dict[str, Any], tmp_path: Path, modes: dict[str, Mode | None]
+    node: dict[str, Any], tmp_path: Path, probed: tuple[Capabilities, Mode]
 ) -> None:
     """With egress, the node stays out of reach; with the node's own network, what listens on it is not."""
-    driver = OciDriver(tmp_path / "state", mode=modes["mapped"] or modes["unmapped"])
+    capabilities, mode = probed
+    driver = OciDriver(tmp_path / "state", mode=mode)
     groups = ("mounts", "kernel_files", "sockets")
 
     async def main() -> dict[str, dict[str, Any]]:
-        networks = ["host"] + ["egress"] * ("egress" in (await driver.probe()).features)
+        networks = ["host"] + ["egress"] * ("egress" in capabilities.features)
         found = {}
         for network in networks:
             spec = spec_of(*probe(node, *groups), socket_dir=tmp_path / network, network=network)
@@ -347,7 +355,6 @@ def test_what_is_counted_for_the_whole_node_is_not_used_up(
 
 
 EATERS = {
-    "pages": "blocks = [bytearray(1 << 20) for _ in range(512)]",
     "a memfd": "import os\nfd = os.memfd_create('x')\nfor _ in range(512): os.write(fd, bytes(1 << 20))",
     "files in /tmp": "import os\nfd = os.open('/tmp/x', 66)\nfor _ in range(512): os.write(fd, bytes(1 << 20))",
     "pipes": """
@@ -361,9 +368,11 @@ for _ in range(3000):
 
 
 @pytest.mark.parametrize("what", EATERS)
-def test_memory_ends_at_its_limit_whatever_it_is_used_for(what: str, tmp_path: Path) -> None:
-    driver = OciDriver(tmp_path / "state")
-    limits = Resources(memory_bytes=48 * MIB, pids_max=16, open_files_max=20_000)
+def test_memory_ends_at_its_limit_whatever_it_is_used_for(
+    what: str, tmp_path: Path, probed: tuple[Capabilities, Mode]
+) -> None:
+    driver = OciDriver(tmp_path / "state", mode=probed[1])
+    limits = Resources(memory_bytes=32 * MIB, pids_max=16, open_files_max=20_000)
     try:
         program = f"print('eating', flush=True)\n{EATERS[what]}\nprint('ate it all')"
         status, lines = run(finished(driver, spec_of(PYTHON, "-c", program, resources=limits)))
@@ -436,9 +445,9 @@ def test_an_image_cannot_stand_in_a_folder_of_the_node(driver: OciDriver, tmp_pa
         assert "of the node" not in run(said(spec)), place
 
 
-def test_a_terminal_does_not_type_for_its_reader(tmp_path: Path) -> None:
+def test_a_terminal_does_not_type_for_its_reader(tmp_path: Path, probed: tuple[Capabilities, Mode]) -> None:
     """What a command says on a terminal is bytes; it cannot put words into the terminal's input."""
-    driver = OciDriver(tmp_path / "state")
+    driver = OciDriver(tmp_path / "state", mode=probed[1])
     program = (
         "import ctypes, fcntl, json, os, pty\n"
         "main, side = pty.openpty()\n"
