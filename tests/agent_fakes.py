@@ -62,6 +62,7 @@ class FakeCache:
         self.refuse: dict[str, FalError] = {}
         self.away = False
         self.pins: dict[str, set[str]] = {}
+        self.staged: list[str] = []  # models, the whole of which was asked for
         self.mount = False  # whether unfinished artifacts can be read
         self.cancelled: list[int] = []
         self.accesses: dict[str, list[int]] = {}
@@ -84,6 +85,7 @@ class FakeCache:
 
     async def stage(self, artifact: agent_pb2.Artifact, owner: str) -> Path:
         self._answer()
+        self.staged.append(artifact.model)
         self.pins.setdefault(owner, set()).add(artifact.model)
         await asyncio.sleep(self.stage_s)
         if artifact.model in self.refuse:

@@ -4,8 +4,9 @@ Invariants: a container sees an artifact only through `Driver.attach_model`; an 
 the app said so (`artifact.stream`) and this node has a mount for it, else `attach` waits until it is ready. What was
 attached unfinished is followed until the plain tree stands in its place, also after a restart of the agent; where it
 can never be finished, `on_failed` is told once. An image is not attached: the container is made of it (`image`), and
-`Driver.image_finished` puts the plain file beneath. The first starts of an image are recorded: then it is read through
-the mount until the runner is ready (`used`), even where it is whole. Made by fal_agent.runner.
+`Driver.image_finished` puts the plain file beneath; the whole is asked for once the runner is ready, or after a bound.
+The first starts of an image are recorded: then it is read through the mount until the runner is ready (`used`), even
+where it is whole. Made by fal_agent.runner.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Final
 from fal_agent import launch
 from fal_agent.tools import Tools
 from fal_contract.errors import Code, FalError
-from fal_contract.limits import CACHE_ENTRY_WAIT_S
+from fal_contract.limits import CACHE_ENTRY_WAIT_S, IMAGE_START_S
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import agent_pb2
 from fal_runtime.driver import Image
@@ -123,8 +124,7 @@ class Arrivals:
 
     async def _follow(self, artifact: agent_pb2.Artifact) -> None:
         retry_s = _RETRY_MIN_S
-        if _recorded(artifact):
-            await self._used.wait()
+        await self._start_over(artifact)
         while True:
             try:
                 if _recorded(artifact):
@@ -139,6 +139,13 @@ class Arrivals:
                     return
             await asyncio.sleep(retry_s)
             retry_s = min(_RETRY_MAX_S, 2 * retry_s)
+
+    async def _start_over(self, artifact: agent_pb2.Artifact) -> None:
+        """Who asks fsd for a whole image ends its holding back of what a start does not read."""
+        if artifact.kind == "image":
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if _recorded(artifact) else IMAGE_START_S):
+                    await self._used.wait()
 
     async def _tell_access(self, artifact: agent_pb2.Artifact) -> None:
         pieces = await self._cache.take_access(artifact.artifact_id)

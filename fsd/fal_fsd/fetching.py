@@ -35,6 +35,7 @@ from fal_fsd.core.swarm import Swarm
 from fal_fsd.disk.part import DiskPart
 from fal_fsd.disk.reading import Cancelled
 from fal_fsd.lease_reads import LeaseReads, OriginReader
+from fal_fsd.order import Order
 from fal_fsd.origin import parse_uri
 from fal_fsd.ports import Part
 from fal_fsd.tally import Tally
@@ -86,9 +87,9 @@ class Fetching:
         self._now_s = tools.clock.monotonic_s
         self._members: tuple[list[Member], bool, int] | None = None
         self._readers: set[int] = set()
-        self._first: Sequence[int] = ()
-        self._swarm = self._new_swarm()
         self._kick = asyncio.Event()
+        self.order = Order(self._now_s, self._kick.set)  # in which pieces come
+        self._swarm = self._new_swarm()
         self._joined = False
         self._up: dict[str, int] = {}  # connected peers and how much they have
         self._error: Exception | None = None
@@ -200,7 +201,7 @@ class Fetching:
     def _new_swarm(self) -> Swarm:
         lengths = [span.length for span in self._part.artifact.layout.spans()]
         swarm = Swarm(self._tools.place(), lengths, self._part.have)
-        swarm.prefer(self._first)
+        self.order.tell(swarm)
         self._tell_members(swarm)
         if self._readers:
             swarm.wanted(sorted(self._readers), True)
@@ -419,13 +420,6 @@ class Fetching:
             self._readers.difference_update(pieces)
         self._swarm.wanted(pieces, waiting)
         self._kick.set()
-
-    def prefer(self, first: Sequence[int]) -> None:
-        """Pieces that come first, see core/swarm.py; who asks last wins."""
-        if first:
-            self._first = first
-            self._swarm.prefer(first)
-            self._kick.set()
 
     def lost(self, piece: int) -> None:
         """It is missing again."""

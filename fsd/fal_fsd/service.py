@@ -16,7 +16,7 @@ import grpc.aio
 from fal_contract import rpc
 from fal_contract.artifact import Artifact
 from fal_contract.errors import Code, FalError, invalid
-from fal_contract.limits import IMAGE_FIRST_PIECES_MAX
+from fal_contract.limits import IMAGE_FIRST_PIECES_MAX, IMAGE_START_S
 from fal_contract.model_manifest import check_digest
 from fal_contract.v1 import fsd_pb2, fsd_pb2_grpc
 from fal_fsd import ingest
@@ -56,7 +56,10 @@ class NodeCache(fsd_pb2_grpc.NodeCacheServicer):
                             yield fsd_pb2.StageProgress(bytes_total=artifact.bytes_total, in_flight_path=str(shown))
                     yield _ready(artifact, found)
                     return
-                found.fetching.prefer(request.artifact.first_pieces[:IMAGE_FIRST_PIECES_MAX])
+                order = found.fetching.order
+                order.prefer(request.artifact.first_pieces[:IMAGE_FIRST_PIECES_MAX])
+                if not request.in_flight:
+                    order.start_ends()  # who asks for the whole has started it
                 async for progress in self._follow(found, request):
                     yield progress
         except FalError as exc:
@@ -69,6 +72,8 @@ class NodeCache(fsd_pb2_grpc.NodeCacheServicer):
             readable = request.in_flight and (allowed or transfer.artifact.attested)
             if readable:
                 transfer.open_mount()
+            if readable and transfer.in_flight_path is not None and transfer.artifact.kind == "image":
+                transfer.fetching.order.start_begins(IMAGE_START_S)  # who looks at an image starts a container of it
             yield _progress(transfer, in_flight=readable)  # another stager's app may read what this one's may not
             await transfer.changed(_PROGRESS_S)
         if transfer.task.cancelled():

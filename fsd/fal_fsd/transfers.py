@@ -144,7 +144,7 @@ class Transfers:
                 if artifact.attested and not transfer.artifact.attested:
                     await self._attest(transfer, artifact)
             transfer.asked_for = transfer.asked_for or asked_for
-            transfer.fetching.prefer(first[:IMAGE_FIRST_PIECES_MAX])
+            transfer.fetching.order.prefer(first[:IMAGE_FIRST_PIECES_MAX])
             return transfer
 
     def _here(self, artifact: Artifact, model: str, owner: str) -> Path | None:

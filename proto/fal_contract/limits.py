@@ -172,6 +172,7 @@ IMAGE_BYTES_MAX_DEFAULT: Final = 64 << 30
 IMAGE_CONFIG_BYTES_MAX: Final = 256 << 10
 IMAGE_PACK_TIMEOUT_S: Final = 3600.0
 IMAGE_FIRST_PIECES_MAX: Final = 16_384  # of 256 KiB: 4 GiB
+IMAGE_START_S: Final = 60.0  # so long an image that arrives leaves the processor to what starts from it
 IMAGE_SOURCE_CHARS_MAX: Final = 1024
 ACCESS_LISTS_MAX: Final = 16  # recorded starts kept for one report; 64 KiB each
 IMAGE_PACK_TRIES_MAX: Final = 3  # nodes that may be lost over it

@@ -168,6 +168,46 @@ def test_a_reader_gets_its_window_first() -> None:
     assert took_s[0] < 0.6 * took_s[1]
 
 
+def test_starts_hold_nobody_up_and_end(scale: Callable[[int], int], base_seed: int) -> None:
+    """One node has all; on half of the others something starts, and they bring little else meanwhile. Some starts are
+    never told to be over, one node dies under its own. What a start reads is there early, and everybody completes."""
+    bound_s = 6.0
+    for seed in range(base_seed, base_seed + scale(10)):
+        rng = Random(seed)
+        world = world_of(pieces=100, batch_s=0.01)
+        packer, *others = world.nodes.values()
+        world.join(packer)
+        world.run(stop=lambda packer=packer: packer.done_s is not None)
+        begun_s, world.origin_up = world.now_s, False
+        starts, first = rng.sample(others, 4), rng.sample(range(100), 10)
+        up_s: dict[str, float] = {}
+
+        def look(
+            node: Node, end: bool, world: World = world, first: list[int] = first, up_s: dict[str, float] = up_s
+        ) -> None:
+            if not node.have.issuperset(first):
+                world.at(world.now_s + 0.05, look, node, end)
+                return
+            up_s[node.id] = world.now_s
+            if end:
+                node.swarm.start_ends()
+                world.kick(node)
+
+        for node in others:
+            world.join(node)
+        for count, node in enumerate(starts):
+            node.swarm.prefer(first)
+            node.swarm.start_begins(begun_s, bound_s)
+            look(node, end=count < 2)
+        world.at(begun_s + 2.0, world.kill, starts[3])
+        world.at(begun_s + 4.0, world.revive, starts[3])
+        finish(world, start=False)
+        assert len(up_s) == 4
+        assert sorted(up_s.values())[2] - begun_s < 0.75 * world.bound_s
+        assert world.wasted_share <= 0.02
+        assert world.wall_s - begun_s <= bound_s + 1.6 * world.bound_s
+
+
 # ---- does the checker see what it is for?
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from fal_agent.core.tasks import Phase
 from fal_agent.launch import container_id
 from fal_agent.node import Node
 from fal_contract.errors import Code, FalError
+from fal_contract.limits import IMAGE_START_S
 from fal_contract.v1 import agent_pb2, state_pb2
 from fal_runtime.driver import Image
 from fal_runtime.fake import Script
@@ -90,6 +92,23 @@ def test_the_first_start_of_an_image_is_recorded(tmp_path: Path) -> None:
         [access] = node.take_report().access
         assert (access.artifact_id, access.runner_id, list(access.pieces)) == (ID, RUNNER, RECORDED)
         assert not node.take_report().access
+        await node.close()
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("ready_after_s", [30.0, 1000.0])
+def test_the_whole_image_is_asked_for_once_the_runner_is_ready_or_late(tmp_path: Path, ready_after_s: float) -> None:
+    async def scenario(box: Box) -> None:
+        box.cache.mount = True
+        box.machine.script_of = lambda spec: Script(ready_after_s=ready_after_s)
+        node = await begin(box, first=True)
+        await until(lambda: phase(node) is Phase.STARTED)
+        await asyncio.sleep(min(ready_after_s, IMAGE_START_S) - 5.0)
+        assert IMAGE not in box.cache.staged
+        await until(lambda: IMAGE in box.cache.staged, within_s=20)
+        assert (phase(node) is Phase.SERVING) == (ready_after_s < IMAGE_START_S)
+        await until(lambda: WHOLE in box.machine.images_finished)
         await node.close()
 
     play(tmp_path, scenario)

@@ -1,9 +1,9 @@
 """Which piece is asked of which peer. Pure.
 
 In this order: what a reader waits for, of whoever brings it first; requests that are stuck go elsewhere; what is told
-to come first (a recorded start of an image); then the rarest pieces among what the peers hold, each of the peer that
-should be done first; last, where nothing is left to ask, pieces that wait behind a slow peer's queue move to a fast
-one.
+to come first (a recorded start of an image), and little else while something starts (core/starting.py); then the rarest
+pieces among what the peers hold, each of the peer that should be done first; last, where nothing is left to ask, pieces
+that wait behind a slow peer's queue move to a fast one.
 
 A piece crosses into a region once: of another region asks only the region's importer of that piece, by rendezvous over
 the region's seeds; who is next in rank asks once the piece was to be had out there, and not here, for some time.
@@ -125,8 +125,9 @@ class Asking:
         self._look_s = float("-inf")
         self._full_s = float("-inf")
 
-    def decide(self, reading: int, now_s: float) -> list[Action]:
-        """What to ask and to withdraw; `reading`: pieces that come from the origin."""
+    def decide(self, reading: int, now_s: float, let: int) -> list[Action]:
+        """What to ask and to withdraw; `reading`: pieces that come from the origin, `let`: those that may come now
+        though no reader waits for them."""
         sources = self._sources
         outside = self._pieces.missing & sources.everywhere.held & ~sources.inside.held
         allowed = self._imports.allowed(outside, now_s)
@@ -138,7 +139,7 @@ class Asking:
         if self._pieces.wanted:
             self._for_readers(made, reading, allowed, now_s, typical)
         asks: dict[tuple[str, bool], list[int]] = {}
-        left = self._rarest(asks, reading, allowed, now_s, typical)
+        left = self._rarest(asks, reading | ~let, allowed, now_s, typical)
         # A region waits for each piece that is brought into it: those go first.
         made.extend(Ask(node_id, tuple(pieces), urgent=far) for (node_id, far), pieces in asks.items())
         if not left and sources.asked:
@@ -148,11 +149,11 @@ class Asking:
     # ---- rarest first
 
     def _rarest(
-        self, asks: dict[tuple[str, bool], list[int]], reading: int, allowed: int, now_s: float, typical: float
+        self, asks: dict[tuple[str, bool], list[int]], without: int, allowed: int, now_s: float, typical: float
     ) -> bool:
         """Ask until all windows are full; False when nothing is left that could be asked."""
         sources, policy = self._sources, self._policy
-        need = self._pieces.missing & ~sources.asked & ~reading
+        need = self._pieces.missing & ~sources.asked & ~without
         size = sources.length_max
         limit = max(policy.total_pieces * size, policy.total_bytes_min, int(policy.total_s * sources.rate_total))
         candidates: list[tuple[float, int, Source]] = []

@@ -50,6 +50,9 @@ class Policy:
     reader_origin_s: float = 5.0  # a reader waits so long before its node reads the origin out of turn
     tick_s: float = 0.5
     reader_tick_s: float = 0.1  # while a reader waits
+    # While something starts from an artifact that arrives (core/starting.py).
+    start_ahead_pieces: int = 8  # beyond each that a reader asked for, at least
+    start_trickle_s: float = 0.1  # one piece of the rest comes so often
 
 
 @dataclass(slots=True)
@@ -62,15 +65,15 @@ class Pieces:
     waits_since_s: dict[int, float] = field(default_factory=dict)  # of those that are wanted and missing
     from_origin: int = 0  # read by this node
     first: tuple[int, ...] = ()  # come before all others, in about this order
-    _first_bits: int = 0
+    first_bits: int = 0  # the same as a set
     _done: int = 0  # of `first`, from its beginning, are here
 
     def prefer(self, first: Sequence[int]) -> None:
         """Bring these first. What is no piece is left out."""
         self.first = tuple(dict.fromkeys(piece for piece in first if 0 <= piece < len(self.lengths)))
-        self._first_bits, self._done = 0, 0
+        self.first_bits, self._done = 0, 0
         for piece in self.first:
-            self._first_bits |= 1 << piece
+            self.first_bits |= 1 << piece
 
     def lost(self, piece: int) -> None:
         """It is missing again."""
@@ -83,7 +86,7 @@ class Pieces:
 
         A few and not the very next, so that nodes that begin together take different ones of each other's and trade.
         """
-        if not bits & self._first_bits:
+        if not bits & self.first_bits:
             return bits
         while self._done < len(self.first) and not self.missing >> self.first[self._done] & 1:
             self._done += 1
@@ -94,7 +97,7 @@ class Pieces:
                 count += 1
                 if count >= FIRST_WINDOW:
                     break
-        return soon or bits & self._first_bits
+        return soon or bits & self.first_bits
 
     @property
     def count(self) -> int:

@@ -140,8 +140,8 @@ class Reading:
         made, self._pending = self._pending, []
         return made
 
-    def decide(self, now_s: float) -> list[Action]:
-        """Leases to take."""
+    def decide(self, now_s: float, let: int) -> list[Action]:
+        """Leases to take; `let`: pieces that may come now though no reader waits for them."""
         made: list[Action] = []
         if self._quiet_s is None:
             self._quiet_s = now_s
@@ -156,7 +156,7 @@ class Reading:
         free &= ~bits_of(piece for piece, until_s in self._bad_until_s.items() if until_s > now_s)
         free &= ~bits_of(piece for piece, times in self.bad.items() if times >= BAD_MAX)
         free &= ~self._leased(now_s)
-        free = self._for_readers(made, free, now_s)
+        free = self._for_readers(made, free, now_s) & let
         if (self.seed or self.promoted) and free:
             self._take_stripes(made, free, now_s)
         return made

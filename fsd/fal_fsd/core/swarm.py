@@ -5,7 +5,7 @@
 
 Deterministic: time is passed in, ties are broken by hashes of node id and piece. `decide` is idempotent; a piece is
 asked of one peer at a time, and withdrawn there before it is asked elsewhere. Peers: core/asking.py; the origin:
-core/reading.py.
+core/reading.py; while something starts from what arrives: core/starting.py.
 
 The bound (F bytes, N nodes, pieces of c bytes, rates B):
 T* = max(F / B_origin, F / B_node) + ceil(log2 N) · c / B_node.
@@ -28,6 +28,7 @@ from fal_fsd.core.policy import Pieces, Policy
 from fal_fsd.core.reading import BAD_MAX, Reading
 from fal_fsd.core.sharing import Shares
 from fal_fsd.core.sources import NEAR, Sources
+from fal_fsd.core.starting import Starting
 
 _STRIPES_MIN = 64
 _DEFAULT = Policy()
@@ -53,6 +54,7 @@ class Swarm:
         self._imports = Imports(me.node_id, self._pieces, shares, policy)
         self._asking = Asking(self._pieces, self._sources, self._imports, policy)
         self._reading = Reading(me.node_id, self._pieces, self._sources, shares, policy)
+        self._starting = Starting(me.node_id, self._pieces, policy)
         self._pending: list[Action] = []
         self._banned: dict[str, float] = {}
         self._told_s: dict[str, float | None] = {}  # members: since when; None: not before the next decision
@@ -175,6 +177,8 @@ class Swarm:
         """A reader waits for these; or does not any more."""
         self._dirty = True
         wanted = self._pieces.wanted
+        if waiting:
+            self._starting.wanted(pieces)
         for piece in pieces:
             if waiting:
                 wanted[piece] = wanted.get(piece, 0) + 1
@@ -193,6 +197,16 @@ class Swarm:
         """These come before all others but what readers wait for, in about this order."""
         self._dirty = True
         self._pieces.prefer(first)
+
+    def start_begins(self, now_s: float, bound_s: float) -> None:
+        """Something starts from it: what that does not read comes later, at the latest after `bound_s`."""
+        self._dirty = True
+        self._starting.begin(now_s, bound_s)
+
+    def start_ends(self) -> None:
+        """It is up: bring all."""
+        self._dirty = True
+        self._starting.end()
 
     # ---- decisions
 
@@ -217,12 +231,15 @@ class Swarm:
                 pieces.waits_since_s.setdefault(piece, now_s)
         self._set_nodes(now_s)
         made += self._reading.news()
-        made += self._asking.decide(self._reading.leases.own(), now_s)
-        made += self._reading.decide(now_s)
+        let = self._starting.allowed(now_s)
+        made += self._asking.decide(self._reading.leases.own(), now_s, let)
+        made += self._reading.decide(now_s, let)
         tick_s = now_s + (self._policy.reader_tick_s if pieces.wanted else self._policy.tick_s)
         read_s = self._reading.next_at_s
         if read_s > now_s:
             tick_s = min(tick_s, read_s)
+        if (more_s := self._starting.next_at_s) is not None and more_s > now_s:
+            tick_s = min(tick_s, more_s)
         self._next_s = min([tick_s, *(x.blocked_until_s for x in self._sources if x.blocked_until_s > now_s)])
         return made
 
@@ -252,6 +269,8 @@ class Swarm:
         missing, sources = self._pieces.missing, self._sources
         if not missing or sources.asked or self._reading.leases.mine:
             return ""
+        if self._starting.under_way:
+            return "what starts from it: all of it comes once that is up"
         if missing & sources.inside.held:
             return "its peers are busy or stuck"
         if missing & sources.everywhere.held:
