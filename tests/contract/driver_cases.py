@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fal_runtime.driver import ContainerSpec, Driver
+from fal_runtime.driver import ContainerSpec, Driver, Prepared
 from fal_runtime.fake import FakeDriver, Machine, Script
 from fal_runtime.host_image import this_layout
 from fal_runtime.oci.driver import OciDriver
@@ -64,6 +64,7 @@ class Bench:
     root: Path
     python: str
     make: Callable[[], Driver]
+    prepares: bool = False  # every container was made ahead where it can be
     driver: Driver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +76,22 @@ class Bench:
 
     def spec(self, id: str, *words: str, **more: object) -> ContainerSpec:
         command = (self.python, "-c", PROGRAM, *words)
-        return ContainerSpec(id=f"{id}-{os.path.basename(self.root)[-8:].lower()}", command=command, **more)  # type: ignore[arg-type]
+        id = f"{id}-{os.path.basename(self.root)[-8:].lower()}"
+        if self.prepares:
+            more.setdefault("socket_dir", self.root / f"s-{id}")  # only those with one can be made ahead
+        return ContainerSpec(id=id, command=command, **more)  # type: ignore[arg-type]
+
+    def was_prepared(self, id: str) -> bool:
+        return (self.root / "state" / "containers" / id).is_symlink()
+
+
+class PreparingDriver(OciDriver):
+    """Has one ready of the very shape of each container that is created."""
+
+    async def create(self, spec: ContainerSpec) -> None:
+        if await self.status(spec.id) is None:
+            await self.prepare([Prepared(spec, 1)])
+        await super().create(spec)
 
 
 def fake_bench(root: Path) -> Bench:
@@ -89,6 +105,10 @@ def process_bench(root: Path) -> Bench:
 
 def oci_bench(root: Path) -> Bench:
     return Bench("oci", root, this_layout().python, lambda: OciDriver(root / "state"))
+
+
+def prepared_bench(root: Path) -> Bench:
+    return Bench("oci", root, this_layout().python, lambda: PreparingDriver(root / "state"), prepares=True)
 
 
 def oci_missing() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from contract.driver_cases import Bench, fake_bench, oci_bench, oci_missing, process_bench
+from contract.driver_cases import Bench, fake_bench, oci_bench, oci_missing, prepared_bench, process_bench
 from fal_contract.errors import Code, FalError
 from fal_runtime.driver import ContainerSpec, Image, LogLine, Phase
 
@@ -28,7 +28,12 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 @pytest.fixture(
-    params=["fake", "process", pytest.param("oci", marks=[pytest.mark.oci, pytest.mark.root])],
+    params=[
+        "fake",
+        "process",
+        pytest.param("oci", marks=[pytest.mark.oci, pytest.mark.root]),
+        pytest.param("oci-prepared", marks=[pytest.mark.oci, pytest.mark.root]),
+    ],
 )
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     made: Bench
@@ -39,7 +44,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     elif oci_missing():
         pytest.skip(f"no containers here: {oci_missing()}")
     else:
-        made = oci_bench(tmp_path)
+        made = oci_bench(tmp_path) if request.param == "oci" else prepared_bench(tmp_path)
     yield made
     run(_clean(made))
 
@@ -68,6 +73,7 @@ def test_a_container_goes_through_its_phases(bench: Bench) -> None:
         created = await driver.status(spec.id)
         assert created is not None
         assert (created.phase, created.started_at_s, created.exit_code) == (Phase.CREATED, None, None)
+        assert bench.was_prepared(spec.id) == bench.prepares
         await driver.start(spec.id)
         running = await driver.status(spec.id)
         assert running is not None
