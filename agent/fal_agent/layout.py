@@ -142,6 +142,11 @@ class Layout:
         self.driver.write_text(driver.name)
         return driver, capabilities
 
+    def driver_as_left(self) -> Driver | None:
+        """The driver that an agent chose here, not probed: enough to take containers away. None: none ever did."""
+        before = self.driver.read_text().strip() if self.driver.exists() else ""
+        return _driver(before, self.state_dir / "c", (self.cdi,), EgressSettings()) if before else None
+
 
 def _driver(name: str, state_dir: Path, cdi: Sequence[Path], egress: EgressSettings) -> Driver:
     if name == "oci":

@@ -27,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "purge":
             from fal_agent.purge import purge
 
-            for what in asyncio.run(purge(Path(arguments.state_dir))):
-                print(what)
+            asyncio.run(purge(Path(arguments.state_dir), tell=print))
             return 0
         # Not uvloop: with gRPC's poller beside it the end of a child's pipe is never seen, and starts hang.
         asyncio.run(_agent(arguments))

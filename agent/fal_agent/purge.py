@@ -1,6 +1,7 @@
 """Clear a machine: kill and remove every container of a state directory, end its proxy and its fsd.
 
-Invariant: only with the state directory's lock held, so never under a running agent. Identity, journal and models stay:
+Invariants: only with the state directory's lock held, so never under a running agent; what cannot be ended or taken
+away is told at the end and keeps nothing else running. Identity, journal and models stay:
 a later start tells that its runners are gone. Called by `fal-agent purge`, which falctl dev down uses.
 """
 
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,63 +19,117 @@ from fal_agent import strangers
 from fal_agent.layout import Layout
 from fal_agent.proxy.control import ProxyControl
 from fal_contract.clock import SystemClock
-from fal_contract.errors import FalError, not_found
+from fal_contract.errors import Code, FalError, not_found
+from fal_contract.telemetry import get_logger
 
 _END_TIMEOUT_S: Final = 10.0
+_LOCK_WAIT_S: Final = 5.0
+_POLL_S: Final = 0.02
+_log = get_logger("agent.purge")
 
 
-async def purge(state_dir: Path) -> list[str]:
-    """What was ended, in words."""
+class _Steps:
+    """Does one thing after the other, whatever became of those before."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.errors: list[FalError] = []
+
+    async def do(self, step: Awaitable[Sequence[str]], what: str) -> None:
+        try:
+            self.done += await step
+        except FalError as exc:
+            self.errors.append(exc)
+        except Exception as exc:  # whatever it is, it must not keep the rest running
+            _log.exception("not_purged", what=what)
+            self.errors.append(FalError(Code.INTERNAL, f"{what}: {exc!r}", remedy="Purge once more."))
+
+
+async def purge(state_dir: Path, *, tell: Callable[[str], None] = lambda word: None) -> list[str]:
+    """What was ended, in words; `tell` hears each. An ExceptionGroup of FalErrors: what was not, all else was."""
     layout = Layout(state_dir.absolute())
     if not state_dir.is_dir():
         raise not_found("state directory", str(state_dir), remedy="Name the one given to fal-agent run.")
-    lock = layout.lock()
+    lock = await _lock(layout)
+    steps = _Steps()
     try:
-        done = await _containers(layout)
-        done += await _proxy(layout)
-        done += await _fsd(layout)
-        done += await asyncio.to_thread(_unfinished, layout)
+        await _containers(layout, steps)
+        await steps.do(_listening(layout.proxy_control, "fal-proxy", _stop_proxy), "fal-proxy")
+        await steps.do(_listening(layout.fsd_socket, "fal-fsd"), "fal-fsd")
+        await steps.do(asyncio.to_thread(_unfinished, layout), "mounts of fal-fsd")
     finally:
         os.close(lock)
-    return done
+        for word in steps.done:
+            tell(word)
+    if steps.errors:
+        raise ExceptionGroup("not all was purged", steps.errors)
+    return steps.done
 
 
-async def _containers(layout: Layout) -> list[str]:
-    if not layout.driver.exists():
+async def _lock(layout: Layout) -> int:
+    """An agent that was killed just now may have left a child that has not executed its program yet."""
+    until_s = SystemClock().monotonic_s() + _LOCK_WAIT_S
+    while True:
+        try:
+            return layout.lock()
+        except FalError as exc:
+            if exc.code is not Code.ALREADY_EXISTS or SystemClock().monotonic_s() >= until_s:
+                raise
+        await asyncio.sleep(_POLL_S)
+
+
+async def _containers(layout: Layout, steps: _Steps) -> None:
+    driver = layout.driver_as_left()
+    if driver is None:
+        return
+
+    async def remove_all() -> list[str]:
+        for status in await driver.list():
+            await steps.do(remove(status.id), f"container {status.id}")
         return []
-    driver, _ = await layout.open_driver("auto")
-    found = [status.id for status in await driver.list()]
-    for id in found:
+
+    async def remove(id: str) -> list[str]:
         await driver.remove(id)
-    await driver.clean(frozenset())
-    places = layout.places(isolates=driver.isolates)
-    for folder in (places.sockets, places.models, places.runners, layout.cdi):
-        await asyncio.to_thread(strangers.remove, folder)
-    if driver.isolates:  # else it is the state directory itself
-        with contextlib.suppress(OSError):
-            places.sockets.parent.rmdir()
-    return [f"container {id}" for id in found]
+        return [f"container {id}"]
 
-
-async def _proxy(layout: Layout) -> list[str]:
-    try:
-        control = await ProxyControl.connect(layout.proxy_control, on_stats=lambda _: None)
-    except FalError:
+    async def clean() -> list[str]:
+        await driver.clean(frozenset())
         return []
-    pid = control.info.pid
-    with contextlib.suppress(FalError):
-        await control.stop()
-    await control.close()
-    await _ended(pid)
-    return [f"fal-proxy {pid}"]
+
+    async def remove_folders() -> list[str]:
+        places = layout.places(isolates=driver.isolates)
+        for folder in (places.sockets, places.models, places.runners, layout.cdi):
+            await asyncio.to_thread(strangers.remove, folder)
+        if driver.isolates:  # else it is the state directory itself
+            with contextlib.suppress(OSError):
+                places.sockets.parent.rmdir()
+        return []
+
+    await steps.do(remove_all(), "containers")
+    await steps.do(clean(), "what containers left")
+    await steps.do(remove_folders(), "folders of runners")
 
 
-async def _fsd(layout: Layout) -> list[str]:
-    pid = _listener(layout.fsd_socket)
+async def _listening(
+    path: Path, name: str, stop: Callable[[Path], Awaitable[None]] = lambda path: asyncio.sleep(0)
+) -> list[str]:
+    """End who listens at this socket: in its own way, or it is killed."""
+    pid = await asyncio.to_thread(_listener, path)
     if pid is None:
         return []
-    await _ended(pid)
-    return [f"fal-fsd {pid}"]
+    await stop(path)
+    await _ended(pid, name)
+    return [f"{name} {pid}"]
+
+
+async def _stop_proxy(path: Path) -> None:
+    """A proxy that does not answer is killed all the same."""
+    with contextlib.suppress(FalError):
+        control = await ProxyControl.connect(path, on_stats=lambda _: None)
+        try:
+            await control.stop()
+        finally:
+            await control.close()
 
 
 def _unfinished(layout: Layout) -> list[str]:
@@ -88,7 +144,7 @@ def _unfinished(layout: Layout) -> list[str]:
     return [f"mount {point}" for point in mounts.unmount_below(folder)]
 
 
-async def _ended(pid: int) -> None:
+async def _ended(pid: int, name: str) -> None:
     """Ask, wait, kill."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
@@ -96,8 +152,10 @@ async def _ended(pid: int) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_END_TIMEOUT_S):
                 while _lives(pid):  # noqa: ASYNC110  (another process)
-                    await asyncio.sleep(0.02)
+                    await asyncio.sleep(_POLL_S)
                 return
+    what = f"{name}, process {pid}, did not end within {_END_TIMEOUT_S:.0f} s of SIGKILL"
+    raise FalError(Code.TIMEOUT, what, remedy="It waits in the kernel; look at /proc/PID/stack.")
 
 
 def _lives(pid: int) -> bool:
