@@ -45,6 +45,7 @@ async def entry_of(task: Task, tools: Tools) -> RunnerEntry:
         socket_path=str(address) if isinstance(address, Path) else "",
         max_multiplexing=assignment.max_multiplexing,
         request_timeout_s=assignment.request_timeout_s,
+        cgroup=status.cgroup if status else "",
         pid=inside.pid if inside.port else (status.pid if status else None) or 0,
         port=inside.port,
         pid_ticks=inside.ticks,

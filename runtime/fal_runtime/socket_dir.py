@@ -69,10 +69,11 @@ def cgroup_name(scope: str, container_id: str) -> str:
     return f"{scope}.{container_id}"
 
 
-def peer_in_cgroup(pid: int, container_id: str) -> bool:
-    """Does process `pid` belong to container `container_id`?
+def peer_in_cgroup(pid: int, name: str) -> bool:
+    """Does process `pid` belong to the container whose cgroup's last component (`cgroup_name`) is `name`?
 
-    Containers cannot make or enter cgroups, so being in /falctl/SCOPE.ID in one hierarchy is proof.
+    All of it is compared: a container that was prepared before it had an id keeps the name of its pool. Containers
+    cannot make or enter cgroups, so being in /falctl/NAME in one hierarchy is proof.
     """
     try:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
@@ -80,6 +81,6 @@ def peer_in_cgroup(pid: int, container_id: str) -> bool:
         return False
     for line in lines:
         parent, _slash, rest = line.split(":", 2)[2].partition(f"/{CGROUP_PARENT}/")
-        if parent == "" and rest.split("/")[0].partition(".")[2] == container_id:
+        if parent == "" and rest.split("/")[0] == name:
             return True
     return False

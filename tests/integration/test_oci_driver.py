@@ -361,9 +361,12 @@ time.sleep(60)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(directory / "worker.sock"))
             pid = socket_dir.peer_pid(client)
-            assert socket_dir.peer_in_cgroup(pid, spec.id)
-            assert not socket_dir.peer_in_cgroup(pid, "another")
-        assert not socket_dir.peer_in_cgroup(os.getpid(), spec.id)
+            status = await driver.status(spec.id)
+            assert status is not None
+            assert socket_dir.peer_in_cgroup(pid, status.cgroup)
+            assert not socket_dir.peer_in_cgroup(pid, spec.id), "another agent's container may have this id"
+            assert not socket_dir.peer_in_cgroup(pid, "")
+        assert not socket_dir.peer_in_cgroup(os.getpid(), status.cgroup)
         # The host's own socket, to which the container's link points.
         os.unlink(directory / "link.sock")
         with socket.socket(socket.AF_UNIX) as host, socket.socket(socket.AF_UNIX) as client:

@@ -37,7 +37,7 @@ class RunnerEntry:
     socket_path: str  # of the worker, on the host
     max_multiplexing: int  # requests at once
     request_timeout_s: float
-    cgroup: str = ""  # a component of the worker's cgroup path; empty: not checked
+    cgroup: str = ""  # last component of the worker's cgroup, SCOPE.ID; empty: not checked
     pid: int = 0  # the worker is this process or a descendant; 0: not checked
     draining: bool = False  # finishes what it has, takes nothing new
     port: int = 0  # its server listens on this port of loopback; 0: on the socket
