@@ -23,6 +23,7 @@ QUIET_S: Final = 0.3  # after the last creation
 SETUP_WAIT_MAX_S: Final = 60.0  # for runners in set-up, then warm workers are made all the same
 RETRY_S: Final = 30.0  # also how often memory is looked at
 _NOTHING: Final = MappingProxyType[str, str]({})
+_SOME_SECRETS: Final = MappingProxyType({"none-yet": b""})
 _SOMEWHERE: Final = Path("/")
 _log = get_logger("agent.spares")
 
@@ -42,9 +43,7 @@ class Spares:
 
     def used(self, spec: ContainerSpec) -> None:
         """A container of this spec was created."""
-        if spec.secrets:
-            return  # never prepared, and not to be kept here
-        # Who it was makes no shape.
+        # Who it was makes no shape, and its secrets are not to be kept here.
         self._recent = pool.remembered(
             self._recent,
             replace(
@@ -54,6 +53,7 @@ class Spares:
                 env=_NOTHING,
                 socket_dir=spec.socket_dir and _SOMEWHERE,
                 models_dir=spec.models_dir and _SOMEWHERE,
+                secrets=_SOME_SECRETS if spec.secrets else MappingProxyType({}),
             ),
         )
         self._used_s = self._clock.monotonic_s()

@@ -24,6 +24,8 @@ from fal_runtime.oci import mounts
 FOLDER: Final = "secrets"  # in a container's run directory
 FILE_MODE: Final = 0o400
 _PAGE_BYTES: Final = 4096
+_SOURCE: Final = "falctl-secrets"
+_FLAGS: Final = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC | mounts.MS_NOSYMFOLLOW
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 
 
@@ -43,15 +45,29 @@ def create(path: Path, values: Mapping[str, bytes], *, owner_uid: int) -> None:
     check(values)
     remove(path)  # of a creation that was interrupted
     path.mkdir(parents=True, mode=0o700)
-    pages = sum(-(-len(value) // _PAGE_BYTES) for value in values.values()) + 1
-    options = f"size={pages * _PAGE_BYTES},nr_inodes={len(values) + 2},mode=0500,uid={owner_uid},gid={owner_uid}"
-    flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC | mounts.MS_NOSYMFOLLOW
+    options = f"{_room(values)},mode=0500,uid={owner_uid},gid={owner_uid}"
     try:
-        mounts.mount("falctl-secrets", path, "tmpfs", flags, f"{options},noswap")
+        mounts.mount(_SOURCE, path, "tmpfs", _FLAGS, f"{options},noswap")
     except FalError:  # kernels before 6.4
-        mounts.mount("falctl-secrets", path, "tmpfs", flags, options)
+        mounts.mount(_SOURCE, path, "tmpfs", _FLAGS, options)
     _fill(path, values, owner_uid)
-    mounts.mount("falctl-secrets", path, "tmpfs", flags | mounts.MS_REMOUNT | mounts.MS_RDONLY)
+    mounts.mount(_SOURCE, path, "tmpfs", _FLAGS | mounts.MS_REMOUNT | mounts.MS_RDONLY)
+
+
+def replace_all(path: Path, values: Mapping[str, bytes], *, owner_uid: int) -> None:
+    """Have these in the tmpfs of `create` in place of what it was made with; who has it bound sees them, too."""
+    check(values)
+    mounts.mount(_SOURCE, path, "tmpfs", _FLAGS | mounts.MS_REMOUNT, _room(values))
+    for old in list(path.iterdir()):
+        old.unlink()
+    _fill(path, values, owner_uid)
+    mounts.mount(_SOURCE, path, "tmpfs", _FLAGS | mounts.MS_REMOUNT | mounts.MS_RDONLY)
+
+
+def _room(values: Mapping[str, bytes]) -> str:
+    """Mount options: as large as these values, and one page and one file more."""
+    pages = sum(-(-len(value) // _PAGE_BYTES) for value in values.values()) + 1
+    return f"size={pages * _PAGE_BYTES},nr_inodes={len(values) + 2}"
 
 
 def remove_plain(container: Path) -> None:

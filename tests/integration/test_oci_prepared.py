@@ -221,6 +221,30 @@ time.sleep(600)
     run(main())
 
 
+def test_secrets_come_with_the_binding(driver: OciDriver, tmp_path: Path) -> None:
+    program = "cd $FAL_SECRETS_DIR && pwd && ls -l && grep -r . . | sort && ! touch x 2>/dev/null && ! rm a 2>/dev/null"
+
+    async def main() -> None:
+        values = {"a": b"first", "long": b"s" * 20_000}
+        spec = spec_of(tmp_path, "secret", "/bin/sh", "-c", program, secrets=values)
+        cold = await said(driver, spec)
+        assert "./a:first" in cold
+        await driver.prepare([Prepared(replace(spec, secrets={"other": b"another team's"}), 1)])
+        again = replace(spec, id=spec.id + "b", socket_dir=tmp_path / "s2", models_dir=tmp_path / "m2")
+        warm = await said(driver, again)
+        assert is_pooled(driver, again.id)
+        assert [line for line in warm if "root" not in line] == [line for line in cold if "root" not in line]
+        assert [line.split()[:5] for line in warm if "root" in line] == [
+            line.split()[:5] for line in cold if "root" in line
+        ]
+        text = b"".join(file.read_bytes() for file in (tmp_path / "state").rglob("*.json"))
+        assert b"first" not in text  # kept nowhere else
+        await driver.remove(again.id)
+        assert not [point for point in mounts.mount_points() if "secrets" in point.name and tmp_path in point.parents]
+
+    run(main())
+
+
 class _KilledError(BaseException):
     """In place of the agent's own end."""
 
@@ -277,12 +301,18 @@ def test_what_depends_on_who_it_becomes_is_never_prepared(tmp_path: Path) -> Non
         replace(spec, gpu_devices=("/dev/null",)),
         replace(spec, cdi=("a/b=c",)),
         replace(spec, privileges=("CAP_CHOWN",)),
-        replace(spec, secrets={"a": b"b"}),
         replace(spec, uid_range_start=1 << 30),
         replace(spec, socket_dir=None),
     ):
         assert not prepared.fits(other)
     for same in (replace(spec, id="x", command=("y",), env={"A": "1"}, socket_dir=tmp_path / "z"),):
         assert prepared.shape_of(same, warm=False) == prepared.shape_of(spec, warm=False)
-    for other in (replace(spec, resources=Resources()), replace(spec, models_dir=None)):
+    some = prepared.shape_of(replace(spec, secrets={"a": b"b"}), warm=False)
+    assert some == prepared.shape_of(replace(spec, secrets={"c": b"d", "e": b""}), warm=False)
+    assert "b'b'" not in str(some.secrets)
+    for other in (
+        replace(spec, resources=Resources()),
+        replace(spec, models_dir=None),
+        replace(spec, secrets={"a": b"b"}),
+    ):
         assert prepared.shape_of(other, warm=False) != prepared.shape_of(spec, warm=False)

@@ -57,12 +57,13 @@ def test_what_was_started_is_made_ready_again(tmp_path: Path) -> None:
         spec = ContainerSpec(id="a", command=("x",), env={"SECRET": "1"}, socket_dir=tmp_path, resources=Resources(9))
         spares.used(spec)
         spares.used(replace(spec, id="b", env={}))  # the same shape
-        spares.used(replace(spec, secrets={"a": b"b"}, resources=Resources(8)))  # never kept
+        spares.used(replace(spec, secrets={"a": b"b"}, resources=Resources(8)))
+        assert b"b" not in spares._recent[0].secrets.values()  # not kept here
         async with asyncio.timeout(10):
-            while machine.prepared != [Resources(9)] * 2:  # noqa: ASYNC110  (the fake has no event for it)
+            while machine.prepared != [Resources(8)] * 2 + [Resources(9)] * 2:  # noqa: ASYNC110  (the fake has no event for it)
                 await asyncio.sleep(0.01)
         await driver.create(spec)
-        assert (machine.prepared_used, machine.prepared) == (1, [Resources(9)])
+        assert (machine.prepared_used, machine.prepared) == (1, [Resources(8), Resources(8), Resources(9)])
         job.cancel()
         await asyncio.gather(job, return_exceptions=True)
         assert machine.prepared == []

@@ -32,7 +32,7 @@ from types import MappingProxyType
 from typing import Final
 
 from fal_contract.errors import FalError
-from fal_runtime import socket_dir
+from fal_runtime import secrets_dir, socket_dir
 from fal_runtime.driver import MESSAGE_FIFO_INSIDE, ContainerSpec, Prepared, driver_failed, message_beside
 from fal_runtime.oci import leftovers, mounts, processes, start
 from fal_runtime.oci.conmon import Mode
@@ -60,6 +60,7 @@ _SHELLS_OWN: Final = frozenset(
     )
 )
 _SHAPE_PATH: Final = Path("/")
+_SHAPE_SECRETS: Final = MappingProxyType({"none-yet": b""})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class _Ready:
 def fits(spec: ContainerSpec) -> bool:
     """Can containers of this shape be prepared?"""
     plain = spec.image is None and spec.network == "none" and spec.uid_range_start is None
-    theirs = spec.mounts or spec.gpu_devices or spec.cdi or spec.secrets or spec.privileges
+    theirs = spec.mounts or spec.gpu_devices or spec.cdi or spec.privileges
     return plain and spec.socket_dir is not None and not theirs
 
 
@@ -87,6 +88,7 @@ def shape_of(spec: ContainerSpec, *, warm: bool) -> ContainerSpec:
         env=MappingProxyType({}),
         socket_dir=_SHAPE_PATH,
         models_dir=_SHAPE_PATH if spec.models_dir is not None else None,
+        secrets=_SHAPE_SECRETS if spec.secrets else MappingProxyType({}),
         warm_command=spec.warm_command if warm else (),
     )
 
@@ -252,6 +254,8 @@ class Pool:
         config["process"]["env"] = [f"{name}={value}" for name, value in sorted(self._env(spec).items())]
         write_whole(config_file, config)
         (files.directory / "go").write_bytes(text)
+        if spec.secrets:
+            secrets_dir.replace_all(Path(record.run_dir) / secrets_dir.FOLDER, spec.secrets, owner_uid=record.uid_start)
         spec.socket_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         tree_fd = mounts.open_tree(Path(record.run_dir) / "socket")  # with the mount's flags: nosymfollow and the rest
         try:
