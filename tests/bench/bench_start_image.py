@@ -9,7 +9,10 @@ pieces come. The clock starts as ApplyApp is handed to gRPC and stops at conmon'
 skopeo is started until the line is read.
 
 The floor of ours: `import torch` from a warm page cache, and the bytes that it reads ÷ the rate of one stream through
-two caches (BLAKE3 and one write on the way); `moved_share` says how many bytes had come when the line was written.
+two caches (BLAKE3 and one write on the way). `moved_share`: bytes that had come when the line was written ÷ the image.
+`not_recorded`: one pair before any start was recorded, so that only what the program asks for says what comes next.
+`loads`: the machine's load average at each of our starts. What adding an image costs next to pulling and unpacking it
+is `image-add`'s.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -68,6 +72,7 @@ class Chain:
     def __init__(self, process: Process, stub: cluster_pb2_grpc.ClusterAsyncStub, folder: Path, program: str) -> None:
         self.steps: dict[str, list[float]] = defaultdict(list)
         self.moved: list[float] = []
+        self.loads: list[float] = []
         self._process = process
         self._stub = stub
         self._folder = folder
@@ -91,9 +96,9 @@ class Chain:
         self._image_bytes = view.model.bytes
         return time.perf_counter() - began_s
 
-    async def record(self, state: Path) -> int:
+    async def record(self) -> int:
         """Start it once on a node of the first pool; how many pieces that start has read."""
-        async with self._app("record", "bench", state):
+        async with self._app("record", "bench", self._folder / "nodes"):
             async with asyncio.timeout(START_TIMEOUT_S):
                 while True:
                     view = await self._stub.GetImage(cluster_pb2.GetImageRequest(id=IMAGE))
@@ -104,6 +109,7 @@ class Chain:
     async def run(self) -> float:
         """Seconds of one start on a node that has nothing; node and container are gone when this returns."""
         number = next(self._count)
+        self.loads.append(os.getloadavg()[0])
         pool = state_pb2.Pool(name=f"fresh{number}", cloud="metal")
         await self._stub.ApplyPool(cluster_pb2.ApplyPoolRequest(pool=pool), timeout=START_TIMEOUT_S)
         request = cluster_pb2.CreateTokenRequest(pool=pool.name, ttl_s=600, uses=1)
@@ -207,8 +213,8 @@ class Bare:
 
 
 @asynccontextmanager
-async def sides(folder: Path, layout: Path, *, recorded: bool = True) -> AsyncIterator[tuple[Chain, Bare]]:
-    """Both sides of an image in `layout`, ours packed, registered and recorded."""
+async def sides(folder: Path, layout: Path) -> AsyncIterator[tuple[Chain, Bare]]:
+    """Both sides of an image in `layout`, ours packed and registered."""
     with ImageRegistry(folder / "registry") as registry:
         registry.push(layout, REPOSITORY)
         async with running(folder) as (process, stub):
@@ -222,9 +228,6 @@ async def sides(folder: Path, layout: Path, *, recorded: bool = True) -> AsyncIt
                 chain.steps["add: packed, registered, on two nodes"].append(
                     await chain.add(registry.source(REPOSITORY))
                 )
-                if recorded:
-                    pieces = await chain.record(nodes)
-                    print(f"start-image: a start reads {pieces} pieces")
                 yield chain, Bare(registry.source(REPOSITORY), folder, (PYTHON, "-c", IMPORT))
 
 
@@ -238,6 +241,9 @@ async def run(options: Options) -> Result:
         folder = Path(name)
         layout = await asyncio.to_thread(torch_layout, folder / "image")
         async with sides(folder, layout) as (chain, bare):
+            before = {"seconds": await chain.run(), "bare": await bare.run(), "moved_share": chain.moved.pop()}
+            before["ratio"] = before["seconds"] / before["bare"]
+            print(f"start-image: a start reads {await chain.record()} pieces")
             for _ in range(min(options.pairs, PAIRS_MAX)):
                 ours.append(await chain.run())
                 baseline.append(await bare.run())
@@ -251,6 +257,8 @@ async def run(options: Options) -> Result:
             ("median", figures["ours"], figures["baseline"], paired.ratio),
             *((f"  {step}", "", seconds, "") for step, seconds in steps.items()),
             ("  bytes moved ÷ image", moved_share, "", ""),
+            ("not recorded", before["seconds"], before["bare"], before["ratio"]),
+            ("  bytes moved ÷ image", before["moved_share"], "", ""),
         ],
     )
     return Result(
@@ -264,6 +272,8 @@ async def run(options: Options) -> Result:
         reached=paired.ratio <= RATIO_MAX,
         extra={
             "moved_share": significant(moved_share),
+            "not_recorded": {name: significant(value) for name, value in before.items()},
+            "loads": [significant(load, 3) for load in chain.loads],
             "steps_s": {step.partition(":")[0]: significant(seconds, 3) for step, seconds in steps.items()},
             "ratio_min": figures["ratio_min"],
             "ratio_max": figures["ratio_max"],
