@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from fal_agent.ports import MachineView, Places
 from fal_contract.ids import path_of
-from fal_contract.v1 import agent_pb2
+from fal_contract.v1 import agent_pb2, state_pb2
 from fal_runtime.driver import (
     MODELS_DIR_INSIDE,
     SOCKET_DIR_INSIDE,
@@ -106,7 +106,7 @@ def container_spec(
         cdi=devices.cdi,
         mounts=_output_mount(message, places),
         egress=Egress(tuple(app.egress_allow), tuple(app.egress_deny)),
-        warm_command=() if app.command or real else (*places.worker_command, "--warm"),
+        warm_command=(*places.worker_command, "--warm") if _may_be_warm(app) else (),
     )
     return replace(
         bare,
@@ -116,6 +116,12 @@ def container_spec(
             **_listens(message, driver, bare, port),
         },
     )
+
+
+def _may_be_warm(app: state_pb2.AppSpec) -> bool:
+    """Is it our worker, and nothing in its environment that the libraries read while they are imported?"""
+    own = {name for name in app.env if not name.startswith("FAL_")} - {"OMP_NUM_THREADS"}
+    return app.image in ("", "host") and not app.command and not own
 
 
 def _output_mount(message: agent_pb2.Assignment, places: Places) -> tuple[Mount, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,3 +61,21 @@ def test_limits_reach_the_container() -> None:
     )
     plain = container_spec(assignment(resources=state_pb2.Resources(pids_max=1)), FakeDriver(), PLACES).resources
     assert (plain.shm_bytes, plain.open_files_max, plain.scratch_bytes) == (64 << 20, 65_536, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warm"),
+    [
+        ({}, True),
+        ({"env": {"FAL_DTYPE": "float32", "OMP_NUM_THREADS": "2"}}, True),
+        ({"env": {"MKL_NUM_THREADS": "2"}}, False),  # read while libraries are imported
+        ({"env": {"PYTHONPATH": "/x"}}, False),
+        ({"command": ["/bin/true"]}, False),
+        ({"image": "default/torch"}, False),
+    ],
+)
+def test_only_our_own_worker_may_be_warm(changes: dict[str, Any], warm: bool) -> None:
+    wish = assignment()
+    del wish.spec.command[:]
+    wish.spec.MergeFrom(state_pb2.AppSpec(**changes))
+    assert container_spec(wish, FakeDriver(), PLACES).warm_command == (("worker", "--warm") if warm else ())
