@@ -1,13 +1,16 @@
 """`proxy`: a request through fal-proxy and the worker's unix socket ÷ the same request straight to that socket.
 
-Four processes: a worker of least cost (`proxy_worker_child`), two proxies as they are deployed (one with mutual TLS,
-one plain), and this one with the gateway's HTTP client on the gateway's event loop. Connections are kept on both sides;
+Processes: a worker of least cost (`proxy_worker_child`), two proxies as they are deployed (one with mutual TLS, one
+plain), and this one with the gateway's HTTP client on the gateway's event loop. Connections are kept on both sides;
 each request carries its own slot and ticket. Rows: an answer of 1 kB (seconds at p50 and p99), an answer and a body of
 10 MB (bytes per second). Straight and through the proxy take turns.
 
 The floor: a proxied answer crosses two sockets instead of one and wakes three processes instead of two, so the 1 kB
 ratio is 2 when the proxy costs as much as worker and client, which do the same reading and writing. 10 MB: each byte is
-copied by the kernel four times instead of twice; TLS adds one pass to seal and one to open.
+copied by the kernel four times instead of twice, and one of the sockets is TCP; TLS adds one pass to seal and one to
+open. Two ways show it on the machine at hand: `TCP`, the same worker and client with nothing but loopback between
+them, and `relay`, two blocking threads that know no HTTP (`proxy_relay_child`). Where there are fewer CPUs than
+processes, what the third costs is missing to the others.
 """
 
 from __future__ import annotations
@@ -102,12 +105,29 @@ async def process(*argv: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 
 @asynccontextmanager
+async def over_tcp(port: int) -> AsyncIterator[Caller]:
+    """What listens on a port of loopback and wants no HTTP of its own: the worker, or the relay."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=READ_BYTES)
+    try:
+        yield Caller(HttpConnection(reader, writer), "")
+    finally:
+        writer.close()
+
+
+async def started(stack: AsyncExitStack, script: str, socket: Path) -> int:
+    """Begin a child of this folder; the port that it prints."""
+    child = await stack.enter_async_context(process(str(Path(__file__).with_name(script)), str(socket)))
+    assert child.stdout is not None
+    return int(await asyncio.wait_for(child.stdout.readline(), TIMEOUT_S))
+
+
+@asynccontextmanager
 async def proxied(folder: Path, socket: Path, secure: Identities | None) -> AsyncIterator[Caller]:
     """A proxy in front of the worker, and a connection to it as a gateway makes it."""
     folder.mkdir()
     flags = ["--identity", str(secure.node_file)] if secure else ["--insecure", "--node-id", NODE]
     run = ["-m", "fal_agent.proxy.main", "run", "--state-dir", str(folder), "--host", "127.0.0.1", *flags]
-    async with process(*run, "--log-level", "warning") as child:
+    async with process(*run, "--idle-timeout-s", "3600", "--log-level", "warning") as child:
         control = await connect(folder / "proxy.sock")
         try:
             assert child.pid == control.info.pid
@@ -137,25 +157,23 @@ async def connect(path: Path) -> ProxyControl:
 
 @asynccontextmanager
 async def callers(folder: Path) -> AsyncIterator[tuple[Caller, dict[str, Caller]]]:
-    """Straight to the worker, and through each kind of proxy."""
+    """Straight to the worker's socket, and the other ways to it."""
     path = folder / "w.sock"
     async with AsyncExitStack() as stack:
-        worker = await stack.enter_async_context(
-            process(str(Path(__file__).with_name("proxy_worker_child.py")), str(path))
-        )
-        assert worker.stdout is not None
-        assert await asyncio.wait_for(worker.stdout.readline(), TIMEOUT_S) == b"ready\n"
+        port = await started(stack, "proxy_worker_child.py", path)
         reader, writer = await asyncio.open_unix_connection(str(path), limit=READ_BYTES)
         stack.callback(writer.close)
         through = {
             "plain": await stack.enter_async_context(proxied(folder / "p", path, None)),
             "mTLS": await stack.enter_async_context(proxied(folder / "s", path, identities(folder))),
+            "TCP": await stack.enter_async_context(over_tcp(port)),
+            "relay": await stack.enter_async_context(over_tcp(await started(stack, "proxy_relay_child.py", path))),
         }
         yield Caller(HttpConnection(reader, writer), ""), through
 
 
 async def measure(options: Options) -> dict[tuple[str, str], Paired]:
-    """(kind of proxy, row) → figures."""
+    """(way, row) → figures."""
     figures: dict[tuple[str, str], Paired] = {}
     with tempfile.TemporaryDirectory(prefix="bp-") as name:
         async with callers(Path(name)) as (direct, through):

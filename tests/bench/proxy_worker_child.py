@@ -1,4 +1,4 @@
-"""A worker of least cost on a unix socket: `python proxy_worker_child.py SOCKET`. Prints `ready` once it listens.
+"""A worker of least cost: `python proxy_worker_child.py SOCKET`. Listens there and on a port of loopback; prints it.
 
 GET /N answers N bytes from memory; POST takes a body of a given length and answers what it got. Connections are kept.
 """
@@ -53,9 +53,11 @@ class Worker(asyncio.Protocol):
 
 
 async def main(path: str) -> None:
-    server = await asyncio.get_running_loop().create_unix_server(Worker, path)
-    print("ready", flush=True)
-    await server.serve_forever()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_unix_server(Worker, path)
+    tcp = await loop.create_server(Worker, "127.0.0.1", 0)
+    print(tcp.sockets[0].getsockname()[1], flush=True)
+    await asyncio.gather(server.serve_forever(), tcp.serve_forever())
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class World:
     async def begin(self, runner: str) -> RunnerEntry:
         """Start it; what the agent tells the proxy of it."""
         spec = self.spec(runner)
-        spec.models_dir.mkdir(parents=True)
+        (self.tools.places.models / spec.id).mkdir(parents=True)
         await self.driver.create(spec)
         await self.driver.start(spec.id)
         await until(launch.socket_path(self.tools.places, runner).exists)
