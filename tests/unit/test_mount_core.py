@@ -19,7 +19,7 @@ from fal_contract.pieces import Bitmap
 from fal_fsd.mount import holder, wire
 from fal_fsd.mount.sources import FolderPart, Kept, segments
 from fal_fsd.mount.tree import Tree
-from fal_fsd.mount.window import AHEAD_BYTES_MAX, Readers
+from fal_fsd.mount.window import AHEAD_BYTES_MAX, IMAGE_AHEAD_BYTES_MAX, Readers
 from fsd_fakes import FakePart, make_artifact
 
 MOUNT = Path(wire.__file__).parent
@@ -167,6 +167,13 @@ def test_a_window_grows_while_a_reader_goes_on_and_moves_when_it_jumps() -> None
     assert readers.read(1, range(91, 92), file)[0] == [91, 92]
     assert readers.release(1) == [91, 92]
     assert readers.release(1) == []
+
+
+def test_a_window_stays_within_its_bound() -> None:
+    readers = Readers(256 << 10, IMAGE_AHEAD_BYTES_MAX)
+    for piece in range(50):
+        readers.read(1, range(piece, piece + 1), range(100))
+    assert readers.wanted == frozenset(range(49, 50 + IMAGE_AHEAD_BYTES_MAX // (256 << 10)))
 
 
 def test_a_window_ends_with_its_file() -> None:

@@ -22,7 +22,7 @@ from fal_fsd.mount import wire
 from fal_fsd.mount.access import Access
 from fal_fsd.mount.sources import Kept, segments
 from fal_fsd.mount.tree import Node, Tree
-from fal_fsd.mount.window import Readers
+from fal_fsd.mount.window import AHEAD_BYTES_MAX, IMAGE_AHEAD_BYTES_MAX, Readers
 from fal_fsd.mount.wire import Op, Request
 from fal_fsd.ports import Part
 
@@ -87,7 +87,8 @@ class Connection:
         self._tell, self._wake, self._access = tell, wake, access
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
-        self._readers = Readers(self._layout.piece_bytes)
+        ahead_bytes_max = IMAGE_AHEAD_BYTES_MAX if part.artifact.kind == "image" else AHEAD_BYTES_MAX
+        self._readers = Readers(self._layout.piece_bytes, ahead_bytes_max)
         self._serving: dict[int, bool] = {}  # taken and not yet answered or waiting → interrupted meanwhile
         self._waiting: dict[int, Read] = {}  # oldest first
         self._by_piece: dict[int, set[int]] = {}

@@ -1,7 +1,8 @@
 """Which pieces the readers of an artifact will want next. Pure.
 
 Every open file has a window: the pieces that its last read asked for and, while it reads on in order, some beyond them
-(doubling with each piece that it enters, up to `AHEAD_BYTES_MAX`), as the kernel's own read-ahead grows. A piece is
+(doubling with each piece that it enters, up to `AHEAD_BYTES_MAX`), as the kernel's own read-ahead grows. All reads of
+an image come through one open file, the loop device's: that two follow each other says less there. A piece is
 wanted while it lies in at least one window or a read waits for it.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 AHEAD_BYTES_MAX: Final = 64 << 20
+IMAGE_AHEAD_BYTES_MAX: Final = 2 << 20
 AHEAD_PIECES_MIN: Final = 2  # may be ahead, however big a piece is
 HANDLES_MAX: Final = 4096
 
@@ -27,8 +29,8 @@ class _Handle:
 class Readers:
     """See the module. Not thread-safe."""
 
-    def __init__(self, piece_bytes: int) -> None:
-        self._ahead_max = max(AHEAD_PIECES_MIN, AHEAD_BYTES_MAX // piece_bytes)
+    def __init__(self, piece_bytes: int, ahead_bytes_max: int = AHEAD_BYTES_MAX) -> None:
+        self._ahead_max = max(AHEAD_PIECES_MIN, ahead_bytes_max // piece_bytes)
         self._handles: OrderedDict[int, _Handle] = OrderedDict()
         self._wanted: Counter[int] = Counter()
 
