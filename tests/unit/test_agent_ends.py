@@ -51,7 +51,7 @@ class Cut:
                 await perform(runner, action)
                 return
             if done:  # its effects are there, what the agent knew of them is not
-                before, runner._see = runner._see, _blind  # type: ignore[method-assign]
+                before, runner._see = runner._see, _blind  # type: ignore[method-assign, assignment]
                 await perform(runner, action)
                 runner._see = before  # type: ignore[method-assign]
             self.once = False
