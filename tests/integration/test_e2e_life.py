@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,6 +142,23 @@ def test_a_gpu_that_no_node_has_is_pending_with_the_nearest_miss(real: Cluster) 
     refused = {verdict["node_name"]: verdict["filter"] for verdict in explained["verdicts"]}
     assert set(refused) == {"box", "lap"}
     assert explained["placement"]["feasible"] == 0
+
+
+def test_a_runner_whose_monitor_was_killed_is_replaced_before_it_goes(real: Cluster) -> None:
+    [first] = real.apply("wounded", driver="oci")
+    stat = Path(f"/proc/{worker_pid(first)}/stat").read_text()
+    monitor = int(stat.rpartition(")")[2].split()[1])
+    assert Path(f"/proc/{monitor}/comm").read_text().strip() == "conmon"
+    os.kill(monitor, signal.SIGKILL)
+    until(lambda: len(real.ready("wounded")) == 2, "one more than wanted serves", within_s=60.0)
+    assert first in real.ready("wounded"), "a new leader drains nothing by itself in its first minutes"
+    explained = real.ask("explanation", "explain", "wounded")
+    assert "wounded: log and exit code lost: conmon died" in json.dumps(explained)
+    scale(real, "wounded", 1)  # an operator's word: it is drained at once
+    until(lambda: len(real.ready("wounded")) == 1, "it is drained")
+    assert first not in real.ready("wounded")
+    real.delete("wounded")
+    assert leftovers(first) == []
 
 
 def test_a_revoked_node_loses_its_stream_and_keeps_its_container(real: Cluster) -> None:
