@@ -66,6 +66,7 @@ class FakeCache:
         self.mount = False  # whether unfinished artifacts can be read
         self.cancelled: list[int] = []
         self.accesses: dict[str, list[int]] = {}
+        self.recording: set[str] = set()  # artifacts
         self.taken_in: list[tuple[Path, str, int, str, float]] = []
 
     async def view(self, artifact: agent_pb2.Artifact, owner: str, *, record: bool = False) -> tuple[Path, bool]:
@@ -73,10 +74,13 @@ class FakeCache:
             return await self.stage(artifact, owner), True
         self._answer()
         self.pins.setdefault(owner, set()).add(artifact.model)
+        if record:
+            self.recording.add(artifact.artifact_id)
         return Path("/in-flight") / artifact.model, False
 
     async def take_access(self, artifact_id: str) -> list[int]:
         self._answer()
+        self.recording.discard(artifact_id)
         return self.accesses.pop(artifact_id, [])
 
     async def cancel_reads(self, pids: Sequence[int]) -> None:

@@ -34,7 +34,7 @@ _log = get_logger("agent.arrivals")
 
 
 class Arrivals:
-    """The artifacts of one runner. `close` ends the following, never a mount."""
+    """The artifacts of one runner. `close` ends the following, never a mount; `abandon` is for a runner's end."""
 
     def __init__(self, runner_id: str, tools: Tools, *, on_failed: Callable[[str], None]) -> None:
         self._runner_id = runner_id
@@ -46,6 +46,7 @@ class Arrivals:
         self._used = asyncio.Event()
         self._without: set[str] = set()  # entries of the compile cache that did not come
         self._following: dict[str, asyncio.Task[None]] = {}
+        self._recorded: set[str] = set()  # artifacts whose reads fsd records for this runner
 
     async def stage(self, artifact: agent_pb2.Artifact) -> Path | None:
         """Where a container can begin to read it; nothing, for an entry of the compile cache that does not come."""
@@ -103,6 +104,8 @@ class Arrivals:
             self._used.set()
         for artifact in artifacts:
             if artifact.stream and artifact.model not in self._following:
+                if _recorded(artifact):
+                    self._recorded.add(artifact.artifact_id)  # perhaps by the agent before us
                 name = f"weights of {self._runner_id}: {artifact.model}"
                 self._following[artifact.model] = asyncio.create_task(self._follow(artifact), name=name)
 
@@ -119,7 +122,16 @@ class Arrivals:
                 await task
         self._following.clear()
 
+    async def abandon(self) -> None:
+        """The runner has ended: stop following, and end the recordings that nobody asked for."""
+        await self.close()
+        while self._recorded:
+            with contextlib.suppress(FalError):  # fsd ends them by itself, later
+                await self._cache.take_access(self._recorded.pop())
+
     async def _view(self, artifact: agent_pb2.Artifact) -> tuple[Path, bool]:
+        if _recorded(artifact):
+            self._recorded.add(artifact.artifact_id)
         return await self._cache.view(artifact, self._runner_id, record=_recorded(artifact))
 
     async def _follow(self, artifact: agent_pb2.Artifact) -> None:
@@ -149,6 +161,7 @@ class Arrivals:
 
     async def _tell_access(self, artifact: agent_pb2.Artifact) -> None:
         pieces = await self._cache.take_access(artifact.artifact_id)
+        self._recorded.discard(artifact.artifact_id)
         if len(pieces) >= _ACCESS_PIECES_MIN:
             access = agent_pb2.AccessList(artifact_id=artifact.artifact_id, pieces=pieces, runner_id=self._runner_id)
             self._on_access(access)

@@ -352,7 +352,7 @@ class Runner:
     async def _attend_build(self) -> None:
         """Until its time is over (its exit is news), or its output is too much."""
         message = parse(self.task.assignment)
-        if why := await build_output.watch(self._tools.places, message, self._left_s):
+        if why := await build_output.watch(self._tools, message, self._left_s):
             self._see(fail(self.task, why))
 
     async def _drain(self) -> None:
@@ -419,7 +419,7 @@ class Runner:
                 break
             self._trouble(f"waits for GPU memory: {busy}")
             await asyncio.sleep(_RELEASE_POLL_S)
-        await self._arrivals.close()
+        await self._arrivals.abandon()
         await self._tools.cache.unpin(self.id)
         launch.drop_assignment(self._tools.places, self.id)
         serving.drop_port(self._tools.places, self.id)

@@ -97,6 +97,28 @@ def test_the_first_start_of_an_image_is_recorded(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_runner_that_ends_before_it_is_ready_leaves_no_recording(tmp_path: Path, restarted: bool) -> None:
+    async def scenario(box: Box) -> None:
+        box.cache.mount = True
+        box.cache.accesses[ID] = RECORDED
+        box.machine.script_of = lambda spec: Script(ready_after_s=1000.0)
+        node = await begin(box, first=False)
+        await until(lambda: phase(node) is Phase.STARTED)
+        assert box.cache.recording == {ID}
+        if restarted:
+            await node.close()
+            node = box.agent(agent_id="a-2")
+            await node.start()
+        box.machine.exit(container_id(RUNNER), 1)
+        await until(lambda: phase(node) is Phase.GONE, within_s=100)
+        assert box.cache.recording == set()
+        assert not node.take_report().access  # half a start says nothing about a whole one
+        await node.close()
+
+    play(tmp_path, scenario)
+
+
 @pytest.mark.parametrize("ready_after_s", [30.0, 1000.0])
 def test_the_whole_image_is_asked_for_once_the_runner_is_ready_or_late(tmp_path: Path, ready_after_s: float) -> None:
     async def scenario(box: Box) -> None:
