@@ -4,20 +4,23 @@ A task that packs an image makes it there out of layers and unpacked files, so i
 
 Invariants: it lies below the node's own folders, which nobody else may enter, and only its container has it bound; what
 is larger than the task may leave ends the task, as nothing here needs a quota of the file system (so a fast writer is
-stopped a moment late, by what it writes within MEASURE_S); it goes with the runner. Called by fal_agent.runner.
+stopped a moment late, by what it writes within MEASURE_S); what its processes hold open or mapped counts though it has
+no name any more; it goes with the runner. Called by fal_agent.runner.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from fal_agent import packing, strangers
-from fal_agent.arrivals import PASSING
-from fal_agent.launch import output_folder
+from fal_agent.arrivals import PASSING, processes_of
+from fal_agent.launch import container_id, output_folder
 from fal_agent.ports import Places, WeightCache
+from fal_agent.tools import Tools
 from fal_contract.cache_key import entry_model
 from fal_contract.errors import FalError
 from fal_contract.limits import (
@@ -41,14 +44,18 @@ def make(places: Places, message: agent_pb2.Assignment) -> None:
         output_folder(places, message.runner_id).mkdir(parents=True, exist_ok=True, mode=_MODE)
 
 
-def too_much(places: Places, message: agent_pb2.Assignment) -> str:
-    """Why what lies there is more than the task may leave; empty while it is not. Blocks."""
+def too_much(places: Places, message: agent_pb2.Assignment, pid: int | None = None) -> str:
+    """Why what lies there is more than the task may leave; empty while it is not. `pid`: its first process. Blocks."""
     task, folder = message.spec.build, output_folder(places, message.runner_id)
     most = _PACKED_MAX if task.image else 2 * MODEL_FILES_MAX  # the packer bounds files and depth itself
     found = strangers.measure(folder, entries_max=most, path_chars_max=MODEL_PATH_BYTES_MAX)
     bytes_max = task.bytes_max * (IMAGE_PACK_WORK_FACTOR if task.image else 1)
-    if found.bytes > bytes_max + found.entries * 4096:  # a small file takes a block more than it has bytes
-        return f"its output takes {found.bytes} bytes, at most {bytes_max} are allowed"
+    nameless, whole = strangers.held_unlinked(processes_of(pid), folder)
+    if not whole:
+        return "its processes have more files open than can be looked at"
+    size = found.bytes + nameless
+    if size > bytes_max + found.entries * 4096:  # a small file takes a block more than it has bytes
+        return f"its output takes {size} bytes, at most {bytes_max} are allowed"
     if found.entries > most:
         return f"its output has {found.entries} files and folders, at most {MODEL_FILES_MAX} files are allowed"
     if found.too_deep and not task.image:
@@ -56,10 +63,15 @@ def too_much(places: Places, message: agent_pb2.Assignment) -> str:
     return ""
 
 
-async def watch(places: Places, message: agent_pb2.Assignment, left_s: Callable[[], float]) -> str:
+async def watch(tools: Tools, message: agent_pb2.Assignment, left_s: Callable[[], float]) -> str:
     """Return why the task must end before its time is over, or nothing once it is."""
+    pid = None
     while (before_s := left_s()) > 0.0:
-        if why := await asyncio.to_thread(too_much, places, message):
+        if pid is None:
+            with contextlib.suppress(FalError):
+                status = await tools.driver.status(container_id(message.runner_id))
+                pid = status.pid if status else None
+        if why := await asyncio.to_thread(too_much, tools.places, message, pid):
             return why
         took_s = before_s - left_s()  # a million files are not looked at all the time
         await asyncio.sleep(min(max(MEASURE_S, _REST * took_s), left_s()))

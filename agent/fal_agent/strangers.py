@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,7 @@ from typing import Final
 from fal_contract.errors import Code, FalError
 
 REMOVE_TIMEOUT_S: Final = 600.0
+_LOOKS_MAX: Final = 1 << 18  # open files and mappings, some 3 µs each
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,39 @@ def measure(folder: Path, *, entries_max: int, path_chars_max: int) -> Extent:
     return Extent(size, entries, too_deep)
 
 
+def held_unlinked(pids: Iterable[int], folder: Path, *, looks_max: int = _LOOKS_MAX) -> tuple[int, bool]:
+    """Bytes on the disk of `folder` of files that have no name any more, but that these processes have open or mapped.
+
+    False: there was more than `looks_max` to look at. A thread can have open files of its own, and outlive the first.
+    """
+    sizes: dict[int, int] = {}
+    looks, device = 0, None
+    for pid in pids:
+        mapped = False
+        device = device if device is not None else folder.stat().st_dev
+        for thread in _names(f"/proc/{pid}/task"):
+            mappings = [] if mapped else _names(f"/proc/{thread}/map_files")  # all its threads have the same
+            mapped = mapped or bool(mappings)
+            paths = [f"/proc/{thread}/fd/{name}" for name in _names(f"/proc/{thread}/fd")]
+            paths += [f"/proc/{thread}/map_files/{name}" for name in mappings]
+            looks += len(paths)
+            if looks > looks_max:
+                return sum(sizes.values()), False
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    found = os.stat(path)
+                    if found.st_nlink == 0 and found.st_dev == device:
+                        sizes[found.st_ino] = found.st_blocks * 512
+    return sum(sizes.values()), True
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # it ended
+        return []
+
+
 def remove(folder: Path) -> None:
     """Remove it with all that is in it; what is not there is fine. TIMEOUT: it is removed further when asked again."""
     # `rm` walks by descriptors: shutil.rmtree fails beyond a depth of some hundred, and paths have a largest length.
@@ -61,4 +96,4 @@ def remove(folder: Path) -> None:
         raise FalError(Code.TIMEOUT, what, remedy="It is tried again; look at the disk.") from None
 
 
-__all__ = ["Extent", "measure", "remove"]
+__all__ = ["Extent", "held_unlinked", "measure", "remove"]

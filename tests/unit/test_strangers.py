@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -58,6 +60,36 @@ def test_a_deep_folder_is_seen_refused_and_removed(tmp_path: Path) -> None:
         asyncio.run(build_output.remove(places, RUNNER))
     assert not folder.exists()
     asyncio.run(build_output.remove(places, RUNNER))  # again is fine
+
+
+HOLDER = """
+import mmap, os, sys
+file = os.open("nameless", os.O_CREAT | os.O_RDWR)
+os.write(file, b"x" * (4 << 20))
+os.unlink("nameless")
+if sys.argv[1] == "mapped":
+    kept = mmap.mmap(file, 0, prot=mmap.PROT_READ)  # which has a copy of the descriptor
+    os.closerange(3, 100)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["open", pytest.param("mapped", marks=pytest.mark.root)])
+def test_a_file_without_a_name_counts_while_it_is_held(tmp_path: Path, how: str) -> None:
+    places = Box(tmp_path, LoopClock()).places
+    folder = output_folder(places, RUNNER)
+    folder.mkdir(parents=True)
+    argv = [sys.executable, "-c", HOLDER, how]
+    with subprocess.Popen(argv, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        assert not build_output.too_much(places, build())  # what its names tell
+        assert "at most 1048576 are allowed" in build_output.too_much(places, build(), holder.pid)
+        assert strangers.held_unlinked([holder.pid], folder, looks_max=2) == (0, False)
+        assert not build_output.too_much(places, build(bytes_max=8 << 20), holder.pid)
+        holder.communicate(b"", timeout=20)
+    assert strangers.held_unlinked([holder.pid], folder) == (0, True)
 
 
 def test_what_lies_below_many_folders_counts(tmp_path: Path) -> None:
