@@ -20,6 +20,7 @@ from fal_contract.telemetry import get_logger
 from fal_runtime.driver import ContainerSpec, Driver, Prepared
 
 QUIET_S: Final = 0.3  # after the last creation
+SETTLED_S: Final = 2.0  # after the last runner got READY: its first requests come now, and loading takes a whole CPU
 SETUP_WAIT_MAX_S: Final = 60.0  # for runners in set-up, then warm workers are made all the same
 RETRY_S: Final = 30.0  # also how often memory is looked at
 _NOTHING: Final = MappingProxyType[str, str]({})
@@ -77,14 +78,15 @@ class Spares:
             await self._driver.prepare(())
 
     async def _quiet(self) -> None:
-        began_s = self._clock.monotonic_s()
+        began_s, setup_s = self._clock.monotonic_s(), -SETTLED_S
         while True:
             now_s = self._clock.monotonic_s()
-            busy = self._warm and self._in_setup() and now_s - began_s < SETUP_WAIT_MAX_S
-            left_s = self._used_s + QUIET_S - now_s
-            if left_s <= 0 and not busy:
+            if self._warm and self._in_setup() and now_s - began_s < SETUP_WAIT_MAX_S:
+                setup_s = now_s
+            left_s = max(self._used_s + QUIET_S, setup_s + SETTLED_S) - now_s
+            if left_s <= 0:
                 return
-            await asyncio.sleep(max(left_s, 0.05))
+            await asyncio.sleep(min(max(left_s, 0.05), 0.25))
 
     async def _refill(self) -> None:
         wants = pool.wanted(

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fal_agent.core.pool import FREE_BYTES_MIN, SHAPES_MAX, WARM_BYTES, Want, remembered, wanted
-from fal_agent.spares import Spares, free_bytes
+from fal_agent.spares import SETTLED_S, Spares, free_bytes
 from fal_contract.clock import SystemClock
 from fal_runtime.driver import ContainerSpec, Resources
 from fal_runtime.fake import FakeDriver, Machine
+from virtual_time import LoopClock, run_virtually
 
 PLENTY = 64 << 30
 
@@ -69,6 +70,27 @@ def test_what_was_started_is_made_ready_again(tmp_path: Path) -> None:
         assert machine.prepared == []
 
     asyncio.run(main())
+
+
+def test_nothing_is_made_ahead_while_a_runner_sets_up_and_just_after(tmp_path: Path) -> None:
+    async def main() -> None:
+        machine, clock, setup = Machine(), LoopClock(), [True]
+        spares = Spares(FakeDriver(machine), clock, prepared=1, warm=1, in_setup=lambda: setup[0])
+        job = asyncio.create_task(spares.run())
+        began_s = clock.monotonic_s()
+        spares.used(ContainerSpec(id="a", command=("x",), socket_dir=tmp_path, resources=Resources(9)))
+        await asyncio.sleep(30.0)
+        assert machine.prepared == []
+        setup[0] = False
+        await asyncio.sleep(SETTLED_S - 0.5)
+        assert machine.prepared == []
+        while not machine.prepared:  # noqa: ASYNC110  (virtual time)
+            await asyncio.sleep(0.1)
+        assert clock.monotonic_s() - began_s < 30 + SETTLED_S + 1
+        job.cancel()
+        await asyncio.gather(job, return_exceptions=True)
+
+    run_virtually(main())
 
 
 def test_free_memory_is_read(tmp_path: Path) -> None:
