@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import Callable, Coroutine
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from contract.driver_cases import oci_missing
@@ -19,6 +21,7 @@ from fal_runtime.driver import ContainerSpec, Phase, Prepared, Resources
 from fal_runtime.oci import cgroups, mounts, prepared
 from fal_runtime.oci.driver import OciDriver
 from fal_runtime.oci.record import alive
+from worker_client import Client
 
 pytestmark = [
     pytest.mark.oci,
@@ -26,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(bool(oci_missing()), reason=f"no containers here: {oci_missing()}"),
 ]
 TIMEOUT_S = 60.0
+DIGITS = Path(__file__).resolve().parents[2] / "ops" / "models" / "digits"
 PYTHON = host_image.this_layout().python
 LIMITS = Resources(memory_bytes=256 << 20, pids_max=50)
 # A warm worker whose libraries are loaded once the models directory holds "loaded"; then it is what it was told.
@@ -54,9 +58,9 @@ def driver(tmp_path: Path) -> Any:
     made.close()
 
 
-def run(main: Coroutine[Any, Any, Any]) -> Any:
+def run(main: Coroutine[Any, Any, Any], timeout_s: float = TIMEOUT_S) -> Any:
     async def bounded() -> Any:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             return await main
 
     return asyncio.run(bounded())
@@ -83,7 +87,7 @@ def load(driver: OciDriver, ready: prepared._Ready) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(2 * TIMEOUT_S):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -133,14 +137,19 @@ def test_it_is_like_any_container_when_it_runs(driver: OciDriver, tmp_path: Path
         await driver.prepare([Prepared(spec, 1, warm=True)])
         (ready,) = driver._pool._ready
         await driver.create(spec)
-        (tmp_path / "loaded").touch()
         await driver.start(spec.id)
         assert spec.models_dir is not None
         load(driver, ready)
         assert await first_line(driver, spec.id) == HEARD
-        session = await driver.exec(spec.id, ("/bin/sh", "-c", "env; ls /run /run/fal-bind; ls -l /run/fal-bind"))
-        assert session is not None
-        await session.close()
+        look = "echo $A $OMP_NUM_THREADS; ls /run /run/fal-bind; ! touch /run/fal-bind/x 2>/dev/null && echo no"
+        session = await driver.exec(spec.id, ("/bin/sh", "-c", look))
+        try:
+            words = b""
+            while (got := await session.read()) is not None:
+                words += got[1]
+        finally:
+            await session.close()
+        assert words.split() == b"1 3 /run: fal fal-bind secrets /run/fal-bind: message no".split()
         status = await driver.status(spec.id)
         assert status is not None
         assert status.cgroup in cgroups.below("/falctl")
@@ -239,3 +248,42 @@ def test_one_that_ends_while_it_waits_is_replaced_or_started_cold(driver: OciDri
         assert (driver._containers / again.id).is_symlink()
 
     run(main())
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_real_worker_draws_from_warm(driver: OciDriver, tmp_path: Path) -> None:
+    """Read-only root, no network, a user namespace, its limits: libraries load, a model comes, a picture is drawn."""
+    pytest.importorskip("diffusers")
+    worker = (PYTHON, "-m", "fal_runtime.worker")
+
+    async def main() -> None:
+        env = {"FAL_MODEL_DIR": "/models/digits", "FAL_SOCKET": "/run/fal/worker.sock", "OMP_NUM_THREADS": "1"}
+        limits = Resources(memory_bytes=2 << 30, pids_max=200, cpu_milli=1000)
+        spec = replace(
+            spec_of(tmp_path, "real", warm_command=(*worker, "--warm")), command=worker, env=env, resources=limits
+        )
+        await driver.prepare([Prepared(spec, 1, warm=True)])
+        (ready,) = driver._pool._ready
+        await until(lambda: prepared.listens(ready) or not alive(ready.created.pid, ready.created.pid_ticks))
+        await driver.create(spec)
+        assert (driver._containers / spec.id).is_symlink()
+        await driver.attach_model(spec.id, "digits", DIGITS)
+        await driver.start(spec.id)
+        said = json.loads(await first_line(driver, spec.id))
+        assert (said["event"], said["pid"], said["up_s"] < 1.0) == ("start", 1, True)
+        assert spec.socket_dir is not None
+        socket = spec.socket_dir / "worker.sock"
+        await until(socket.exists)
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket))) as session:
+            client = Client(session)
+            async with asyncio.timeout(TIMEOUT_S):
+                while (await client.get("/readyz"))[0] != 200:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            status, picture, _ = await client.post("/infer", {"prompt": "seven", "seed": 1})
+        assert (status, picture[:4]) == (200, b"\x89PNG")
+        ended = await driver.stop(spec.id, grace_s=20)
+        assert ended.exit_code == 0
+
+    run(main(), 200.0)
