@@ -134,7 +134,11 @@ class FakeWorker:
                 return
             event = b"data: %d\n\n" % step
             writer.write(b"%x\r\n%b\r\n" % (len(event), event))
-            await writer.drain()
+            try:
+                await writer.drain()
+            except ConnectionError:  # the write saw it before the read did
+                self.broken += 1
+                return
             await asyncio.sleep(0.02)  # the pace of denoising steps
         writer.write(b"0\r\n\r\n")
 

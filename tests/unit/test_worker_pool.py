@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -16,6 +17,7 @@ from fal_agent.proxy import pumping
 from fal_agent.proxy.lazy_timer import LazyTimer
 from fal_agent.proxy.messages import RunnerEntry
 from fal_agent.proxy.server import ProxyServer
+from fal_agent.proxy.worker_pool import WorkerConnection
 from fal_contract.http_client import HttpConnection
 from virtual_time import run_virtually
 
@@ -108,6 +110,53 @@ def test_a_worker_is_trusted_only_once_a_connection_has_rested(tmp_path: Path, m
         assert worker.connections == 5
 
     play(tmp_path, scenario)
+
+
+@dataclass
+class Connection:
+    """What the pool needs of one; times as the pool is told them."""
+
+    entry: RunnerEntry
+    born_s: float
+    idle_since_s: float = 0.0
+    reused: bool = False
+    open: bool = True
+    user: None = None
+
+    def still_open(self) -> bool:
+        return self.open
+
+    def resume_reading(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.open = False
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_the_connection_that_rested_longest_tells_whether_a_worker_keeps_them(
+    closes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that closes without a word may stand still before it does; no request may meet that."""
+    monkeypatch.setattr(worker_pool, "TRUSTED_AFTER_S", 0.5)
+
+    async def main() -> None:
+        pool = worker_pool.WorkerPool()
+        entry = RunnerEntry(RUNNER, "/w", 4, 30.0)
+        made = [Connection(entry, 10.0), Connection(entry, 10.2)]
+        first, second = [cast(WorkerConnection, one) for one in made]
+        pool.give(first, 10.1)
+        assert pool.take(entry, 10.15) is None
+        pool.give(second, 10.3)
+        assert pool.take(entry, 10.59) is None, "no request, however many come, makes it rest"
+        made[0].open = not closes
+        taken = pool.take(entry, 10.6)
+        assert taken is (None if closes else second)
+        if taken is not None:
+            assert pool.take(entry, 10.6) is first
+        pool.close()
+
+    asyncio.run(main())
 
 
 def test_connections_are_let_go_after_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

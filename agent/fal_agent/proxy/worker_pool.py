@@ -19,7 +19,7 @@ from fal_agent.proxy import pumping
 from fal_agent.proxy.messages import RunnerEntry
 
 KEPT_MAX_S: Final = 1.0  # from the connect; below the keep-alive of the servers that people use
-TRUSTED_AFTER_S: Final = 0.02  # who closes after an answer does so within this
+TRUSTED_AFTER_S: Final = 0.5  # who closes after an answer does so within this, unless its loop stands still for longer
 KEPT_PER_RUNNER_MAX: Final = 64
 _PEEK: Final = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 WRITE_BUFFER_BYTES_MAX: Final = 256 << 10
@@ -160,19 +160,22 @@ class WorkerPool:
         if not _same_worker(kept.entry, entry):
             self.drop(entry.runner_id)
             return None
+        if not kept.keeps and not self._keeps(kept, now_s):
+            return None
         while kept.idle:
-            connection = kept.idle[-1]
-            rested = now_s - connection.idle_since_s >= TRUSTED_AFTER_S
-            if not (kept.keeps or rested):
-                return None
-            kept.idle.pop()
+            connection = kept.idle.pop()
             if now_s - connection.born_s < KEPT_MAX_S and connection.still_open():
-                kept.keeps = kept.keeps or rested
                 connection.resume_reading()  # a client that was slow to take its answer may have stopped it
                 connection.reused = True
                 return connection
             connection.abort()
         return None
+
+    def _keeps(self, kept: _Kept, now_s: float) -> bool:
+        """The connection that has been idle for longest shows whether the worker keeps them."""
+        if kept.idle and now_s - kept.idle[0].idle_since_s >= TRUSTED_AFTER_S:
+            kept.keeps = kept.idle[0].still_open()
+        return kept.keeps
 
     def give(self, connection: WorkerConnection, now_s: float) -> None:
         """Its exchange ended cleanly."""
