@@ -61,6 +61,7 @@ class Cycles:
         await driver.remove(spec.id)
 
 
+@pytest.mark.timeout(TIMEOUT_S + 60)
 def test_a_thousand_cycles_leave_nothing(tmp_path: Path, scale: Callable[[int], int]) -> None:
     async def main() -> None:
         driver = OciDriver(tmp_path / "state")

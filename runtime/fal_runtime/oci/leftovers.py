@@ -7,7 +7,9 @@ driver.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fal_runtime import models_dir, socket_dir
 from fal_runtime.oci import cgroups, rootfs
@@ -28,9 +30,15 @@ def take_away(place: Place, files: ContainerFiles, record: Record | None) -> Non
             models_dir.remove(Path(record.models_dir))
     directory = files.directory.resolve()  # the name of one that was made ahead is a link, and goes last
     place.ranges.release(directory)
-    shutil.rmtree(directory)
+    shutil.rmtree(directory, onerror=_unless_gone)
     if files.directory.is_symlink():
-        files.directory.unlink()
+        files.directory.unlink(missing_ok=True)
+
+
+def _unless_gone(_call: Callable[..., Any], _path: str, error: tuple[type[BaseException], BaseException, Any]) -> None:
+    """A removal whose caller was cancelled goes on in its thread, while the next one does the same."""
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
 
 
 def sweep(place: Place) -> list[str]:
