@@ -80,6 +80,7 @@ async def create(id: str, runtime: Runtime, paths: Paths, log_bytes_max: int, nu
             await nursery.spawn(command(id, runtime, paths, log_bytes_max), paths.bundle, sync)
             answer = await _read_line(sync_read)
     except TimeoutError:
+        nursery.close()  # it may have been stopped; a new one is quickly made
         raise driver_failed(
             f"container {id} was not created within {CREATE_TIMEOUT_S:.0f} s", remedy="Look at the machine's load."
         ) from None

@@ -4,8 +4,9 @@ Moving a process between cgroups takes a lock that first waits for an RCU grace 
 nobody moved one in the last moments, 0.1 ms after that (cgroup_attach_lock, rcu_sync in kernel/rcu/sync.c). The shell
 is moved once, and `warm_up` pays the period for the runtime while other work is being done.
 
-Invariant: the shell ends when its standard input does, that is with whoever holds this object; conmons live on. A
-line to it is one command; what it starts is nobody's child, so that nothing has to be reaped. Called by `conmon`.
+Invariants: the shell ends when its standard input does, that is with whoever holds this object; conmons live on. A
+line to it is one command, written whole or not at all; what it starts is nobody's child, so that nothing has to be
+reaped. Nothing here waits for a shell that does not read (somebody stopped it): it is replaced. Called by `conmon`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import shlex
+import signal
+import threading
 import weakref
 from pathlib import Path
 from typing import Final
@@ -25,6 +29,8 @@ SYNC_FD: Final = 9  # the shell's syntax knows descriptors of one digit
 _LOOP: Final = 'while IFS= read -r line; do eval "$line"; done'
 _CPU_WEIGHT: Final = 16
 _SHELL: Final = "/bin/sh"
+_FULL_S: Final = 5.0  # for a shell to read some of a full pipe; it holds some fifty lines
+_FULL_POLL_S: Final = 0.01
 
 
 class Nursery:
@@ -47,17 +53,38 @@ class Nursery:
             f"(cd {shlex.quote(str(directory))} && _OCI_SYNCPIPE={SYNC_FD} {words} "
             f"{SYNC_FD}>{shlex.quote(str(sync_fifo))} </dev/null >/dev/null 2>&1 &)"
         )
+        data = line.encode() + b"\n"
         if "\n" in line:
             raise driver_failed("a path or an id holds a newline", remedy="Use another state directory.")
+        if len(data) > select.PIPE_BUF:
+            raise driver_failed(
+                f"conmon's command line has {len(data)} bytes of at most {select.PIPE_BUF}",
+                remedy="Use a state directory with a shorter path.",
+            )
         for _ in range(2):
-            await self._started()
             try:
-                os.write(self._line_fd, line.encode() + b"\n")
+                await self._write(data)
             except BrokenPipeError:  # somebody killed it
                 self.close()
                 continue
             return
         raise driver_failed("the shell that starts conmon ends at once", remedy="Look at the machine's memory.")
+
+    async def _write(self, data: bytes) -> None:
+        until_s = asyncio.get_running_loop().time() + _FULL_S
+        while True:
+            await self._started()
+            try:
+                os.write(self._line_fd, data)
+                return
+            except BlockingIOError:
+                if asyncio.get_running_loop().time() > until_s:
+                    self.close()
+                    raise driver_failed(
+                        f"the shell that starts conmon read nothing for {_FULL_S:g} s, and was ended",
+                        remedy="Try again; look for who stops the agent's processes.",
+                    ) from None
+            await asyncio.sleep(_FULL_POLL_S)
 
     def warm_up(self) -> asyncio.Task[None]:
         """Make the next moves between cgroups quick; await the task before the event loop ends."""
@@ -73,15 +100,13 @@ class Nursery:
             await asyncio.to_thread(cgroups.enter_some, self._pid, cgroups.CONMON_CGROUP, hierarchies)
 
     async def _started(self) -> None:
-        if self._line_fd >= 0:
-            return
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start())
-        try:
-            await asyncio.shield(self._starting)
-        finally:
-            if self._starting is not None and self._starting.done():
-                self._starting = None
+        while self._line_fd < 0 or self._starting is not None:  # its cgroup comes last
+            starting = self._starting = self._starting or asyncio.create_task(self._start())
+            try:
+                await asyncio.shield(starting)
+            finally:
+                if starting.done() and self._starting is starting:
+                    self._starting = None
 
     async def _start(self) -> None:
         self._pid, self._line_fd = _shell()
@@ -95,7 +120,7 @@ class Nursery:
             raise
 
     def close(self) -> None:
-        """End the shell; what it started lives on."""
+        """End the shell; what it started lives on, what it has not read yet is lost."""
         if self._finalizer is not None:
             self._finalizer()
         self._pid, self._line_fd, self._finalizer = 0, -1, None
@@ -121,10 +146,18 @@ def _shell() -> tuple[int, int]:
         raise driver_failed(f"{_SHELL}: {error.strerror}", remedy="Install a shell.") from error
     finally:
         os.close(lines)
+    os.set_blocking(line_fd, False)
     return pid, line_fd
 
 
 def _end(pid: int, line_fd: int) -> None:
     os.close(line_fd)
+    with contextlib.suppress(ChildProcessError, RuntimeError):  # reaped by others; no more threads at our own end
+        if os.waitpid(pid, os.WNOHANG)[0] == 0:
+            os.kill(pid, signal.SIGKILL)  # also where it is stopped
+            threading.Thread(target=_reap, args=(pid,), name="nursery's end", daemon=True).start()
+
+
+def _reap(pid: int) -> None:
     with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)  # a shell at the end of its input; it has nothing else to do
+        os.waitpid(pid, 0)
