@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,12 +30,12 @@ from fal_contract.node_paths import NodePath, NodePaths
 from fal_contract.v1 import serving_pb2
 
 WAITING_MAX: Final = 10_000
+_REFUSAL_BYTES_MAX: Final = 64 << 10
 _WANT_SLOTS_MAX: Final = 256
 _TICK_S: Final = 0.5
 _SURRENDER_S: Final = 1.0
 _BUSY_PAUSE_S: Final = 0.01
 _BUSY_PAUSE_MAX_S: Final = 0.25
-_REFUSAL_BYTES_MAX: Final = 64 << 10
 _FINAL_REFUSALS: Final = frozenset({Code.NOT_FOUND, Code.INVALID, Code.PERMISSION_DENIED})
 
 
@@ -143,8 +142,10 @@ class DispatchClient:
         wait_s: float,
         model: str = "",
         lora: str = "",
+        chosen: bool = False,
     ) -> HttpResponse:
-        """Send one request to a runner of `app` (team/name); `path` is the worker's.
+        """Send one request to a runner of `app` (team/name); `path` is the worker's, or `chosen` by a stranger: then
+        NOT_FOUND where our worker would get it.
 
         Waits up to `wait_s` for a slot, then for the head of the answer as long as the node allows. The caller reads
         or closes the response; closing early cancels the request. Raises FalError: NOT_FOUND (no such app), what the
@@ -156,6 +157,9 @@ class DispatchClient:
         failures = 0
         while True:
             slot = await self._slot(app, model, lora, deadline_s, wait_s)
+            if chosen and (refused := self._table.path_refusal(slot)):
+                self._give_back(slot, served=None)
+                raise refused
             try:
                 response = await self._send(slot, method, path, headers, body)
             except NotSent as error:
@@ -208,10 +212,13 @@ class DispatchClient:
 
     async def _refused(self, slot: Slot, response: HttpResponse, failures: int) -> FalError:
         """The proxy answered for itself: remember what that says about the runner, and give the slot back."""
+        raw, body = response.header(b"fal-code") or b"", b""
         try:
-            error = await _proxy_error(slot, response)
+            with contextlib.suppress(FalError):
+                body = await response.read(_REFUSAL_BYTES_MAX)
         finally:
             self._give_back(slot, served=None)
+        error = dispatch_wire.proxy_refusal(slot, response.status, raw, body)
         if error.code in (Code.STALE_TERM, Code.NOT_FOUND, Code.DRAINING):
             self._table.drop_lease(slot.lease_id)
         if error.code in NOT_RUN:
@@ -437,14 +444,3 @@ class DispatchClient:
             self._paths.sweep()
             if self._connected and self._table.held():
                 self._to_send.set()
-
-
-async def _proxy_error(slot: Slot, response: HttpResponse) -> FalError:
-    """What the proxy said instead of passing on an answer of the worker."""
-    raw = (response.header(b"fal-code") or b"").decode("ascii", "replace")
-    code = Code(raw) if raw in set(Code) else Code.INTERNAL
-    what = f"the proxy answered {response.status} {raw}"
-    with contextlib.suppress(FalError, ValueError, KeyError, TypeError):
-        what = str(json.loads(await response.read(_REFUSAL_BYTES_MAX))["error"]["what"])
-    remedy = "Try again." if code in NOT_RUN else "It may have run; send it again if that does no harm."
-    return FalError(code, f"request to runner {slot.runner_id}: {what}", remedy=remedy)

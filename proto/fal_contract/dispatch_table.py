@@ -30,6 +30,7 @@ class RouteEntry:
     open: bool  # takes requests
     max_multiplexing: int
     request_timeout_s: float
+    any_path: bool = False  # a server of its own, not our worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +249,15 @@ class DispatchTable:
     def route(self, runner_id: str) -> RouteEntry | None:
         """Where a runner is, if the table says."""
         return self._routes.get(runner_id)
+
+    def path_refusal(self, slot: Slot) -> FalError | None:
+        """Why its runner may not be asked by a path that a stranger chose."""
+        route = self._routes.get(slot.runner_id)
+        if route is None:
+            return FalError(Code.UNAVAILABLE, f"runner {slot.runner_id} is not known here yet", remedy="Try again.")
+        if route.any_path:
+            return None
+        return FalError(Code.NOT_FOUND, f"{slot.app} has no such path", remedy=f"POST to /v1/run/{slot.app}.")
 
     def refusal(self, app: str) -> FalError | None:
         """Why the scheduler has no runner for the app."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable
 from typing import Final
 
-from fal_contract.datapath import Address
-from fal_contract.dispatch_table import LeaseEntry, RouteEntry, Update
+from fal_contract.datapath import NOT_RUN, Address
+from fal_contract.dispatch_table import LeaseEntry, RouteEntry, Slot, Update
 from fal_contract.errors import Code, FalError
 from fal_contract.node_paths import NodePath
 from fal_contract.v1 import agent_pb2, serving_pb2, state_pb2
@@ -72,6 +74,7 @@ def routes(message: serving_pb2.Routes) -> list[RouteEntry]:
             open=route.state in _OPEN,
             max_multiplexing=max(1, route.max_multiplexing),
             request_timeout_s=route.request_timeout_s,
+            any_path=route.any_path,
         )
         for route in message.routes
     ]
@@ -98,3 +101,14 @@ def refusal(message: serving_pb2.Refusal) -> FalError:
     except ValueError:
         code = Code.UNAVAILABLE  # of a newer scheduler
     return FalError(code, message.what, remedy=message.remedy)
+
+
+def proxy_refusal(slot: Slot, status: int, raw_code: bytes, body: bytes) -> FalError:
+    """What the proxy said instead of passing on an answer of the worker."""
+    raw = raw_code.decode("ascii", "replace")
+    code = Code(raw) if raw in set(Code) else Code.INTERNAL
+    what = f"the proxy answered {status} {raw}"
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        what = str(json.loads(body)["error"]["what"])
+    remedy = "Try again." if code in NOT_RUN else "It may have run; send it again if that does no harm."
+    return FalError(code, f"request to runner {slot.runner_id}: {what}", remedy=remedy)

@@ -1,7 +1,8 @@
 """HTTP in front of the dispatch client.
 
     POST /v1/run/TEAM/APP   the body goes to a worker's /infer, its answer comes back as it is made
-    any  /v1/run/TEAM/APP/PATH?QUERY   the same for a server of any kind: its own method, path and query
+    any  /v1/run/TEAM/APP/PATH?QUERY   the same for a server of any kind: its own method, path and query; our worker
+         (no command, image, port or socket of the app's own) has none but POST /infer
     GET  /healthz           200 while a scheduler answers or any route is known
 
 A client that goes away cancels its request within a step. An answer that breaks off after it began ends the connection,
@@ -109,8 +110,9 @@ class Gateway:
         headers = [(name, request.headers[name]) for name in _PASSED_TO_WORKER if name in request.headers]
         method, path = "POST", "/infer"
         if "path" in request.match_info:
-            method, path = request.method, "/" + request.raw_path.split("/", 5)[5]  # as it was written, query included
-        return await self._client.request(app, method, path, headers, body, wait_s=self._wait(request))
+            method, path = request.method, "/" + _target(request).split("/", 5)[5]  # as it was written, query included
+        chosen = (method, path) != ("POST", "/infer")
+        return await self._client.request(app, method, path, headers, body, wait_s=self._wait(request), chosen=chosen)
 
     def _wait(self, request: web.Request) -> float:
         """A client may wait for less, by the header x-fal-wait-s."""
@@ -123,6 +125,12 @@ class Gateway:
         raise invalid(
             "x-fal-wait-s", text, "is not a time to wait", remedy=f"Give seconds between 0 and {self._wait_s:g}."
         )
+
+
+def _target(request: web.Request) -> str:
+    """Path and query of the request line, also where that names the host (RFC 9112, 3.2.2)."""
+    raw = request.raw_path
+    return raw if raw.startswith("/") else "/" + raw.split("/", 3)[3]
 
 
 async def _pass_on(request: web.Request, answer: HttpResponse) -> web.StreamResponse:

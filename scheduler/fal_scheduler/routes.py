@@ -71,6 +71,7 @@ def _route(state: State, runner: Runner) -> serving_pb2.Route:
         max_multiplexing=max(1, status.max_multiplexing or (scaling.max_multiplexing if scaling else 1)),
         resident=[residency.model for residency in status.residencies or runner.residencies],
         request_timeout_s=scaling.request_timeout_s if scaling else 0.0,
+        any_path=revision is not None and revision.spec.own_server,
     )
 
 

@@ -39,6 +39,7 @@ class FakeServing(serving_pb2_grpc.ServingServicer):
     hellos: list[serving_pb2.GatewayHello] = field(default_factory=list)
     reached: list[serving_pb2.Reach] = field(default_factory=list)
     served: int = 0
+    any_path: bool = False
 
     async def Dispatch(self, request_iterator: Any, context: Any) -> AsyncIterator[serving_pb2.DispatchMessage]:
         async for message in request_iterator:
@@ -49,7 +50,7 @@ class FakeServing(serving_pb2_grpc.ServingServicer):
                     yield serving_pb2.DispatchMessage(welcome=welcome)
                     route = serving_pb2.Route(
                         runner_id=RUNNER, app=APP, node_id=NODE, endpoints=self.endpoints, state=IDLE,
-                        max_multiplexing=1,
+                        max_multiplexing=1, any_path=self.any_path,
                     )  # fmt: skip
                     yield serving_pb2.DispatchMessage(routes=serving_pb2.Routes(complete=True, routes=[route], term=1))
                 case "wants":
@@ -86,7 +87,9 @@ class Whole:
 
 
 @contextlib.asynccontextmanager
-async def whole(folder: Path, cluster: Identities, *, tunnel: bool = False) -> AsyncIterator[Whole]:
+async def whole(
+    folder: Path, cluster: Identities, *, tunnel: bool = False, any_path: bool = False
+) -> AsyncIterator[Whole]:
     """Everything but the scheduler is real."""
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(working(folder))
@@ -94,7 +97,7 @@ async def whole(folder: Path, cluster: Identities, *, tunnel: bool = False) -> A
         proxy.put_runner(entry(worker))
         direct = address_of(proxy)
         endpoint = agent_pb2.Endpoint(host=direct.host, port=1 if tunnel else direct.port)
-        scheduler = FakeServing([endpoint])
+        scheduler = FakeServing([endpoint], any_path=any_path)
         server = grpc.aio.server()
         serving_pb2_grpc.add_ServingServicer_to_server(scheduler, server)  # type: ignore[no-untyped-call]
         issued = cluster.ca.new_identity(role=Role.SCHEDULER, name="s1", now_s=SystemClock().wall_s())
@@ -132,13 +135,49 @@ def test_a_request_goes_all_the_way_and_back(tmp_path: Path) -> None:
 
 def test_a_server_of_any_kind_gets_its_own_method_path_and_query(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with whole(tmp_path, identities(tmp_path)) as all_of_it:
+        async with whole(tmp_path, identities(tmp_path), any_path=True) as all_of_it:
             base = f"{all_of_it.url}/v1/run/default/digits"
             for method, path in (("GET", "/"), ("GET", "/a%20b/c?x=1&y=%2F"), ("DELETE", "/v1/models/7")):
                 async with all_of_it.http.request(method, URL(base + path, encoded=True)) as answer:
                     assert answer.status == 200
                     assert (await answer.json(content_type=None))["path"] == path
             assert [seen.head.method for seen in all_of_it.worker.seen] == [b"GET", b"GET", b"DELETE"]
+
+    asyncio.run(scenario())
+
+
+def test_our_worker_is_asked_by_its_request_endpoint_alone(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with whole(tmp_path, identities(tmp_path)) as all_of_it:
+            base = f"{all_of_it.url}/v1/run/default/digits"
+            for method, path in (
+                ("POST", "/cancel/r-1"), ("GET", "/metrics"), ("GET", "/infer"), ("POST", "/infer/"),
+                ("POST", "//infer"), ("POST", "/infer/../cancel/r-1"), ("POST", "/%69nfer"), ("GET", "/"),
+            ):  # fmt: skip
+                async with all_of_it.http.request(method, URL(base + path, encoded=True)) as answer:
+                    assert (answer.status, (await answer.json())["error"]["code"]) == (404, "NOT_FOUND"), path
+            assert not all_of_it.worker.seen
+            for path in ("", "/infer"):
+                async with all_of_it.http.post(base + path) as answer:
+                    assert (answer.status, (await answer.json(content_type=None))["path"]) == (200, "/infer")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("any_path", [False, True])
+def test_a_request_line_that_names_the_host_is_no_other_path(tmp_path: Path, any_path: bool) -> None:
+    async def scenario() -> None:
+        async with whole(tmp_path, identities(tmp_path), any_path=any_path) as all_of_it:
+            for path in ("/metrics?a=/infer", "/infer"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", all_of_it.ports.http)
+                line = f"POST http://h/v1/run/default/digits{path} HTTP/1.1"
+                writer.write(f"{line}\r\nhost: h\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode())
+                head = await asyncio.wait_for(reader.readline(), 20)
+                assert head.startswith(b"HTTP/1.1 200" if any_path or path == "/infer" else b"HTTP/1.1 404")
+                writer.close()
+                await writer.wait_closed()
+            paths = [seen.head.target.decode() for seen in all_of_it.worker.seen]
+            assert paths == (["/metrics?a=/infer", "/infer"] if any_path else ["/infer"])
 
     asyncio.run(scenario())
 

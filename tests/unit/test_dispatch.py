@@ -126,6 +126,21 @@ def dispatch_test(test: Callable[[Rig], Awaitable[None]]) -> None:
     run_virtually(body())
 
 
+@pytest.mark.parametrize(
+    ("spec", "own"),
+    [
+        (Spec("host"), False),
+        (Spec("host", model="t/m"), False),
+        (Spec("host", command=("x",)), True),
+        (Spec("host", port=8000), True),
+        (Spec("host", socket="s"), True),
+        (Spec("t/image"), True),
+    ],
+)
+def test_only_our_worker_is_no_server_of_the_apps_own(spec: Spec, own: bool) -> None:
+    assert spec.own_server is own
+
+
 def test_the_whole_table_then_changes() -> None:
     async def test(rig: Rig) -> None:
         rig.serve("t/a-1")
@@ -135,6 +150,7 @@ def test_the_whole_table_then_changes() -> None:
         (route,) = routes.routes
         assert (route.runner_id, route.app, route.node_id, route.max_multiplexing) == ("t/a-1", "t/a", "n1", 2)
         assert (route.endpoints[0].host, route.endpoints[0].port) == ("10.0.0.1", 7000)
+        assert route.any_path  # it has a command of its own
         rig.serve("t/a-2", "n2")
         change = (await link.next("routes")).routes
         assert not change.complete

@@ -474,6 +474,7 @@ class Route(_message.Message):
     MAX_MULTIPLEXING_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
     REQUEST_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    ANY_PATH_FIELD_NUMBER: _builtins.int
     runner_id: _builtins.str
     """Runner, app and node."""
     app: _builtins.str
@@ -484,6 +485,8 @@ class Route(_message.Message):
     """Requests at once."""
     request_timeout_s: _builtins.float
     """Seconds one request may take."""
+    any_path: _builtins.bool
+    """A server of its own: a gateway's client may ask it by any method and path. Our worker: only by POST /infer."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[_agent_pb2.Endpoint]:
         """Addresses of the node's proxy."""
@@ -503,10 +506,11 @@ class Route(_message.Message):
         max_multiplexing: _builtins.int = ...,
         resident: _abc.Iterable[_builtins.str] | None = ...,
         request_timeout_s: _builtins.float = ...,
+        any_path: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "endpoints", b"endpoints", "max_multiplexing", b"max_multiplexing", "node_id", b"node_id", "request_timeout_s", b"request_timeout_s", "resident", b"resident", "runner_id", b"runner_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["any_path", b"any_path", "app", b"app", "endpoints", b"endpoints", "max_multiplexing", b"max_multiplexing", "node_id", b"node_id", "request_timeout_s", b"request_timeout_s", "resident", b"resident", "runner_id", b"runner_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

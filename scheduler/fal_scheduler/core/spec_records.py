@@ -114,6 +114,11 @@ class Spec:
         return (*self.models, self.image) if self.image != HOST_IMAGE else self.models
 
     @property
+    def own_server(self) -> bool:
+        """Whether something else than our worker answers its requests."""
+        return bool(self.command or self.port or self.socket or self.image not in ("", HOST_IMAGE))
+
+    @property
     def packs(self) -> bool:
         """Whether it is a task that packs an image."""
         return self.build is not None and self.build.image != ""
