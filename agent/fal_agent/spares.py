@@ -7,6 +7,7 @@ somebody waits for goes first. A failure costs speed only. Run by fal_agent.agen
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ QUIET_S: Final = 0.3  # after the last creation
 SETTLED_S: Final = 2.0  # after the last runner got READY: its first requests come now, and loading takes a whole CPU
 SETUP_WAIT_MAX_S: Final = 60.0  # for runners in set-up, then warm workers are made all the same
 RETRY_S: Final = 30.0  # also how often memory is looked at
+RETRY_MAX_S: Final = 960.0  # after errors that nobody expects
 _NOTHING: Final = MappingProxyType[str, str]({})
 _SOME_SECRETS: Final = MappingProxyType({"none-yet": b""})
 _SOMEWHERE: Final = Path("/")
@@ -64,18 +66,29 @@ class Spares:
         """Until cancelled; then what was ready is taken away."""
         if not self._prepared and not self._warm:
             return
+        retry_s = RETRY_S
         try:
             while True:
                 try:
-                    async with asyncio.timeout(RETRY_S):
-                        await self._news.wait()
-                except TimeoutError:
-                    pass
-                await self._quiet()
-                self._news.clear()
-                await self._refill()
+                    await self._round()
+                    retry_s = RETRY_S
+                except Exception:  # a mistake of ours must not end the agent
+                    _log.exception("not_prepared", note="starts are slower", retry_s=retry_s)
+                    await asyncio.sleep(retry_s)
+                    retry_s = min(RETRY_MAX_S, 2 * retry_s)
         finally:
-            await self._driver.prepare(())
+            try:
+                await self._driver.prepare(())
+            except Exception:  # the next agent clears it away
+                _log.exception("prepared_left")
+
+    async def _round(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETRY_S):
+                await self._news.wait()
+        await self._quiet()
+        self._news.clear()
+        await self._refill()
 
     async def _quiet(self) -> None:
         began_s, setup_s = self._clock.monotonic_s(), -SETTLED_S

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fal_agent.core.pool import FREE_BYTES_MIN, SHAPES_MAX, WARM_BYTES, Want, remembered, wanted
-from fal_agent.spares import SETTLED_S, Spares, free_bytes
+from fal_agent.spares import RETRY_MAX_S, RETRY_S, SETTLED_S, Spares, free_bytes
 from fal_contract.clock import SystemClock
-from fal_runtime.driver import ContainerSpec, Resources
+from fal_runtime.driver import ContainerSpec, Prepared, Resources
 from fal_runtime.fake import FakeDriver, Machine
 from virtual_time import LoopClock, run_virtually
 
@@ -89,6 +91,41 @@ def test_nothing_is_made_ahead_while_a_runner_sets_up_and_just_after(tmp_path: P
         assert clock.monotonic_s() - began_s < 30 + SETTLED_S + 1
         job.cancel()
         await asyncio.gather(job, return_exceptions=True)
+
+    run_virtually(main())
+
+
+class BrokenDriver(FakeDriver):
+    """`prepare` fails in a way that nobody expects; the moments of its calls."""
+
+    def __init__(self, machine: Machine, clock: LoopClock) -> None:
+        super().__init__(machine)
+        self._broken_clock = clock
+        self.tried_s: list[float] = []
+
+    async def prepare(self, wanted: Sequence[Prepared]) -> None:
+        self.tried_s.append(self._broken_clock.monotonic_s())
+        raise OSError("Input/output error")
+
+
+def test_an_error_that_nobody_expects_is_tried_again_ever_later_and_ends_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = LoopClock()
+        driver = BrokenDriver(Machine(), clock)
+        spares = Spares(driver, clock, prepared=1, warm=0, in_setup=lambda: False)
+        job = asyncio.create_task(spares.run())
+        spares.used(ContainerSpec(id="a", command=("x",), socket_dir=tmp_path, resources=Resources(9)))
+        await asyncio.sleep(4 * 3600.0)
+        assert not job.done()
+        waits = [later - sooner for sooner, later in pairwise(driver.tried_s)]
+        assert len(waits) > 8
+        assert waits[0] < waits[1] < waits[2] < waits[3]
+        assert RETRY_MAX_S <= waits[-1] <= RETRY_MAX_S + 2 * RETRY_S
+        tries = len(driver.tried_s)
+        job.cancel()
+        [end] = await asyncio.gather(job, return_exceptions=True)
+        assert isinstance(end, asyncio.CancelledError)
+        assert len(driver.tried_s) == tries + 1
 
     run_virtually(main())
 
