@@ -5,7 +5,10 @@ agent as in `bench_start`; the clock stops at the latest of conmon's stamps of t
 (its rootfs, mounts, user namespace and limits; a cgroup of its own each), as many at a time as our driver makes at a
 time, until the last line. Nothing is prepared.
 
-The floor of both is the CPU: about 30 ms of it for each container on one core, whoever asks.
+The floor is the CPU. One bare start costs 40 ms of it, half in the runtime and half in what becomes the container;
+`runc create` costs the same, conmon 7 ms more, as measured one at a time by the accounts of cgroups. For 50 that is
+2.0 s for the bare side and 2.35 s for ours (1.18) before scheduler (0.2 s), client (0.3 s) and agent (1.0 to 1.8 s, of
+which a third is file work and a fifth are looks at 51 simulated GPUs) have done anything.
 """
 
 from __future__ import annotations
