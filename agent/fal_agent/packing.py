@@ -7,6 +7,7 @@ Only where containers have user namespaces, and skopeo, umoci and a packer are i
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ FEATURE: Final = "pack"
 PRIVILEGES: Final = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "SETFCAP")
 AUTH_FILE: Final = "registry-auth.json"
 CA_FILE: Final = "registry-ca.pem"
+PROXY_FILE: Final = "registry-proxies.json"
 PROXY_VARIABLES: Final = ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "ALL_PROXY")
 _PROGRAMS: Final = (("skopeo",), ("umoci",), ("mkfs.erofs", "mksquashfs"))
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"  # what a container sees of the node
@@ -53,12 +55,15 @@ class Packer:
         options += ["--timeout-s", f"{max(1.0, message.spec.scaling.startup_timeout_s - _SPARE_S):g}"]
         auth = task.auth_secret or self._add(secrets, AUTH_FILE, self.auth_file)
         ca = self._add(secrets, CA_FILE, self.ca_file)
-        for option, name in (("--authfile", auth), ("--ca-file", ca)):
+        hidden = {name: url for name, url in self.proxies.items() if "@" in url}  # with a password: in memory only
+        if hidden:
+            secrets[PROXY_FILE] = json.dumps(hidden).encode()
+        for option, name in (("--authfile", auth), ("--ca-file", ca), ("--proxy-file", PROXY_FILE if hidden else "")):
             if name:
                 options += [option, driver.inside(spec, f"{SECRETS_DIR_INSIDE}/{name}")]
         output = spec.env["FAL_BUILD_OUTPUT"]
         command = (*self.python, "-m", "fal_runtime.images", "pack", task.source, "--output", output, *options)
-        env = {**spec.env, **self.proxies}
+        env = {**spec.env, **{name: url for name, url in self.proxies.items() if name not in hidden}}
         return replace(spec, command=command, env=env, secrets=secrets, privileges=PRIVILEGES)
 
     @staticmethod

@@ -17,6 +17,7 @@ import pytest
 from etcd_server import free_ports
 from fal_contract.errors import Code, FalError
 from fal_runtime.images import registry as pulls
+from fal_runtime.images.__main__ import main
 from fal_runtime.images.layout import read_layout
 from fal_runtime.images.pack import PackRequest, PackResult, pack
 from fal_runtime.images.registry import RegistryAccess
@@ -179,6 +180,12 @@ def test_a_proxy(tmp_path: Path, layout: Path, monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv("HTTPS_PROXY", proxy.url)
             assert packed(source, tmp_path / "out", ca_file=authority.ca_file).layer_bytes
             assert set(proxy.asked) == {"registry.test:443"}
+            monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")  # the file's wins
+            (tmp_path / "proxies").write_text(json.dumps({"HTTPS_PROXY": proxy.url}))
+            words = ["pack", source, "--output", str(tmp_path / "by-file"), "--ca-file", str(authority.ca_file)]
+            assert main([*words, "--proxy-file", str(tmp_path / "proxies")]) == 0
+            (tmp_path / "proxies").write_text("[]")
+            assert main([*words, "--proxy-file", str(tmp_path / "proxies")]) == 1
             monkeypatch.setenv("HTTPS_PROXY", proxy.url.replace("hidden88", "hidden89"))
             monkeypatch.setattr(pulls, "RETRY_BASE_S", 0.01)
             with pytest.raises(FalError) as caught:

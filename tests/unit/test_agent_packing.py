@@ -112,13 +112,19 @@ def test_the_nodes_own_credentials_authority_and_proxy_are_passed_on(tmp_path: P
         node = await begun(box, pack())
         await until(lambda: node.tasks()[0].phase is Phase.STARTED)
         spec = spec_of(box)
-        assert dict(spec.secrets) == {"registry-auth.json": b'{"auths": {}}', "registry-ca.pem": b"PEM"}
+        hidden = spec.secrets["registry-proxies.json"]
+        assert dict(spec.secrets) == {
+            "registry-auth.json": b'{"auths": {}}', "registry-ca.pem": b"PEM", "registry-proxies.json": hidden,
+        }  # fmt: skip
+        assert json.loads(hidden) == {"HTTPS_PROXY": "http://bob:hidden88@proxy:3128"}
         text = " ".join(spec.command)
         assert "--authfile /run/secrets/registry-auth.json --ca-file /run/secrets/registry-ca.pem" in text
+        assert text.endswith("--proxy-file /run/secrets/registry-proxies.json")
         assert spec.env["https_proxy"] == "http://proxy:3128"
+        assert "hidden88" not in f"{spec.env} {text}", "the container's config.json is on the disk"
         await node.close()
 
-    proxies = {"https_proxy": "http://proxy:3128"}
+    proxies = {"https_proxy": "http://proxy:3128", "HTTPS_PROXY": "http://bob:hidden88@proxy:3128"}
     play(tmp_path, scenario, auth_file=tmp_path / "auth", ca_file=tmp_path / "ca", proxies=proxies)
 
 

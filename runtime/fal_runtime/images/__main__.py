@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ from fal_runtime.images.registry import RegistryAccess
 def main(argv: list[str] | None = None) -> int:
     """The exit code."""
     options = _parser().parse_args(argv)
+    if options.proxy_file is not None:
+        try:
+            os.environ.update(json.loads(options.proxy_file.read_bytes()))
+        except (OSError, ValueError, TypeError, AttributeError):  # its content is not repeated
+            print(f"error: {options.proxy_file} holds no proxies. Give a JSON object of variables.", file=sys.stderr)
+            return 1
     request = PackRequest(
         source=options.source,
         output=options.output,
@@ -63,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--work", type=Path, help="folder for what is made on the way; default: below --output")
     one.add_argument("--authfile", type=Path, help="credentials of registries, as `skopeo login` writes them")
     one.add_argument("--ca-file", type=Path, help="certificate of the registry's authority, PEM")
+    one.add_argument("--proxy-file", type=Path, help="JSON object of variables such as https_proxy, with passwords")
     one.add_argument("--cert-dir", type=Path, help="folder of certificates, as skopeo reads it")
     one.add_argument("--platform", default="linux/amd64", help="OS/ARCHITECTURE")
     one.add_argument("--bytes-max", type=int, default=IMAGE_BYTES_MAX_DEFAULT, help="of the layers and of the files")
