@@ -115,7 +115,9 @@ def mounts(facts: dict[str, Any]) -> Attempts:
         "lease of a file of the node": lambda: call(72 if _AMD64 else 25, os.open("/usr/bin/env", 0), 1024, 0),
         "overwrite a program by its mapping": _write_mapped,
         "unshare of a 32-bit program": lambda: _old_call(310, 0x10000000, b"") if _AMD64 else "ENOSYS",
-        "unshare by a number of x32": lambda: call(0x40000000 | 272, 0x10000000) if _AMD64 else "ENOSYS",
+        "any call of a 32-bit program": lambda: _old_call(20, 0, b"") if _AMD64 else "ENOSYS",
+        "unshare by a number of x32": lambda: _in_child(_x32, 272, 0x10000000) if _AMD64 else "ENOSYS",
+        "any call by a number of x32": lambda: _in_child(_x32, 39, 0) if _AMD64 else "ENOSYS",
     }
 
 
@@ -290,14 +292,23 @@ def _netlink(protocol: int, kind: int, flags: int) -> None:
 
 
 def _old_call(number: int, first: int, words: bytes) -> str | None:
-    """A system call as 32-bit programs make it, by int 0x80; its second argument is the address of `words`.
+    """A system call as 32-bit programs make it, by int 0x80; its second argument is the address of `words`."""
+    return _in_child(_int80, number, first, words)
 
-    In a child: where the kernel has no 32-bit calls, it dies.
-    """
+
+def _x32(number: int, first: int) -> int:
+    try:
+        return call(0x40000000 | number, first)
+    except OSError as error:
+        return -(error.errno or 0)
+
+
+def _in_child(work: Callable[..., int], *args: Any) -> str | None:
+    """What a system call returned; "ENOSYS" where the child died: the kernel has no such calls, or the filter none."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writing, struct.pack("<i", _int80(number, first, words)))
+        os.write(writing, struct.pack("<i", work(*args)))
         os._exit(0)
     os.close(writing)
     said = os.read(reading, 4)
@@ -307,7 +318,7 @@ def _old_call(number: int, first: int, words: bytes) -> str | None:
         return "ENOSYS"
     code = struct.unpack("<i", said)[0]
     if code < 0:
-        raise OSError(-code, "int 0x80")
+        raise OSError(-code, "refused")
     return None
 
 
