@@ -18,9 +18,10 @@ import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,8 @@ _FLAGS: Final = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
 _FUSE: Final = Path("/sys/fs/fuse/connections")
 _ID: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _HEAD_BYTES: Final = 64 << 10
+UNMOUNTS_MAX: Final = 32  # at once; more hang only where the kernel is ill
+_ABORTING: Final = threading.Lock()  # who finds fusectl mounted must not lose it to who mounted it
 _log = get_logger("oci.images")
 
 
@@ -51,6 +54,22 @@ class _Mounted:
     fuse: int = 0
 
 
+class _Lock:
+    """Of one image, for as long as somebody holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """To unmount an image. Its thread may hang in the kernel; after `given_up` it unmounts nothing more."""
+
+    end: asyncio.Future[None]
+    given_up: threading.Event = field(default_factory=threading.Event)
+
+
 class ImageMounts:
     """See the module's docstring. `users_of(id)`: the containers whose records name that image; asked in threads."""
 
@@ -58,7 +77,8 @@ class ImageMounts:
         self.folder = folder
         self._users_of = users_of
         self._keep_s = keep_s
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks: dict[str, _Lock] = {}
+        self._unmounting: dict[str, _Attempt] = {}
         self._later: dict[str, asyncio.TimerHandle] = {}
         self._work: set[asyncio.Task[None]] = set()
 
@@ -67,13 +87,13 @@ class ImageMounts:
 
         UNAVAILABLE: its first bytes have not arrived; CORRUPT, DRIVER_FAILED.
         """
-        async with self._lock(image.id):
+        async with self._locked(image.id):
             self._forget_later(image.id)
             return await asyncio.to_thread(self._attach, image)
 
     async def finished(self, image: Image) -> None:
         """The image is whole, in `image.folder`: what is mounted reads from there from now on. Not mounted: fine."""
-        async with self._lock(image.id):
+        async with self._locked(image.id):
             await asyncio.to_thread(self._move, image)
 
     def let_go(self, id: str) -> None:
@@ -84,7 +104,7 @@ class ImageMounts:
 
     async def release(self, id: str) -> bool:
         """Unmount it unless a container uses it; True when it is not mounted any more."""
-        async with self._lock(id):
+        async with self._locked(id):
             if await asyncio.to_thread(self._users_of, id):
                 return False
             await self._take_down(id)
@@ -122,10 +142,19 @@ class ImageMounts:
 
     # ---- inside
 
-    def _lock(self, id: str) -> asyncio.Lock:
+    @asynccontextmanager
+    async def _locked(self, id: str) -> AsyncIterator[None]:
         if not _ID.fullmatch(id) or ".." in id:
             raise driver_failed(f"image id {id!r} is not a file name", remedy="Use the artifact's id.")
-        return self._locks.setdefault(id, asyncio.Lock())
+        lock = self._locks.setdefault(id, _Lock())
+        lock.users += 1
+        try:
+            async with lock.lock:
+                yield
+        finally:
+            lock.users -= 1
+            if not lock.users:
+                del self._locks[id]
 
     def _forget_later(self, id: str) -> None:
         if (handle := self._later.pop(id, None)) is not None:
@@ -209,7 +238,7 @@ class ImageMounts:
 
     async def _free(self, id: str, container: str) -> None:
         await asyncio.sleep(STUCK_S)
-        async with self._lock(id):
+        async with self._locked(id):
             state = await asyncio.to_thread(self._state, id)
             if state is not None and state.fuse and await asyncio.to_thread(self._users_of, id) == {container}:
                 _log.warning("image_aborted", image=id, why=f"{container} cannot be killed while it reads")
@@ -218,18 +247,50 @@ class ImageMounts:
     async def _take_down(self, id: str) -> None:
         place, state = self.folder / id, await asyncio.to_thread(self._state, id)
         self._forget_later(id)
-        down = asyncio.create_task(asyncio.to_thread(_unmount, place), name=f"umount {id[:12]}")
-        done, _ = await asyncio.wait({down}, timeout=STUCK_S)
-        if not done and state is not None and state.fuse:
-            _log.warning("image_aborted", image=id, why="its unmounting waits for pieces that do not come")
-            await asyncio.to_thread(_abort, state.fuse)
-        done, _ = await asyncio.wait({down}, timeout=ABORTED_S)
+        attempt = self._unmounting.get(id) or self._unmount(id)
+        try:
+            done, _ = await asyncio.wait({attempt.end}, timeout=STUCK_S)
+            if not done and state is not None and state.fuse:
+                _log.warning("image_aborted", image=id, why="its unmounting waits for pieces that do not come")
+                await asyncio.to_thread(_abort, state.fuse)
+            done, _ = await asyncio.wait({attempt.end}, timeout=ABORTED_S)
+        finally:
+            attempt.given_up.set()  # the next mount there is not its
         if not done:
             raise driver_failed(f"image {id} cannot be unmounted", remedy="A read of its file hangs in the kernel.")
-        await down
+        attempt.end.result()
+        if await asyncio.to_thread(_device_at, place) is not None:
+            raise driver_failed(f"image {id} was mounted again meanwhile", remedy="It is unmounted when asked again.")
         (self.folder / f"{id}.json").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             place.rmdir()
+
+    def _unmount(self, id: str) -> _Attempt:
+        """One attempt at a time for each image, in a thread that nobody's end waits for: it may hang in the kernel."""
+        if len(self._unmounting) >= UNMOUNTS_MAX:
+            raise driver_failed(f"{len(self._unmounting)} images hang while they are unmounted", remedy="Reboot.")
+        loop_ = asyncio.get_running_loop()
+        attempt = self._unmounting[id] = _Attempt(loop_.create_future())
+
+        def ended(error: Exception | None) -> None:
+            del self._unmounting[id]
+            if error is None:
+                attempt.end.set_result(None)
+            else:
+                attempt.end.set_exception(error)
+                attempt.end.exception()  # perhaps nobody waits any more
+
+        def unmount() -> None:
+            error: Exception | None = None
+            try:
+                _unmount(self.folder / id, attempt.given_up)
+            except Exception as exc:
+                error = exc
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop_.call_soon_threadsafe(ended, error)
+
+        threading.Thread(target=unmount, name=f"umount {id[:12]}", daemon=True).start()
+        return attempt
 
 
 def _read(image: Image) -> ImageLayout:
@@ -295,18 +356,26 @@ def _without_loop(file: Path, place: Path) -> bool:
     return True
 
 
-def _unmount(place: Path) -> None:
-    while _device_at(place) is not None:
+def _unmount(place: Path, given_up: threading.Event) -> None:
+    while not given_up.is_set() and _device_at(place) is not None:
         mounts.umount(place)
 
 
 def _abort(fuse: int) -> None:
     """All requests of that connection fail, whatever hangs in it."""
-    if _FUSE.is_dir() and not any(_FUSE.iterdir()):
-        with contextlib.suppress(FalError):
-            mounts.mount("fusectl", _FUSE, "fusectl", mounts.MS_NOSUID | mounts.MS_NODEV)
-    with contextlib.suppress(OSError):
-        (_FUSE / str(fuse) / "abort").write_text("1")
+    with _ABORTING, contextlib.suppress(OSError):
+        mounted = _FUSE.is_dir() and not any(_FUSE.iterdir())
+        if mounted:
+            try:
+                mounts.mount("fusectl", _FUSE, "fusectl", mounts.MS_NOSUID | mounts.MS_NODEV)
+            except FalError:
+                return
+        try:
+            (_FUSE / str(fuse) / "abort").write_text("1")
+        finally:
+            if mounted:
+                with contextlib.suppress(FalError):
+                    mounts.umount(_FUSE)
 
 
 __all__ = ["KEEP_S", "ImageMounts"]
