@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,8 @@ def set_secret(
 ) -> None:
     """Make a secret, or change it: runners that start from then on get it.
 
-    The value is taken byte for byte from a file or from stdin, never from the command line, which others can read.
+    The value is taken byte for byte from a file or from stdin, never from the command line, which others can read. On
+    a terminal it is one line, typed without being shown.
     """
     from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import console, print_json, to_json
@@ -47,9 +49,13 @@ def _value(from_file: Path | None) -> bytes:
         except OSError as exc:
             what = f"{from_file} cannot be read: {exc.strerror}"
             raise FalError(Code.NOT_FOUND, what, remedy="Name another file.", field="from-file") from None
+    elif sys.stdin.isatty():
+        typer.echo("Type the value and Enter. It is not shown, and the end of the line is not part of it.", err=True)
+        try:
+            value = getpass.getpass("Value: ").encode(errors="surrogateescape")
+        except EOFError:
+            value = b""
     else:
-        if sys.stdin.isatty():
-            typer.echo("Type the value, then Ctrl-D.", err=True)
         value = sys.stdin.buffer.read(SECRET_BYTES_MAX + 1)
     if not value:
         raise invalid("value", "nothing", "is empty", remedy="Give it by --from-file FILE or on stdin.")

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import pty
+import select
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +17,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import fal_scheduler.api.service as service_module
+from fal_agent import packing
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import SECRET_BYTES_MAX
 from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
@@ -164,6 +170,32 @@ def test_set_list_unset_by_hand(cluster: Loopback, tmp_path: Path) -> None:
     assert "t/hf" in falctl("list").output
     assert "is forgotten" in falctl("unset", "hf").output
     assert "No secrets" in falctl("list", "--all").output
+
+
+TYPED = "from falctl.secrets import _value; raise SystemExit(_value(None) != b'hidden77')"
+
+
+def test_on_a_terminal_the_value_is_not_shown() -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", TYPED])
+    said, typed = b"", False
+    with os.fdopen(terminal, "rb+", buffering=0) as end, contextlib.suppress(OSError):  # EIO when the other end is gone
+        while select.select([end], [], [], 20)[0]:
+            said += end.read(4096)
+            if b"Value: " in said and not typed:
+                typed = True
+                end.write(b"hidden77\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
+    assert b"It is not shown" in said
+    assert b"hidden77" not in said
+
+
+def test_no_secret_has_the_name_of_a_file_that_the_packer_is_given(cluster: Loopback) -> None:
+    for name in (packing.AUTH_FILE, packing.CA_FILE, packing.PROXY_FILE):
+        result = falctl("set", name, stdin=b"x")
+        assert isinstance(result.exception, FalError), result.output
+        assert "is not a name" in str(result.exception)
 
 
 def test_wrong_use_is_refused(cluster: Loopback, tmp_path: Path) -> None:
