@@ -84,7 +84,8 @@ class HelperExec:
     ) -> HelperExec:
         """Start it; DRIVER_FAILED with the runtime's words when it does not. `work_dir` is made, gone after `close`.
 
-        `owner_uid`: who may open the pipes again by their names in /proc. `enter` moves the helper to its cgroup.
+        `owner_uid`: who may give the pipes to the command's user, who may then open them by their names in /proc.
+        `enter` moves the helper to its cgroup.
         """
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control.setblocking(False)
@@ -260,23 +261,30 @@ class HelperExec:
         return code
 
     async def close(self) -> None:
-        loop = asyncio.get_running_loop()
+        if self._control.fileno() < 0:
+            return
         self.kill()
-        if self._helper is not None:
-            if not self._exit.done():
-                # It ends by itself once the command is dead; a command stuck in the kernel is left to it.
-                self._control.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_END_TIMEOUT_S):
-                    await self._helper.wait()
-        loop.remove_reader(self._control)
+        try:
+            if self._helper is not None:
+                if not self._exit.done():
+                    # It ends by itself once the command is dead; a command stuck in the kernel is left to it.
+                    self._control.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_END_TIMEOUT_S):
+                        await self._helper.wait()
+        finally:  # also when this is cancelled halfway
+            self._release()
+            await asyncio.to_thread(shutil.rmtree, self._work_dir, ignore_errors=True)
+
+    def _release(self) -> None:
+        """All descriptors of ours."""
+        asyncio.get_running_loop().remove_reader(self._control)
         self._control.close()
         for fd in list(self._outputs):
             self._drop_output(fd)
         self._drop_input()
         if not self._exit.done():
             self._exit.set_result(-1)
-        await asyncio.to_thread(shutil.rmtree, self._work_dir, ignore_errors=True)
 
 
 def _fields(request: Request) -> dict[str, Any]:

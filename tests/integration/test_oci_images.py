@@ -95,6 +95,26 @@ def test_the_image_names_the_process(driver: OciDriver, tmp_path: Path) -> None:
     assert lines == ["uid=1000(worker) gid=1000(worker) groups=44(video)", "hello", "/home/worker", "/var", "ours"]
 
 
+def test_a_command_beside_an_image_that_is_not_roots_opens_its_output_by_name(
+    driver: OciDriver, tmp_path: Path
+) -> None:
+    image = image_of(make_folder(tmp_path / "i", config={"User": "worker"}))
+    spec = spec_of(image, *shell("echo up; exec sleep 60"))
+
+    async def main() -> None:
+        assert await up(driver, spec) == "up"
+        session = await driver.exec(spec.id, shell("id -u; echo said >/dev/stdout; echo wrong >/dev/stderr"))
+        said: dict[str, bytes] = {}
+        try:
+            while (piece := await session.read()) is not None:
+                said[piece[0]] = said.get(piece[0], b"") + piece[1]
+            assert (await session.wait(), said) == (0, {"stdout": b"1000\nsaid\n", "stderr": b"wrong\n"})
+        finally:
+            await session.close()
+
+    run(main())
+
+
 def test_two_containers_of_one_image_share_a_mount_and_no_writes(driver: OciDriver, tmp_path: Path) -> None:
     image = image_of(make_folder(tmp_path / "i"))
     writer = spec_of(image, *shell("echo mine >/etc/mine; echo changed >/etc/passwd; cat /etc/mine; exec sleep 60"))

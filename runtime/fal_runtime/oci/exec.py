@@ -74,7 +74,7 @@ async def _start(
         request,
         _work_dir(files.directory),
         terminal=terminal,
-        owner_uid=record.uid_start if record is not None else None,
+        owner_uid=record.uid_start if record is not None else None,  # the runtime, as this root, gives them on
         enter=lambda pid: cgroups.enter(pid, cgroups.CONMON_CGROUP),
     )
 
