@@ -152,7 +152,7 @@ def test_probes_and_requests_go_to_the_port(server: subprocess.Popen[bytes], tmp
     _run(main())
 
 
-@pytest.mark.parametrize(("pid", "ticks"), [(-1, 0), (1 << 22, 7), (os.getpid(), 0)])
+@pytest.mark.parametrize(("pid", "ticks"), [(-1, 0), (1 << 22, 7), (os.getpid(), 0)], ids=["none", "gone", "ours"])
 def test_a_runner_without_its_process_never_leads_to_the_node(pid: int, ticks: int) -> None:
     """Else a container that ends as it is registered would send requests to whatever listens on the node."""
 
