@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
@@ -23,7 +24,7 @@ from contract.driver_cases import oci_missing
 from fal_contract.errors import Code, FalError
 from fal_runtime import host_image, socket_dir
 from fal_runtime.driver import ContainerSpec, ContainerStatus, Mount, Phase, Resources
-from fal_runtime.oci import cgroups, mounts
+from fal_runtime.oci import cgroups, kernel_messages, mounts
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.driver import RUN_DIR, OciDriver
 from fal_runtime.uid_ranges import RANGE_IDS, UidRanges
@@ -513,6 +514,30 @@ def test_every_process_of_the_agents_cgroup_is_killed_and_nothing_is_lost(driver
     run(main())
 
 
+def test_the_kernels_messages_are_read_beside_the_loop(driver: OciDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers: list[threading.Thread] = []
+
+    def recent() -> str:
+        readers.append(threading.current_thread())
+        return ""
+
+    monkeypatch.setattr(kernel_messages, "recent", recent)
+    monkeypatch.setattr(cgroups, "oom_kills", lambda _path: 1)
+
+    async def main() -> None:
+        spec = ContainerSpec(id=id_of("oom"), command=("/bin/sh", "-c", "echo up; sleep 600"))
+        await up(driver, spec)
+        waiting = [asyncio.create_task(driver.wait(spec.id)) for _ in range(3)]
+        ended = await driver.kill(spec.id)
+        assert ended.oom_killed
+        assert [await one for one in waiting] == [ended] * 3
+        assert [one for one in await driver.list() if one.id == spec.id] == [ended]
+
+    run(main())
+    assert readers
+    assert threading.main_thread() not in readers
+
+
 def test_a_dead_conmon_is_told(driver: OciDriver) -> None:
     async def main() -> None:
         spec = ContainerSpec(id=id_of("orphan"), command=("/bin/sh", "-c", "echo up; sleep 600"))
@@ -521,8 +546,8 @@ def test_a_dead_conmon_is_told(driver: OciDriver) -> None:
         os.kill(created["conmon"], signal.SIGKILL)
 
         def told() -> bool:
-            status = driver._status(spec.id)
-            return "conmon died" in status.reason
+            status = driver._files(spec.id).status(driver._place.runtime_root)
+            return status is not None and "conmon died" in status.reason
 
         await until(told, "conmon's death is in the reason")
         ended = await driver.kill(spec.id)

@@ -145,7 +145,7 @@ class OciDriver:
     async def start(self, id: str) -> None:
         files = self._files(id)
         record = files.record()
-        if record is None or self._status(id).phase is not Phase.CREATED:
+        if record is None or (await self._status(id)).phase is not Phase.CREATED:
             return
         try:
             files.mark_started(self._clock.wall_s())
@@ -158,11 +158,17 @@ class OciDriver:
             raise
 
     async def status(self, id: str) -> ContainerStatus | None:
-        return ContainerFiles(self._containers / id).status(self._place.runtime_root)
+        files = ContainerFiles(self._containers / id)
+        if files.ends_now:  # the kernel's whole message buffer may be read for it
+            try:
+                return await asyncio.to_thread(files.status, self._place.runtime_root)
+            except FileNotFoundError:  # removed meanwhile
+                return None
+        return files.status(self._place.runtime_root)
 
     async def list(self) -> builtins.list[ContainerStatus]:
         paths = [path for path in sorted(self._containers.iterdir()) if not path.name.startswith(probe.ID_PREFIX)]
-        found = [ContainerFiles(path).status(self._place.runtime_root) for path in paths]
+        found = [await self.status(path.name) for path in paths]
         for status in found:
             if status is not None and status.phase is not Phase.EXITED:
                 self._rotations.watch(self._files(status.id).paths().log)
@@ -173,12 +179,12 @@ class OciDriver:
         created = files.created()
         watched = (created.conmon, created.pid) if created is not None else ()
         with self._watcher.subscribe(files.paths().exits, watched) as subscription:
-            while (status := self._status(id)).phase is not Phase.EXITED:
+            while (status := await self._status(id)).phase is not Phase.EXITED:
                 await subscription.changed()
             return status
 
     async def stop(self, id: str, *, grace_s: float) -> ContainerStatus:
-        if self._status(id).phase is Phase.RUNNING:
+        if (await self._status(id)).phase is Phase.RUNNING:
             self._files(id).mark_told("SIGTERM", grace_s)
             self._signal(id, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
@@ -187,7 +193,7 @@ class OciDriver:
         return await self.kill(id)
 
     async def kill(self, id: str) -> ContainerStatus:
-        status = self._status(id)
+        status = await self._status(id)
         if status.phase is Phase.EXITED:
             return status
         self._files(id).mark_told("SIGKILL")
@@ -243,7 +249,7 @@ class OciDriver:
             yield line
 
     async def exec(self, id: str, command: tuple[str, ...], *, terminal: Terminal | None = None) -> ExecSession:
-        status, record = self._status(id), self._files(id).record()
+        status, record = await self._status(id), self._files(id).record()
         if status.phase is not Phase.RUNNING or record is None:
             raise not_running(id, status)
         return await open_exec(self._files(id), self._place.runtime(record.runtime), command, terminal)
@@ -294,8 +300,8 @@ class OciDriver:
             raise unknown_container(id)
         return files
 
-    def _status(self, id: str) -> ContainerStatus:
-        status = ContainerFiles(self._containers / id).status(self._place.runtime_root)
+    async def _status(self, id: str) -> ContainerStatus:
+        status = await self.status(id)
         if status is None:
             raise unknown_container(id)
         return status

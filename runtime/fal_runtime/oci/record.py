@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from fal_runtime.process_supervisor import start_ticks, write_whole
 
 LOG_LOST: Final = "log and exit code lost: conmon died"
 _HINT_LINES: Final = 20
+_ENDING: Final = threading.Lock()
 REBOOTED: Final = "the node was rebooted"
 
 
@@ -144,6 +146,11 @@ class ContainerFiles:
             grace_s = told.get("grace_s", grace_s)
             write_whole(self.paths().persist / "told.json", {"signals": signals, "grace_s": grace_s})
 
+    @property
+    def ends_now(self) -> bool:
+        """Its end is there and nobody has looked at it yet: the next `status` reads more than a few files."""
+        return not (self.directory / "ended.json").exists() and (self.paths().exits / self.runtime_id).exists()
+
     def status(self, runtime_root: Path) -> ContainerStatus | None:
         """None when it was never wholly created."""
         record, created = self.record(), self.created()
@@ -158,7 +165,10 @@ class ContainerFiles:
         conmon = same_boot and alive(created.conmon, created.conmon_ticks)
         exit_file = self.paths().exits / record.id
         if exit_file.exists():
-            return self._ended(record, started_at_s, exit_file)
+            with _ENDING:  # of several threads one finds it out
+                if ended := _read(self.directory / "ended.json"):
+                    return ContainerStatus(**{**ended, "phase": Phase.EXITED})
+                return self._ended(record, started_at_s, exit_file)
         reason = "" if conmon else LOG_LOST
         if init or conmon:
             fifo = Path(record.fifo) if record.fifo else runtime_root / record.id / "exec.fifo"
