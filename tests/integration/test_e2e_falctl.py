@@ -61,6 +61,21 @@ WRONG: dict[str, list[tuple[str, int, str]]] = {
     "runner top": [("nothing", 1, "nothing"), ("here --every x", 2, "--every")],
     "runner stop": [("nothing", 1, "nothing")],
     "runner kill": [("nothing", 1, "nothing")],
+    "image add": [
+        ("Bad_Name docker://registry.example/x:1", 1, "Bad_Name"),
+        ("i ftp://host/x", 1, "ftp"),
+        ("i docker://registry.example/x:1 --size-max lots", 1, "--size-max"),
+        ("i docker://registry.example/x:1 --within soon", 1, "--within"),
+    ],
+    "image list": [("--team x", 2, "--team")],
+    "image show": [("nothing", 1, "nothing")],
+    "image warm": [("nothing --to box", 1, "nothing")],
+    "image where": [("nothing", 1, "nothing")],
+    "image verify": [("nothing", 1, "nothing")],
+    "image rm": [("nothing", 1, "nothing")],
+    "secret set": [("s --from-file no/such/file", 1, "no/such/file"), ("Bad_Name --from-file TEXT", 1, "Bad_Name")],
+    "secret list": [("--team x", 2, "--team")],
+    "secret unset": [("nothing", 1, "nothing")],
     "weights add": [
         ("m file:///no/such/folder", 1, "/no/such/folder"),
         ("m ftp://host/m", 1, "ftp"),
@@ -140,7 +155,8 @@ WRONG: dict[str, list[tuple[str, int, str]]] = {
 }
 READING = {
     "app list": "apps", "app show here": "app", "app plan -f GOOD": "plan", "runner list": "runners",
-    "runner list --all-teams --node box": "runners", "runner show RUNNER": "runner", "weights list": "models",
+    "runner list --all-teams --node box": "runners", "runner show RUNNER": "runner",
+    "image list": "images", "secret list": "secrets", "weights list": "models",
     "weights gc --dry-run": "collected", "cache list": "entries",
     "node list": "nodes", "node show box": "node", "node token list": "tokens", "gpu list": "gpus",
     "gpu list --free": "gpus", "pool list": "pools", "pool show machines": "pool", "status": "status",
