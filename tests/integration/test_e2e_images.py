@@ -74,8 +74,11 @@ def two_nodes(root: Path) -> Iterator[Cluster]:
 
 
 @pytest.mark.skipif(not BUSYBOX.exists(), reason="not installed: busybox-static")
-def test_an_image_outlives_its_registry_and_serves_on_every_node(tmp_path: Path) -> None:
-    with two_nodes(tmp_path) as real:
+def test_an_image_outlives_its_registry_and_serves_on_every_node(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # Sockets lie below the state directories, so their folder has a short name.
+    with two_nodes(tmp_path_factory.mktemp("i")) as real:
         with ImageRegistry(tmp_path / "registry") as registry:
             registry.push(server_image(tmp_path / "layout"), "team/web:1")
             missing = real.falctl("image", "add", "none", registry.source("team/none:1"))

@@ -27,6 +27,7 @@ from fal_runtime.driver import ContainerSpec, ContainerStatus, Mount, Phase, Res
 from fal_runtime.oci import cgroups, kernel_messages, mounts
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.driver import RUN_DIR, OciDriver
+from fal_runtime.oci.record import EndUnread
 from fal_runtime.uid_ranges import RANGE_IDS, UidRanges
 
 pytestmark = [
@@ -536,6 +537,21 @@ def test_the_kernels_messages_are_read_beside_the_loop(driver: OciDriver, monkey
     run(main())
     assert readers
     assert threading.main_thread() not in readers
+
+
+def test_an_end_that_comes_during_a_look_is_not_read_on_the_loop(driver: OciDriver) -> None:
+    async def main() -> None:
+        spec = ContainerSpec(id=id_of("end"), command=("/bin/sh", "-c", "echo up; sleep 600"))
+        await up(driver, spec)
+        files = driver._files(spec.id)
+        (files.paths().exits / files.runtime_id).write_text("7")  # as conmon does it, at any moment
+        with pytest.raises(EndUnread):
+            files.status(driver._place.runtime_root, may_end=False)
+        ended = await driver.status(spec.id)
+        assert ended is not None
+        assert ended.exit_code == 7
+
+    run(main())
 
 
 def test_a_dead_conmon_is_told(driver: OciDriver) -> None:

@@ -43,7 +43,7 @@ from fal_runtime.oci import leftovers, prepared, probe, processes, start, top
 from fal_runtime.oci.conmon import Mode
 from fal_runtime.oci.exec import open_exec
 from fal_runtime.oci.place import Place
-from fal_runtime.oci.record import ContainerFiles, Record, boot_id
+from fal_runtime.oci.record import ContainerFiles, EndUnread, Record, boot_id
 from fal_runtime.oci.rotation import Rotations
 from fal_runtime.watch import Watcher
 
@@ -159,12 +159,14 @@ class OciDriver:
 
     async def status(self, id: str) -> ContainerStatus | None:
         files = ContainerFiles(self._containers / id)
-        if files.ends_now:  # the kernel's whole message buffer may be read for it
-            try:
-                return await asyncio.to_thread(files.status, self._place.runtime_root)
-            except FileNotFoundError:  # removed meanwhile
-                return None
-        return files.status(self._place.runtime_root)
+        try:
+            return files.status(self._place.runtime_root, may_end=False)
+        except EndUnread:  # the kernel's whole message buffer may be read for it
+            pass
+        try:
+            return await asyncio.to_thread(files.status, self._place.runtime_root)
+        except FileNotFoundError:  # removed meanwhile
+            return None
 
     async def list(self) -> builtins.list[ContainerStatus]:
         paths = [path for path in sorted(self._containers.iterdir()) if not path.name.startswith(probe.ID_PREFIX)]

@@ -84,6 +84,10 @@ def alive(pid: int, ticks: int) -> bool:
         return False
 
 
+class EndUnread(Exception):
+    """A container has ended, and nobody has found out how yet."""
+
+
 class ContainerFiles:
     """The files of one container."""
 
@@ -146,13 +150,11 @@ class ContainerFiles:
             grace_s = told.get("grace_s", grace_s)
             write_whole(self.paths().persist / "told.json", {"signals": signals, "grace_s": grace_s})
 
-    @property
-    def ends_now(self) -> bool:
-        """Its end is there and nobody has looked at it yet: the next `status` reads more than a few files."""
-        return not (self.directory / "ended.json").exists() and (self.paths().exits / self.runtime_id).exists()
+    def status(self, runtime_root: Path, *, may_end: bool = True) -> ContainerStatus | None:
+        """None when it was never wholly created.
 
-    def status(self, runtime_root: Path) -> ContainerStatus | None:
-        """None when it was never wholly created."""
+        The first look at an end reads more than a few files; without `may_end` it raises EndUnread instead.
+        """
         record, created = self.record(), self.created()
         if record is None or created is None:
             return None
@@ -165,6 +167,8 @@ class ContainerFiles:
         conmon = same_boot and alive(created.conmon, created.conmon_ticks)
         exit_file = self.paths().exits / record.id
         if exit_file.exists():
+            if not may_end:
+                raise EndUnread
             with _ENDING:  # of several threads one finds it out
                 if ended := _read(self.directory / "ended.json"):
                     return ContainerStatus(**{**ended, "phase": Phase.EXITED})
