@@ -25,6 +25,7 @@ from fal_contract.errors import Code, FalError
 from fal_contract.limits import CACHE_NAMESPACE_BYTES_MAX
 from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
 from fal_fsd.ingest import URI
+from fal_scheduler import cache_builds, task_outputs
 from fal_scheduler.api import apps, compile_caches, nodes, runners, weights
 from fal_scheduler.core import builds
 from fal_scheduler.core.build_events import BuildEnded, EvictCacheEntry, PutCacheEntry, TrimCache
@@ -327,6 +328,28 @@ def test_output_that_no_build_may_leave_is_refused_with_an_event(tmp_path: Path,
         assert events_of(leader, "CACHE_REFUSED")
         assert not leader.view.catalog.cache_entries
         assert not leader.view.models
+
+    with_builder(tmp_path, body)
+
+
+def test_output_that_can_never_be_kept_ends_its_build_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task_outputs, "AGAIN_S", 0.01)
+    monkeypatch.setattr(cache_builds, "TRIES_MAX", 3)
+
+    async def body(leader: Leadership, node: Builder) -> None:
+        tries: list[Artifact] = []
+
+        async def never(kept: Artifact) -> None:
+            tries.append(kept)
+            raise FalError(Code.STORE_FAILED, "the disk is full", remedy="Make room.")
+
+        monkeypatch.setattr(leader.builds, "keep", never)
+        await node.built(leader)
+        (view,) = listed(leader)
+        assert (view.state, len(tries)) == ("failed", 3)
+        assert "the disk is full" in view.reason
 
     with_builder(tmp_path, body)
 

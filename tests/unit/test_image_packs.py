@@ -17,7 +17,7 @@ from fal_contract.errors import Code, FalError
 from fal_contract.limits import IMAGE_BYTES_MAX, IMAGE_BYTES_MAX_DEFAULT, MESSAGE_BYTES_MAX
 from fal_contract.pieces import piece_bytes_of
 from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2, weights_pb2
-from fal_scheduler import image_packs
+from fal_scheduler import task_outputs
 from fal_scheduler.api import apps, compile_caches, images, weights
 from fal_scheduler.core.image_source import check_platform, check_source
 from fal_scheduler.leadership import Leadership
@@ -172,7 +172,7 @@ def test_the_manifest_of_a_large_image_is_fetched_and_fits_its_messages(tmp_path
 
 
 def test_the_cache_that_packed_it_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_packs, "AGAIN_S", 0.02)
+    monkeypatch.setattr(task_outputs, "AGAIN_S", 0.02)
 
     async def body(leader: Leadership, node: Packer) -> None:
         await node.cache.hang_up()
