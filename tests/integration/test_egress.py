@@ -253,15 +253,18 @@ def test_why_a_node_has_no_egress_is_said(here: World, tmp_path: Path) -> None:
 def test_rules_that_somebody_flushed_are_back_with_the_next_container(here: World, tmp_path: Path) -> None:
     network = EgressNetwork(tmp_path, "s1")
 
+    switch = Path("/proc/sys/net/ipv4/ip_forward")
+
     def look() -> tuple[str, str]:
+        switch.write_text("0")  # a new namespace takes over what its machine had set
         network.open("one", Egress())
-        forwarding = Path("/proc/sys/net/ipv4/ip_forward").read_text().strip()
+        forwarding = switch.read_text().strip()
         for table in ("filter", "nat"):
             command(("iptables", "-w", "-t", table, "-F"))
         two = network.open("two", Egress())
         reached = here.tries(two.netns, f"{PUBLIC}:8080")[f"{PUBLIC}:8080"]
         network.clean(frozenset())
-        assert Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() == "0", "as it was before"
+        assert switch.read_text().strip() == "0", "as it was before"
         return forwarding, reached
 
     assert inside(here.node, look) == ("1", f"reached {NODE}")

@@ -75,7 +75,7 @@ def test_a_thousand_cycles_leave_nothing(tmp_path: Path, scale: Callable[[int], 
             for turn in range(turns):
                 await cycles.turn(ahead=turn % 2 == 1)
             await driver.prepare([])
-            assert traces(driver._place, tmp_path) == before
+            assert traces(driver._place, tmp_path) - before == set()  # sockets of earlier tests may go meanwhile
             kept = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_link(fd)]
             assert sum(target.startswith("user:") for target in kept) <= userns.KEPT_MAX
         finally:
