@@ -27,6 +27,7 @@ from falctl import (
     runner_exec,  # noqa: F401  (adds its verbs to `runner`)
     runners,
     secrets,
+    sim,
     weights,
     weights_push,  # noqa: F401  (adds its verb to `weights`)
     weights_stage,  # noqa: F401  (adds its verbs to `weights`)
@@ -72,6 +73,7 @@ app.command("events")(events.events)
 app.add_typer(dev.group, name="dev")
 app.add_typer(operate.operator_group, name="operator")
 app.add_typer(operate.server_group, name="server")
+app.command("sim", context_settings=sim.SETTINGS)(sim.sim)
 app.command("completion")(completion.completion)
 
 
