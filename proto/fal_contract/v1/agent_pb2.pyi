@@ -105,6 +105,7 @@ class AgentMessage(_message.Message):
     LOG_CHUNK_FIELD_NUMBER: _builtins.int
     EXEC_OUTPUT_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    GPU_RESULT_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Counts from 1 within a session."""
     @_builtins.property
@@ -117,6 +118,8 @@ class AgentMessage(_message.Message):
     def exec_output(self) -> Global___ExecOutput: ...
     @_builtins.property
     def top(self) -> Global___TopReply: ...
+    @_builtins.property
+    def gpu_result(self) -> Global___GpuOrderResult: ...
     def __init__(
         self,
         *,
@@ -126,12 +129,13 @@ class AgentMessage(_message.Message):
         log_chunk: Global___LogChunk | None = ...,
         exec_output: Global___ExecOutput | None = ...,
         top: Global___TopReply | None = ...,
+        gpu_result: Global___GpuOrderResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exec_output", b"exec_output", "hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "report", b"report", "top", b"top"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exec_output", b"exec_output", "gpu_result", b"gpu_result", "hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "report", b"report", "top", b"top"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_output", b"exec_output", "hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "report", b"report", "seq", b"seq", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_output", b"exec_output", "gpu_result", b"gpu_result", "hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "report", b"report", "seq", b"seq", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "report", "log_chunk", "exec_output", "top"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "report", "log_chunk", "exec_output", "top", "gpu_result"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -152,6 +156,7 @@ class SchedulerMessage(_message.Message):
     EXEC_OPEN_FIELD_NUMBER: _builtins.int
     EXEC_INPUT_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    GPU_ORDER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -170,6 +175,8 @@ class SchedulerMessage(_message.Message):
     def exec_input(self) -> Global___ExecInput: ...
     @_builtins.property
     def top(self) -> Global___TopRequest: ...
+    @_builtins.property
+    def gpu_order(self) -> Global___GpuOrder: ...
     def __init__(
         self,
         *,
@@ -182,12 +189,13 @@ class SchedulerMessage(_message.Message):
         exec_open: Global___ExecOpen | None = ...,
         exec_input: Global___ExecInput | None = ...,
         top: Global___TopRequest | None = ...,
+        gpu_order: Global___GpuOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "exec_input", b"exec_input", "exec_open", b"exec_open", "gateways", b"gateways", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "top", b"top", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "exec_input", b"exec_input", "exec_open", b"exec_open", "gateways", b"gateways", "gpu_order", b"gpu_order", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "top", b"top", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "exec_input", b"exec_input", "exec_open", b"exec_open", "gateways", b"gateways", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "top", b"top", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "exec_input", b"exec_input", "exec_open", b"exec_open", "gateways", b"gateways", "gpu_order", b"gpu_order", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "top", b"top", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "complete", "delta", "log_request", "gateways", "revocations", "exec_open", "exec_input", "top"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "complete", "delta", "log_request", "gateways", "revocations", "exec_open", "exec_input", "top", "gpu_order"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -434,6 +442,10 @@ class Gpu(_message.Message):
     HEALTH_REASON_FIELD_NUMBER: _builtins.int
     PRODUCT_FIELD_NUMBER: _builtins.int
     POWER_W_FIELD_NUMBER: _builtins.int
+    HEALTH_CLASS_FIELD_NUMBER: _builtins.int
+    HEALTH_SINCE_S_FIELD_NUMBER: _builtins.int
+    HEALTH_STATE_FIELD_NUMBER: _builtins.int
+    DIAGNOSES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID of the device or of the MIG instance."""
     index: _builtins.int
@@ -464,6 +476,16 @@ class Gpu(_message.Message):
     """Name as the driver tells it."""
     power_w: _builtins.int
     """Watts drawn."""
+    health_class: _builtins.str
+    """What kind of fault it is quarantined for: "reset", "dead", "foreign", "memory", "stuck" or "slow"; empty: none, it is
+    only not for new runners just now (see health_reason), or all is well.
+    """
+    health_since_s: _builtins.float
+    """Unix seconds since when; 0: no fault."""
+    health_state: _builtins.str
+    """"suspect", "quarantined" or "diagnosing"; empty: all is well."""
+    diagnoses: _builtins.int
+    """How often it was diagnosed by itself for this fault."""
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuLink]:
         """Links to the node's other GPUs."""
@@ -487,10 +509,14 @@ class Gpu(_message.Message):
         health_reason: _builtins.str = ...,
         product: _builtins.str = ...,
         power_w: _builtins.int = ...,
+        health_class: _builtins.str = ...,
+        health_since_s: _builtins.float = ...,
+        health_state: _builtins.str = ...,
+        diagnoses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ecc_uncorrected", b"ecc_uncorrected", "health", b"health", "health_reason", b"health_reason", "id", b"id", "index", b"index", "links", b"links", "memory_bytes", b"memory_bytes", "memory_used_bytes", b"memory_used_bytes", "mig_profile", b"mig_profile", "model", b"model", "numa_node", b"numa_node", "parent_id", b"parent_id", "pci_bus_id", b"pci_bus_id", "power_w", b"power_w", "product", b"product", "temperature_c", b"temperature_c"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diagnoses", b"diagnoses", "ecc_uncorrected", b"ecc_uncorrected", "health", b"health", "health_class", b"health_class", "health_reason", b"health_reason", "health_since_s", b"health_since_s", "health_state", b"health_state", "id", b"id", "index", b"index", "links", b"links", "memory_bytes", b"memory_bytes", "memory_used_bytes", b"memory_used_bytes", "mig_profile", b"mig_profile", "model", b"model", "numa_node", b"numa_node", "parent_id", b"parent_id", "pci_bus_id", b"pci_bus_id", "power_w", b"power_w", "product", b"product", "temperature_c", b"temperature_c"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -610,6 +636,7 @@ class RunnerStatus(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     WOUNDED_FIELD_NUMBER: _builtins.int
+    GPU_MILLI_FIELD_NUMBER: _builtins.int
     runner_id: _builtins.str
     """`team/app-suffix`."""
     assignment_id: _builtins.str
@@ -649,6 +676,8 @@ class RunnerStatus(_message.Message):
     """The admission refused it: nothing was started."""
     wounded: _builtins.bool
     """It serves, but its container's monitor died: its output and its exit code are lost. Another should take its place."""
+    gpu_milli: _builtins.int
+    """Thousandths that it holds of each of its GPUs; 0: all."""
     @_builtins.property
     def log_tail(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Last lines of its output when it failed."""
@@ -698,10 +727,11 @@ class RunnerStatus(_message.Message):
         refused: _builtins.bool = ...,
         output: _state_pb2.ModelManifest | None = ...,
         wounded: _builtins.bool = ...,
+        gpu_milli: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "app", b"app", "assignment_id", b"assignment_id", "cpu_milli", b"cpu_milli", "exit_code", b"exit_code", "gpu_seconds", b"gpu_seconds", "gpus", b"gpus", "in_flight", b"in_flight", "last_used_age_s", b"last_used_age_s", "log_tail", b"log_tail", "max_multiplexing", b"max_multiplexing", "memory_bytes", b"memory_bytes", "oom_killed", b"oom_killed", "output", b"output", "phases", b"phases", "ready_at_s", b"ready_at_s", "reason", b"reason", "refused", b"refused", "residencies", b"residencies", "revision", b"revision", "runner_id", b"runner_id", "served", b"served", "share_group", b"share_group", "started_at_s", b"started_at_s", "state", b"state", "term", b"term", "wounded", b"wounded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "app", b"app", "assignment_id", b"assignment_id", "cpu_milli", b"cpu_milli", "exit_code", b"exit_code", "gpu_milli", b"gpu_milli", "gpu_seconds", b"gpu_seconds", "gpus", b"gpus", "in_flight", b"in_flight", "last_used_age_s", b"last_used_age_s", "log_tail", b"log_tail", "max_multiplexing", b"max_multiplexing", "memory_bytes", b"memory_bytes", "oom_killed", b"oom_killed", "output", b"output", "phases", b"phases", "ready_at_s", b"ready_at_s", "reason", b"reason", "refused", b"refused", "residencies", b"residencies", "revision", b"revision", "runner_id", b"runner_id", "served", b"served", "share_group", b"share_group", "started_at_s", b"started_at_s", "state", b"state", "term", b"term", "wounded", b"wounded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -1009,6 +1039,8 @@ class Assignment(_message.Message):
     GPUS_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     ARTIFACTS_FIELD_NUMBER: _builtins.int
+    INVENTORY_GENERATION_FIELD_NUMBER: _builtins.int
+    GPU_MILLI_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique; with the term it fences older leaders."""
     term: _builtins.int
@@ -1024,6 +1056,12 @@ class Assignment(_message.Message):
     revision: _builtins.int
     share_group: _builtins.str
     """Share group."""
+    inventory_generation: _builtins.int
+    """Generation of the node's inventory that it was decided on; the agent refuses it where one of its GPUs has changed
+    since. 0: not checked.
+    """
+    gpu_milli: _builtins.int
+    """Thousandths of each of its GPUs and of their memory; 0: all of them, alone."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """GPUs it gets, all of them, alone."""
@@ -1050,10 +1088,12 @@ class Assignment(_message.Message):
         gpus: _abc.Iterable[_builtins.str] | None = ...,
         spec: _state_pb2.AppSpec | None = ...,
         artifacts: _abc.Iterable[Global___Artifact] | None = ...,
+        inventory_generation: _builtins.int = ...,
+        gpu_milli: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "artifacts", b"artifacts", "goal", b"goal", "goal_reason", b"goal_reason", "gpus", b"gpus", "id", b"id", "revision", b"revision", "runner_id", b"runner_id", "share_group", b"share_group", "spec", b"spec", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "artifacts", b"artifacts", "goal", b"goal", "goal_reason", b"goal_reason", "gpu_milli", b"gpu_milli", "gpus", b"gpus", "id", b"id", "inventory_generation", b"inventory_generation", "revision", b"revision", "runner_id", b"runner_id", "share_group", b"share_group", "spec", b"spec", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1693,3 +1733,82 @@ class GatewayAddress(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GatewayAddress: _TypeAlias = GatewayAddress  # noqa: Y015
+
+@_typing.final
+class GpuOrder(_message.Message):
+    """--- orders about one GPU
+
+    Something to be done with one GPU. The same order again joins the one under way.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Chosen by the scheduler."""
+    gpu: _builtins.str
+    """UUID of the device, or of a MIG instance."""
+    action: _builtins.str
+    """"release" (diagnose it, then give it back), "clear" (give it back unseen) or "mig"."""
+    timeout_s: _builtins.float
+    """Seconds after which nobody waits any more."""
+    @_builtins.property
+    def layout(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """For "mig": profiles of its instances, in order; empty: MIG mode off."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        gpu: _builtins.str = ...,
+        action: _builtins.str = ...,
+        layout: _abc.Iterable[_builtins.str] | None = ...,
+        timeout_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "gpu", b"gpu", "id", b"id", "layout", b"layout", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuOrder: _TypeAlias = GpuOrder  # noqa: Y015
+
+@_typing.final
+class GpuOrderResult(_message.Message):
+    """What came of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Which."""
+    error: _builtins.str
+    """Why it was refused or failed; empty: it is done."""
+    remedy: _builtins.str
+    """What an operator can do about that."""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was found or done, a line each."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        error: _builtins.str = ...,
+        remedy: _builtins.str = ...,
+        lines: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "id", b"id", "lines", b"lines", "remedy", b"remedy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuOrderResult: _TypeAlias = GpuOrderResult  # noqa: Y015

@@ -2885,3 +2885,142 @@ class ConfirmReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConfirmReply: _TypeAlias = ConfirmReply  # noqa: Y015
+
+@_typing.final
+class QuarantineGpuRequest(_message.Message):
+    """--- GPUs
+
+    Names a GPU to be taken out.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node, by id or name."""
+    gpu: _builtins.str
+    """GPU: its id, the beginning of its id, or its index."""
+    reason: _builtins.str
+    """Why, for others."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        gpu: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu", b"gpu", "node", b"node", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuarantineGpuRequest: _TypeAlias = QuarantineGpuRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseGpuRequest(_message.Message):
+    """Names a GPU to be given back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node, by id or name."""
+    gpu: _builtins.str
+    """GPU: its id, the beginning of its id, or its index."""
+    force: _builtins.bool
+    """True: it is not looked at first."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        gpu: _builtins.str = ...,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "gpu", b"gpu", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseGpuRequest: _TypeAlias = ReleaseGpuRequest  # noqa: Y015
+
+@_typing.final
+class SetMigRequest(_message.Message):
+    """How a GPU should be cut."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node, by id or name."""
+    gpu: _builtins.str
+    """GPU: the device's id, the beginning of it, or its index."""
+    @_builtins.property
+    def layout(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Profiles of its instances, such as "1g.10gb", in order; empty: MIG mode off."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        gpu: _builtins.str = ...,
+        layout: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu", b"gpu", "layout", b"layout", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetMigRequest: _TypeAlias = SetMigRequest  # noqa: Y015
+
+@_typing.final
+class GpuReply(_message.Message):
+    """What became of a GPU."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    NOW_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    RUNNERS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node's id."""
+    gpu: _builtins.str
+    """GPU's id."""
+    @_builtins.property
+    def now(self) -> _agent_pb2.Gpu:
+        """As it is now; unset where it is no more (its instances, or the whole device, have other ids)."""
+
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was found or done, a line each."""
+
+    @_builtins.property
+    def runners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Runners that hold it and go elsewhere."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        gpu: _builtins.str = ...,
+        now: _agent_pb2.Gpu | None = ...,
+        lines: _abc.Iterable[_builtins.str] | None = ...,
+        runners: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["now", b"now"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu", b"gpu", "lines", b"lines", "node", b"node", "now", b"now", "runners", b"runners"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuReply: _TypeAlias = GpuReply  # noqa: Y015

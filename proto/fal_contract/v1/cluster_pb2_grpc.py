@@ -271,6 +271,21 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ConfirmRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ConfirmReply.FromString,
                 _registered_method=True)
+        self.QuarantineGpu = channel.unary_unary(
+                '/fal.v1.Cluster/QuarantineGpu',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.QuarantineGpuRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.GpuReply.FromString,
+                _registered_method=True)
+        self.ReleaseGpu = channel.unary_unary(
+                '/fal.v1.Cluster/ReleaseGpu',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ReleaseGpuRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.GpuReply.FromString,
+                _registered_method=True)
+        self.SetMig = channel.unary_unary(
+                '/fal.v1.Cluster/SetMig',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.SetMigRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.GpuReply.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -606,6 +621,28 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QuarantineGpu(self, request, context):
+        """--- GPUs
+        Takes one GPU out by an operator's word; durable. Its runners are replaced elsewhere, then drained.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseGpu(self, request, context):
+        """Gives one back: its node diagnoses it first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetMig(self, request, context):
+        """Cuts an idle GPU into MIG instances, or makes it whole again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -843,6 +880,21 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.Confirm,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ConfirmRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ConfirmReply.SerializeToString,
+            ),
+            'QuarantineGpu': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuarantineGpu,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.QuarantineGpuRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.GpuReply.SerializeToString,
+            ),
+            'ReleaseGpu': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseGpu,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ReleaseGpuRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.GpuReply.SerializeToString,
+            ),
+            'SetMig': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetMig,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.SetMigRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.GpuReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -2115,6 +2167,87 @@ class Cluster:
             '/fal.v1.Cluster/Confirm',
             fal__contract_dot_v1_dot_cluster__pb2.ConfirmRequest.SerializeToString,
             fal__contract_dot_v1_dot_cluster__pb2.ConfirmReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QuarantineGpu(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/QuarantineGpu',
+            fal__contract_dot_v1_dot_cluster__pb2.QuarantineGpuRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.GpuReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseGpu(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/ReleaseGpu',
+            fal__contract_dot_v1_dot_cluster__pb2.ReleaseGpuRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.GpuReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetMig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/SetMig',
+            fal__contract_dot_v1_dot_cluster__pb2.SetMigRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.GpuReply.FromString,
             options,
             channel_credentials,
             insecure,

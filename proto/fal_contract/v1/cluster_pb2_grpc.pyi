@@ -128,6 +128,14 @@ class ClusterStub:
     """What happened, oldest first; with follow also what happens."""
     Confirm: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ConfirmRequest, _cluster_pb2.ConfirmReply]
     """Settles what waits for an operator: a suspicious store, a foreign node, orphans, a mass stop."""
+    QuarantineGpu: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.QuarantineGpuRequest, _cluster_pb2.GpuReply]
+    """--- GPUs
+    Takes one GPU out by an operator's word; durable. Its runners are replaced elsewhere, then drained.
+    """
+    ReleaseGpu: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ReleaseGpuRequest, _cluster_pb2.GpuReply]
+    """Gives one back: its node diagnoses it first."""
+    SetMig: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetMigRequest, _cluster_pb2.GpuReply]
+    """Cuts an idle GPU into MIG instances, or makes it whole again."""
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -228,6 +236,14 @@ class ClusterAsyncStub(ClusterStub):
     """What happened, oldest first; with follow also what happens."""
     Confirm: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ConfirmRequest, _cluster_pb2.ConfirmReply]  # type: ignore[assignment]
     """Settles what waits for an operator: a suspicious store, a foreign node, orphans, a mass stop."""
+    QuarantineGpu: _aio.UnaryUnaryMultiCallable[_cluster_pb2.QuarantineGpuRequest, _cluster_pb2.GpuReply]  # type: ignore[assignment]
+    """--- GPUs
+    Takes one GPU out by an operator's word; durable. Its runners are replaced elsewhere, then drained.
+    """
+    ReleaseGpu: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ReleaseGpuRequest, _cluster_pb2.GpuReply]  # type: ignore[assignment]
+    """Gives one back: its node diagnoses it first."""
+    SetMig: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetMigRequest, _cluster_pb2.GpuReply]  # type: ignore[assignment]
+    """Cuts an idle GPU into MIG instances, or makes it whole again."""
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     """Served by the scheduler to roles viewer, operator and admin."""
@@ -607,5 +623,31 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ConfirmReply, _abc.Awaitable[_cluster_pb2.ConfirmReply]]:
         """Settles what waits for an operator: a suspicious store, a foreign node, orphans, a mass stop."""
+
+    @_abc_1.abstractmethod
+    def QuarantineGpu(
+        self,
+        request: _cluster_pb2.QuarantineGpuRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.GpuReply, _abc.Awaitable[_cluster_pb2.GpuReply]]:
+        """--- GPUs
+        Takes one GPU out by an operator's word; durable. Its runners are replaced elsewhere, then drained.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleaseGpu(
+        self,
+        request: _cluster_pb2.ReleaseGpuRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.GpuReply, _abc.Awaitable[_cluster_pb2.GpuReply]]:
+        """Gives one back: its node diagnoses it first."""
+
+    @_abc_1.abstractmethod
+    def SetMig(
+        self,
+        request: _cluster_pb2.SetMigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.GpuReply, _abc.Awaitable[_cluster_pb2.GpuReply]]:
+        """Cuts an idle GPU into MIG instances, or makes it whole again."""
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

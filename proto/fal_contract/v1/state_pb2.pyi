@@ -345,6 +345,8 @@ class Pool(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     ALLOW_HOST_NETWORK_FIELD_NUMBER: _builtins.int
+    RECLAIM_PER_HOUR_PPM_FIELD_NUMBER: _builtins.int
+    LOST_DECLARED_AT_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique name."""
     cloud: _builtins.str
@@ -367,6 +369,10 @@ class Pool(_message.Message):
     """Raised by one on every change; the expected value guards an apply."""
     allow_host_network: _builtins.bool
     """Apps with network = "host" may run on its nodes."""
+    reclaim_per_hour_ppm: _builtins.int
+    """Chance that the cloud takes a node back within an hour, in millionths."""
+    lost_declared_at_s: _builtins.float
+    """An operator has declared lost what was silent at that time (Unix seconds); 0: nothing."""
     @_builtins.property
     def networks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the networks on which its nodes have an address."""
@@ -391,10 +397,12 @@ class Pool(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         generation: _builtins.int = ...,
         allow_host_network: _builtins.bool = ...,
+        reclaim_per_hour_ppm: _builtins.int = ...,
+        lost_declared_at_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_host_network", b"allow_host_network", "cache_bytes", b"cache_bytes", "cloud", b"cloud", "egress_gib_price_micros", b"egress_gib_price_micros", "generation", b"generation", "gpu_hour_price_micros", b"gpu_hour_price_micros", "labels", b"labels", "name", b"name", "networks", b"networks", "region", b"region", "spot", b"spot", "trusted_network", b"trusted_network", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_host_network", b"allow_host_network", "cache_bytes", b"cache_bytes", "cloud", b"cloud", "egress_gib_price_micros", b"egress_gib_price_micros", "generation", b"generation", "gpu_hour_price_micros", b"gpu_hour_price_micros", "labels", b"labels", "lost_declared_at_s", b"lost_declared_at_s", "name", b"name", "networks", b"networks", "reclaim_per_hour_ppm", b"reclaim_per_hour_ppm", "region", b"region", "spot", b"spot", "trusted_network", b"trusted_network", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -426,6 +434,26 @@ class Node(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class QuarantinedGpusEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
@@ -435,6 +463,8 @@ class Node(_message.Message):
     JOINED_AT_S_FIELD_NUMBER: _builtins.int
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    QUARANTINED_GPUS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Stable id, given at joining."""
     name: _builtins.str
@@ -455,6 +485,14 @@ class Node(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The node's own labels; they win over the pool's."""
 
+    @_builtins.property
+    def drain(self) -> Global___Drain:
+        """Set while its runners are to leave it."""
+
+    @_builtins.property
+    def quarantined_gpus(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """GPUs that an operator has taken out, by id, and why."""
+
     def __init__(
         self,
         *,
@@ -467,14 +505,62 @@ class Node(_message.Message):
         joined_at_s: _builtins.float = ...,
         token_id: _builtins.str = ...,
         revoked: _builtins.bool = ...,
+        drain: Global___Drain | None = ...,
+        quarantined_gpus: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "id", b"id", "joined_at_s", b"joined_at_s", "labels", b"labels", "name", b"name", "pool", b"pool", "revoked", b"revoked", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "drain", b"drain", "id", b"id", "joined_at_s", b"joined_at_s", "labels", b"labels", "name", b"name", "pool", b"pool", "quarantined_gpus", b"quarantined_gpus", "revoked", b"revoked", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Node: _TypeAlias = Node  # noqa: Y015
+
+@_typing.final
+class Drain(_message.Message):
+    """Runners are to leave a node: replaced first, drained then, stopped at the deadline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    BEGAN_AT_S_FIELD_NUMBER: _builtins.int
+    DEADLINE_AT_S_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    KEEP_CORDONED_FIELD_NUMBER: _builtins.int
+    CREATED_BY_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"drain", "maintenance", "reboot", "remove", "spot" (the cloud takes it back) or "notice" (the cloud maintains it)."""
+    reason: _builtins.str
+    """For operators."""
+    began_at_s: _builtins.float
+    """Unix seconds."""
+    deadline_at_s: _builtins.float
+    """Unix seconds at which what is left is stopped; 0: never."""
+    force: _builtins.bool
+    """Stop at once; nothing is replaced first."""
+    keep_cordoned: _builtins.bool
+    """When it is empty it stays cordoned."""
+    created_by: _builtins.str
+    """Who asked; empty: the node told of a notice."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        began_at_s: _builtins.float = ...,
+        deadline_at_s: _builtins.float = ...,
+        force: _builtins.bool = ...,
+        keep_cordoned: _builtins.bool = ...,
+        created_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "created_by", b"created_by", "deadline_at_s", b"deadline_at_s", "force", b"force", "keep_cordoned", b"keep_cordoned", "kind", b"kind", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drain: _TypeAlias = Drain  # noqa: Y015
 
 @_typing.final
 class JoinToken(_message.Message):
@@ -627,6 +713,7 @@ class Scaling(_message.Message):
     MAX_MULTIPLEXING_FIELD_NUMBER: _builtins.int
     REQUEST_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     STARTUP_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    FORECAST_CONCURRENCY_FIELD_NUMBER: _builtins.int
     keep_alive_s: _builtins.float
     """Seconds an idle runner is kept after its last request."""
     min_concurrency: _builtins.int
@@ -645,6 +732,8 @@ class Scaling(_message.Message):
     """Seconds one request may take."""
     startup_timeout_s: _builtins.float
     """Seconds a runner may take from start to ready."""
+    forecast_concurrency: _builtins.int
+    """Runners that the forecast may have started ahead of need, at most."""
     def __init__(
         self,
         *,
@@ -657,10 +746,11 @@ class Scaling(_message.Message):
         max_multiplexing: _builtins.int = ...,
         request_timeout_s: _builtins.float = ...,
         startup_timeout_s: _builtins.float = ...,
+        forecast_concurrency: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrency_buffer", b"concurrency_buffer", "concurrency_buffer_perc", b"concurrency_buffer_perc", "keep_alive_s", b"keep_alive_s", "max_concurrency", b"max_concurrency", "max_multiplexing", b"max_multiplexing", "min_concurrency", b"min_concurrency", "request_timeout_s", b"request_timeout_s", "scaling_delay_s", b"scaling_delay_s", "startup_timeout_s", b"startup_timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrency_buffer", b"concurrency_buffer", "concurrency_buffer_perc", b"concurrency_buffer_perc", "forecast_concurrency", b"forecast_concurrency", "keep_alive_s", b"keep_alive_s", "max_concurrency", b"max_concurrency", "max_multiplexing", b"max_multiplexing", "min_concurrency", b"min_concurrency", "request_timeout_s", b"request_timeout_s", "scaling_delay_s", b"scaling_delay_s", "startup_timeout_s", b"startup_timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -777,6 +867,11 @@ class AppSpec(_message.Message):
     EGRESS_ALLOW_FIELD_NUMBER: _builtins.int
     EGRESS_DENY_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
+    GPU_MILLI_FIELD_NUMBER: _builtins.int
+    MIG_PROFILE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """Image name; "host" is the node's own system, read-only, with the worker's environment."""
     model: _builtins.str
@@ -802,6 +897,12 @@ class AppSpec(_message.Message):
     driver_version_min: _builtins.str
     """Least GPU driver and CUDA version, such as "550.54" and "12.4"; empty: any."""
     cuda_version_min: _builtins.str
+    gpu_milli: _builtins.int
+    """Thousandths of its one GPU and of that GPU's memory, shared with other apps of its team; 0: whole GPUs."""
+    mig_profile: _builtins.str
+    """MIG profile that will do, such as "1g.10gb"; empty: whole devices."""
+    priority: _builtins.int
+    """What is waited for with a higher number is placed first."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Command and arguments; empty: our worker."""
@@ -860,6 +961,14 @@ class AppSpec(_message.Message):
     def secrets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of secrets of its team, each a file in $FAL_SECRETS_DIR."""
 
+    @_builtins.property
+    def placement(self) -> Global___PlacementRules:
+        """Unset: none."""
+
+    @_builtins.property
+    def rollout(self) -> Global___RolloutPolicy:
+        """Unset: rolling, all at once, rolled back when it fails."""
+
     def __init__(
         self,
         *,
@@ -890,14 +999,135 @@ class AppSpec(_message.Message):
         egress_allow: _abc.Iterable[_builtins.str] | None = ...,
         egress_deny: _abc.Iterable[_builtins.str] | None = ...,
         secrets: _abc.Iterable[_builtins.str] | None = ...,
+        gpu_milli: _builtins.int = ...,
+        mig_profile: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        placement: Global___PlacementRules | None = ...,
+        rollout: Global___RolloutPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "probe", b"probe", "resources", b"resources", "scaling", b"scaling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "placement", b"placement", "probe", b"probe", "resources", b"resources", "rollout", b"rollout", "scaling", b"scaling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "build", b"build", "command", b"command", "compile_caches", b"compile_caches", "cuda_version_min", b"cuda_version_min", "driver_version_min", b"driver_version_min", "egress_allow", b"egress_allow", "egress_deny", b"egress_deny", "env", b"env", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "image", b"image", "labels", b"labels", "loras", b"loras", "machine_type", b"machine_type", "model", b"model", "network", b"network", "num_gpus", b"num_gpus", "pools", b"pools", "port", b"port", "probe", b"probe", "resources", b"resources", "scaling", b"scaling", "secrets", b"secrets", "share_group", b"share_group", "socket", b"socket", "stream_weights", b"stream_weights", "termination_grace_s", b"termination_grace_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_provisional", b"allow_provisional", "build", b"build", "command", b"command", "compile_caches", b"compile_caches", "cuda_version_min", b"cuda_version_min", "driver_version_min", b"driver_version_min", "egress_allow", b"egress_allow", "egress_deny", b"egress_deny", "env", b"env", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_milli", b"gpu_milli", "image", b"image", "labels", b"labels", "loras", b"loras", "machine_type", b"machine_type", "mig_profile", b"mig_profile", "model", b"model", "network", b"network", "num_gpus", b"num_gpus", "placement", b"placement", "pools", b"pools", "port", b"port", "priority", b"priority", "probe", b"probe", "resources", b"resources", "rollout", b"rollout", "scaling", b"scaling", "secrets", b"secrets", "share_group", b"share_group", "socket", b"socket", "stream_weights", b"stream_weights", "termination_grace_s", b"termination_grace_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AppSpec: _TypeAlias = AppSpec  # noqa: Y015
+
+@_typing.final
+class PlacementRules(_message.Message):
+    """Where runners of an app should and should not be, beyond what they need."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsPreferredEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LABELS_PREFERRED_FIELD_NUMBER: _builtins.int
+    AFFINITY_FIELD_NUMBER: _builtins.int
+    AFFINITY_PREFERRED_FIELD_NUMBER: _builtins.int
+    ANTI_AFFINITY_FIELD_NUMBER: _builtins.int
+    ANTI_AFFINITY_PREFERRED_FIELD_NUMBER: _builtins.int
+    SPREAD_FIELD_NUMBER: _builtins.int
+    GPU_TOPOLOGY_FIELD_NUMBER: _builtins.int
+    WAIT_VALUE_MICROS_S_FIELD_NUMBER: _builtins.int
+    spread: _builtins.str
+    """"node" or "domain": its own runners are kept apart as far as possible; empty: not."""
+    gpu_topology: _builtins.str
+    """How its GPUs must be joined: "nvlink", "pcie" or "numa"; empty: as well as possible."""
+    wait_value_micros_s: _builtins.int
+    """What a second of waiting for its first output is worth, in millionths of a US dollar; 0: unknown."""
+    @_builtins.property
+    def labels_preferred(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels that a node should carry."""
+
+    @_builtins.property
+    def affinity(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`team/name` of apps: a node must run one of them; should; must run none of them; should not."""
+
+    @_builtins.property
+    def affinity_preferred(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def anti_affinity(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def anti_affinity_preferred(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        labels_preferred: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        affinity: _abc.Iterable[_builtins.str] | None = ...,
+        affinity_preferred: _abc.Iterable[_builtins.str] | None = ...,
+        anti_affinity: _abc.Iterable[_builtins.str] | None = ...,
+        anti_affinity_preferred: _abc.Iterable[_builtins.str] | None = ...,
+        spread: _builtins.str = ...,
+        gpu_topology: _builtins.str = ...,
+        wait_value_micros_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity", b"affinity", "affinity_preferred", b"affinity_preferred", "anti_affinity", b"anti_affinity", "anti_affinity_preferred", b"anti_affinity_preferred", "gpu_topology", b"gpu_topology", "labels_preferred", b"labels_preferred", "spread", b"spread", "wait_value_micros_s", b"wait_value_micros_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementRules: _TypeAlias = PlacementRules  # noqa: Y015
+
+@_typing.final
+class RolloutPolicy(_message.Message):
+    """How a new revision takes over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    CANARY_PERC_FIELD_NUMBER: _builtins.int
+    MAX_DISTURBED_PERC_FIELD_NUMBER: _builtins.int
+    NO_ROLLBACK_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    CANARY_HOLD_S_FIELD_NUMBER: _builtins.int
+    strategy: _builtins.str
+    """"rolling" or "recreate"; empty: rolling."""
+    canary_perc: _builtins.int
+    """Percent of runners that serve a new revision until it is promoted; 0: no canary."""
+    max_disturbed_perc: _builtins.int
+    """Percent of its runners that may be disturbed at once, by anything but a failure; 0: the default."""
+    no_rollback: _builtins.bool
+    """A revision that fails stays; an operator rolls back."""
+    deadline_s: _builtins.float
+    """Seconds a new revision may take until it serves; 0: the default."""
+    canary_hold_s: _builtins.float
+    """Seconds a canary serves without a failure until it is promoted by itself; 0: an operator promotes it."""
+    def __init__(
+        self,
+        *,
+        strategy: _builtins.str = ...,
+        canary_perc: _builtins.int = ...,
+        max_disturbed_perc: _builtins.int = ...,
+        no_rollback: _builtins.bool = ...,
+        deadline_s: _builtins.float = ...,
+        canary_hold_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary_hold_s", b"canary_hold_s", "canary_perc", b"canary_perc", "deadline_s", b"deadline_s", "max_disturbed_perc", b"max_disturbed_perc", "no_rollback", b"no_rollback", "strategy", b"strategy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RolloutPolicy: _TypeAlias = RolloutPolicy  # noqa: Y015
 
 @_typing.final
 class BuildTask(_message.Message):
@@ -1072,6 +1302,7 @@ class App(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     DELETING_FIELD_NUMBER: _builtins.int
     CREATED_AT_S_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`team/name`."""
     revision: _builtins.int
@@ -1086,6 +1317,10 @@ class App(_message.Message):
     def scale(self) -> Global___ScaleOverride:
         """Scaling as tuned at run time; survives redeploys. Unset: the revision's own."""
 
+    @_builtins.property
+    def rollout(self) -> Global___Rollout:
+        """Set while a revision takes over from another."""
+
     def __init__(
         self,
         *,
@@ -1095,14 +1330,67 @@ class App(_message.Message):
         generation: _builtins.int = ...,
         deleting: _builtins.bool = ...,
         created_at_s: _builtins.float = ...,
+        rollout: Global___Rollout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rollout", b"rollout", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at_s", b"created_at_s", "deleting", b"deleting", "generation", b"generation", "id", b"id", "revision", b"revision", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at_s", b"created_at_s", "deleting", b"deleting", "generation", b"generation", "id", b"id", "revision", b"revision", "rollout", b"rollout", "scale", b"scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___App: _TypeAlias = App  # noqa: Y015
+
+@_typing.final
+class Rollout(_message.Message):
+    """A revision takes over from another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_REVISION_FIELD_NUMBER: _builtins.int
+    TO_REVISION_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    BEGAN_AT_S_FIELD_NUMBER: _builtins.int
+    PHASE_AT_S_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    CANARY_PERC_FIELD_NUMBER: _builtins.int
+    from_revision: _builtins.int
+    """Revision that served before, and the one that should."""
+    to_revision: _builtins.int
+    phase: _builtins.str
+    """"canary", "rolling", "rolling-back" …"""
+    paused: _builtins.bool
+    """An operator has stopped it where it is."""
+    reason: _builtins.str
+    """Why it is where it is."""
+    began_at_s: _builtins.float
+    """Unix seconds."""
+    phase_at_s: _builtins.float
+    failures: _builtins.int
+    """Failures of runners of the new revision so far."""
+    canary_perc: _builtins.int
+    """Percent of runners on the new revision while in canary."""
+    def __init__(
+        self,
+        *,
+        from_revision: _builtins.int = ...,
+        to_revision: _builtins.int = ...,
+        phase: _builtins.str = ...,
+        paused: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        began_at_s: _builtins.float = ...,
+        phase_at_s: _builtins.float = ...,
+        failures: _builtins.int = ...,
+        canary_perc: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "canary_perc", b"canary_perc", "failures", b"failures", "from_revision", b"from_revision", "paused", b"paused", "phase", b"phase", "phase_at_s", b"phase_at_s", "reason", b"reason", "to_revision", b"to_revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rollout: _TypeAlias = Rollout  # noqa: Y015
 
 @_typing.final
 class ScaleOverride(_message.Message):
@@ -1113,11 +1401,26 @@ class ScaleOverride(_message.Message):
     MIN_CONCURRENCY_FIELD_NUMBER: _builtins.int
     MAX_CONCURRENCY_FIELD_NUMBER: _builtins.int
     KEEP_ALIVE_S_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_BUFFER_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_BUFFER_PERC_FIELD_NUMBER: _builtins.int
+    SCALING_DELAY_S_FIELD_NUMBER: _builtins.int
+    REQUEST_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    FORECAST_CONCURRENCY_FIELD_NUMBER: _builtins.int
     min_concurrency: _builtins.int
     """See Scaling."""
     max_concurrency: _builtins.int
     """See Scaling."""
     keep_alive_s: _builtins.float
+    """See Scaling."""
+    concurrency_buffer: _builtins.int
+    """See Scaling."""
+    concurrency_buffer_perc: _builtins.int
+    """See Scaling."""
+    scaling_delay_s: _builtins.float
+    """See Scaling."""
+    request_timeout_s: _builtins.float
+    """See Scaling."""
+    forecast_concurrency: _builtins.int
     """See Scaling."""
     def __init__(
         self,
@@ -1125,23 +1428,48 @@ class ScaleOverride(_message.Message):
         min_concurrency: _builtins.int | None = ...,
         max_concurrency: _builtins.int | None = ...,
         keep_alive_s: _builtins.float | None = ...,
+        concurrency_buffer: _builtins.int | None = ...,
+        concurrency_buffer_perc: _builtins.int | None = ...,
+        scaling_delay_s: _builtins.float | None = ...,
+        request_timeout_s: _builtins.float | None = ...,
+        forecast_concurrency: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_s", b"_keep_alive_s", "_max_concurrency", b"_max_concurrency", "_min_concurrency", b"_min_concurrency", "keep_alive_s", b"keep_alive_s", "max_concurrency", b"max_concurrency", "min_concurrency", b"min_concurrency"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrency_buffer", b"_concurrency_buffer", "_concurrency_buffer_perc", b"_concurrency_buffer_perc", "_forecast_concurrency", b"_forecast_concurrency", "_keep_alive_s", b"_keep_alive_s", "_max_concurrency", b"_max_concurrency", "_min_concurrency", b"_min_concurrency", "_request_timeout_s", b"_request_timeout_s", "_scaling_delay_s", b"_scaling_delay_s", "concurrency_buffer", b"concurrency_buffer", "concurrency_buffer_perc", b"concurrency_buffer_perc", "forecast_concurrency", b"forecast_concurrency", "keep_alive_s", b"keep_alive_s", "max_concurrency", b"max_concurrency", "min_concurrency", b"min_concurrency", "request_timeout_s", b"request_timeout_s", "scaling_delay_s", b"scaling_delay_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_s", b"_keep_alive_s", "_max_concurrency", b"_max_concurrency", "_min_concurrency", b"_min_concurrency", "keep_alive_s", b"keep_alive_s", "max_concurrency", b"max_concurrency", "min_concurrency", b"min_concurrency"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrency_buffer", b"_concurrency_buffer", "_concurrency_buffer_perc", b"_concurrency_buffer_perc", "_forecast_concurrency", b"_forecast_concurrency", "_keep_alive_s", b"_keep_alive_s", "_max_concurrency", b"_max_concurrency", "_min_concurrency", b"_min_concurrency", "_request_timeout_s", b"_request_timeout_s", "_scaling_delay_s", b"_scaling_delay_s", "concurrency_buffer", b"concurrency_buffer", "concurrency_buffer_perc", b"concurrency_buffer_perc", "forecast_concurrency", b"forecast_concurrency", "keep_alive_s", b"keep_alive_s", "max_concurrency", b"max_concurrency", "min_concurrency", b"min_concurrency", "request_timeout_s", b"request_timeout_s", "scaling_delay_s", b"scaling_delay_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__concurrency_buffer: _TypeAlias = _typing.Literal["concurrency_buffer"]  # noqa: Y015
+    _WhichOneofArgType__concurrency_buffer: _TypeAlias = _typing.Literal["_concurrency_buffer", b"_concurrency_buffer"]  # noqa: Y015
+    _WhichOneofReturnType__concurrency_buffer_perc: _TypeAlias = _typing.Literal["concurrency_buffer_perc"]  # noqa: Y015
+    _WhichOneofArgType__concurrency_buffer_perc: _TypeAlias = _typing.Literal["_concurrency_buffer_perc", b"_concurrency_buffer_perc"]  # noqa: Y015
+    _WhichOneofReturnType__forecast_concurrency: _TypeAlias = _typing.Literal["forecast_concurrency"]  # noqa: Y015
+    _WhichOneofArgType__forecast_concurrency: _TypeAlias = _typing.Literal["_forecast_concurrency", b"_forecast_concurrency"]  # noqa: Y015
     _WhichOneofReturnType__keep_alive_s: _TypeAlias = _typing.Literal["keep_alive_s"]  # noqa: Y015
     _WhichOneofArgType__keep_alive_s: _TypeAlias = _typing.Literal["_keep_alive_s", b"_keep_alive_s"]  # noqa: Y015
     _WhichOneofReturnType__max_concurrency: _TypeAlias = _typing.Literal["max_concurrency"]  # noqa: Y015
     _WhichOneofArgType__max_concurrency: _TypeAlias = _typing.Literal["_max_concurrency", b"_max_concurrency"]  # noqa: Y015
     _WhichOneofReturnType__min_concurrency: _TypeAlias = _typing.Literal["min_concurrency"]  # noqa: Y015
     _WhichOneofArgType__min_concurrency: _TypeAlias = _typing.Literal["_min_concurrency", b"_min_concurrency"]  # noqa: Y015
+    _WhichOneofReturnType__request_timeout_s: _TypeAlias = _typing.Literal["request_timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__request_timeout_s: _TypeAlias = _typing.Literal["_request_timeout_s", b"_request_timeout_s"]  # noqa: Y015
+    _WhichOneofReturnType__scaling_delay_s: _TypeAlias = _typing.Literal["scaling_delay_s"]  # noqa: Y015
+    _WhichOneofArgType__scaling_delay_s: _TypeAlias = _typing.Literal["_scaling_delay_s", b"_scaling_delay_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__concurrency_buffer) -> _WhichOneofReturnType__concurrency_buffer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__concurrency_buffer_perc) -> _WhichOneofReturnType__concurrency_buffer_perc | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__forecast_concurrency) -> _WhichOneofReturnType__forecast_concurrency | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_alive_s) -> _WhichOneofReturnType__keep_alive_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_concurrency) -> _WhichOneofReturnType__max_concurrency | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_concurrency) -> _WhichOneofReturnType__min_concurrency | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__request_timeout_s) -> _WhichOneofReturnType__request_timeout_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scaling_delay_s) -> _WhichOneofReturnType__scaling_delay_s | None: ...
 
 Global___ScaleOverride: _TypeAlias = ScaleOverride  # noqa: Y015
 
@@ -1572,6 +1900,8 @@ class Runner(_message.Message):
     GOAL_REASON_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CPU_MILLI_FIELD_NUMBER: _builtins.int
+    GPU_MILLI_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`team/app-suffix`."""
     share_group: _builtins.str
@@ -1588,6 +1918,10 @@ class Runner(_message.Message):
     """Memory reserved on the node, bytes."""
     cpu_milli: _builtins.int
     """CPU reserved on the node, thousandths of a core."""
+    gpu_milli: _builtins.int
+    """Thousandths reserved of each of its GPUs; 0: all."""
+    priority: _builtins.int
+    """Of the app that it was made for."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of the GPUs reserved on that node."""
@@ -1619,10 +1953,12 @@ class Runner(_message.Message):
         goal_reason: _builtins.str = ...,
         memory_bytes: _builtins.int = ...,
         cpu_milli: _builtins.int = ...,
+        gpu_milli: _builtins.int = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "bindings", b"bindings", "cpu_milli", b"cpu_milli", "created_at_s", b"created_at_s", "goal", b"goal", "goal_reason", b"goal_reason", "gpus", b"gpus", "id", b"id", "memory_bytes", b"memory_bytes", "node", b"node", "residencies", b"residencies", "share_group", b"share_group"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "bindings", b"bindings", "cpu_milli", b"cpu_milli", "created_at_s", b"created_at_s", "goal", b"goal", "goal_reason", b"goal_reason", "gpu_milli", b"gpu_milli", "gpus", b"gpus", "id", b"id", "memory_bytes", b"memory_bytes", "node", b"node", "priority", b"priority", "residencies", b"residencies", "share_group", b"share_group"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1636,19 +1972,23 @@ class AssignmentRef(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
+    INVENTORY_GENERATION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique."""
     term: _builtins.int
     """Term of the leader that made it."""
+    inventory_generation: _builtins.int
+    """Generation of the node's inventory that it was decided on; 0: unknown."""
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         term: _builtins.int = ...,
+        inventory_generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "inventory_generation", b"inventory_generation", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
