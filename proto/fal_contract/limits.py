@@ -73,6 +73,11 @@ MASS_STOP_SHARE: Final = 0.1
 MASS_STOP_RUNNERS_MIN: Final = 3
 FAILOVER_GRACE_S: Final = 300.0
 
+# Rollouts.
+DISTURBED_PERC: Final = 25  # of an app's runners at once, where the app does not say
+ROLLOUT_DEADLINE_S: Final = 3600.0
+CANARY_FAILURES_MAX: Final = 2
+
 # Identity.
 CERTIFICATE_TTL_S: Final = 24 * 3600.0
 CERTIFICATE_BACKDATE_S: Final = 300.0

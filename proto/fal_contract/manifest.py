@@ -26,8 +26,10 @@ from fal_contract.manifest_parts import (
     Name,
     Network,
     OwnedName,
+    PlacementManifest,
     ProbeManifest,
     ResourcesManifest,
+    RolloutManifest,
     Table,
     Text,
     Version,
@@ -66,6 +68,20 @@ class AppManifest(Table):
     num_gpus: int = Field(
         default=1, ge=0, le=limits.GPUS_PER_RUNNER_MAX, description="whole GPUs of one node for each runner"
     )
+    gpu_fraction: float = Field(
+        default=1.0,
+        ge=0.001,
+        le=1,
+        description="share of its one GPU and that GPU's memory; below 1 it shares the GPU with apps of its team",
+    )
+    mig_profile: Annotated[str, StringConstraints(pattern=r"^([1-7]g\.[0-9]{1,3}gb(\+[a-z.]+)?)?$")] = Field(
+        default="", description='MIG profile that will do, such as "1g.10gb"; empty: whole devices'
+    )
+    priority: int = Field(default=0, ge=-100, le=100, description="what waits with a higher number is placed first")
+    placement: PlacementManifest = Field(
+        default_factory=PlacementManifest, description="where its runners should and should not be"
+    )
+    rollout: RolloutManifest = Field(default_factory=RolloutManifest, description="how a new revision takes over")
     gpu_memory_gib_min: float = Field(default=0.0, ge=0, le=4096, description="least memory of each GPU in GiB")
     resources: ResourcesManifest = Field(default_factory=ResourcesManifest, description="CPU, memory, processes")
     pools: Annotated[list[Name], Field(max_length=64)] = Field(
@@ -86,6 +102,9 @@ class AppManifest(Table):
         default=0, ge=0, le=limits.RUNNERS_PER_APP_MAX, description="spare runners above demand"
     )
     concurrency_buffer_perc: int = Field(default=0, ge=0, le=1000, description="spare runners in percent of demand")
+    forecast_concurrency: int = Field(
+        default=0, ge=0, le=limits.RUNNERS_PER_APP_MAX, description="runners that the forecast may start ahead of need"
+    )
     scaling_delay: float = Field(default=0.0, ge=0, le=3600, description="seconds to wait before scaling up")
     max_multiplexing: int = Field(default=1, ge=1, le=1024, description="requests that one runner handles at once")
     request_timeout: float = Field(
@@ -161,6 +180,11 @@ class AppManifest(Table):
             raise ValueError(f'port = {self.port} needs a network namespace of its own; set network = "none"')
         if len(set(self.secrets)) != len(self.secrets):
             raise ValueError("secrets names one twice; name each once")
+        if self.gpu_fraction < 1 and (self.num_gpus != 1 or self.mig_profile):
+            raise ValueError(
+                f"gpu_fraction = {self.gpu_fraction} is a share of one whole GPU; "
+                "set num_gpus = 1 and no mig_profile, or gpu_fraction = 1"
+            )
         if "/" in self.image and self.image.split("/", 1)[0] != self.team:
             raise ValueError(f"image = {self.image!r} belongs to another team; add it in team {self.team!r}")
         if len(set(self.machine_type)) != len(self.machine_type):
@@ -197,6 +221,7 @@ class AppManifest(Table):
                 max_multiplexing=self.max_multiplexing,
                 request_timeout_s=self.request_timeout,
                 startup_timeout_s=self.startup_timeout,
+                forecast_concurrency=self.forecast_concurrency,
             ),
             probe=self.health_check.to_proto(),
             termination_grace_s=self.termination_grace_period,
@@ -211,6 +236,11 @@ class AppManifest(Table):
             egress_allow=self.egress_allow,
             egress_deny=self.egress_deny,
             secrets=self.secrets,
+            gpu_milli=0 if self.gpu_fraction == 1 else max(1, round(self.gpu_fraction * 1000)),
+            mig_profile=self.mig_profile,
+            priority=self.priority,
+            placement=self.placement.to_proto(lambda one: qualify(one, team=self.team, field="placement")),
+            rollout=self.rollout.to_proto(),
         )
 
     @classmethod
@@ -244,6 +274,7 @@ class AppManifest(Table):
                 "max_multiplexing": scaling.max_multiplexing,
                 "request_timeout": scaling.request_timeout_s,
                 "startup_timeout": scaling.startup_timeout_s,
+                "forecast_concurrency": scaling.forecast_concurrency,
                 "termination_grace_period": spec.termination_grace_s,
                 "health_check": ProbeManifest.values(spec.probe),
                 "share_group": spec.share_group,
@@ -257,6 +288,11 @@ class AppManifest(Table):
                 "egress_allow": list(spec.egress_allow),
                 "egress_deny": list(spec.egress_deny),
                 "secrets": list(spec.secrets),
+                "gpu_fraction": spec.gpu_milli / 1000 if spec.gpu_milli else 1.0,
+                "mig_profile": spec.mig_profile,
+                "priority": spec.priority,
+                "placement": PlacementManifest.values(spec.placement),
+                "rollout": RolloutManifest.values(spec.rollout),
             },
             source=f"app {app}",
         )
@@ -279,6 +315,9 @@ class PoolManifest(Table):
         default_factory=list, description="networks on which its nodes have an address"
     )
     spot: bool = Field(default=False, description="the cloud may take nodes back at short notice")
+    reclaim_per_hour: float = Field(
+        default=0.0, ge=0, le=1, description="chance that the cloud takes a node back within an hour"
+    )
     cache_size: str | int = Field(
         default=0, description='weight cache of each node, such as "2TiB"; 0: its own setting'
     )
@@ -304,6 +343,7 @@ class PoolManifest(Table):
             egress_gib_price_micros=round(self.egress_gib_price * 1_000_000),
             networks=self.networks,
             spot=self.spot,
+            reclaim_per_hour_ppm=round(self.reclaim_per_hour * 1_000_000),
             cache_bytes=parse_bytes(self.cache_size),
             trusted_network=self.trusted_network,
             labels=self.labels,
@@ -324,6 +364,7 @@ class PoolManifest(Table):
                 "egress_gib_price": pool.egress_gib_price_micros / 1_000_000,
                 "networks": list(pool.networks),
                 "spot": pool.spot,
+                "reclaim_per_hour": pool.reclaim_per_hour_ppm / 1_000_000,
                 "cache_size": pool.cache_bytes,
                 "trusted_network": pool.trusted_network,
                 "labels": dict(pool.labels),

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Any, Final
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from fal_contract import limits
 from fal_contract.errors import FalError
@@ -28,6 +29,7 @@ Labels = Annotated[dict[LabelText, LabelText], Field(max_length=limits.LABELS_MA
 Network = Annotated[str, AfterValidator(lambda value: _network(value))]
 Version = Annotated[str, AfterValidator(lambda value: _version(value))]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=limits.LABEL_CHARS_MAX)]
+Apps = Annotated[list[OwnedName], Field(max_length=32)]
 
 
 def _name(value: str) -> str:
@@ -112,6 +114,111 @@ class ResourcesManifest(Table):
             "locked_memory_gib": resources.locked_memory_bytes / GIB,
             "io_mib_s": resources.io_bytes_s / MIB,
             "scratch_gib": resources.scratch_bytes / GIB if resources.HasField("scratch_bytes") else SCRATCH_GIB,
+        }
+
+
+class PlacementManifest(Table):
+    """Where runners of the app should and should not be, beyond what they need."""
+
+    labels_preferred: Labels = Field(default_factory=dict, description="labels that a node should carry")
+    affinity: Apps = Field(default_factory=list, description="a node must run one of these apps")
+    affinity_preferred: Apps = Field(default_factory=list, description="a node should run one of these apps")
+    anti_affinity: Apps = Field(default_factory=list, description="a node must run none of these apps")
+    anti_affinity_preferred: Apps = Field(default_factory=list, description="a node should run none of these apps")
+    spread: Literal["", "node", "domain"] = Field(
+        default="", description='"node" or "domain": its own runners are kept apart as far as possible'
+    )
+    gpu_topology: Literal["", "nvlink", "pcie", "numa"] = Field(
+        default="", description="how its GPUs must be joined; empty: as well as possible"
+    )
+    wait_value: float = Field(
+        default=0.0, ge=0, le=1000, description="US dollars that a second of waiting for a first output is worth"
+    )
+
+    def to_proto(self, qualified: Callable[[str], str]) -> state_pb2.PlacementRules | None:
+        """The message; none where nothing is set. `qualified` gives an app its team."""
+        message = state_pb2.PlacementRules(
+            labels_preferred=self.labels_preferred,
+            affinity=map(qualified, self.affinity),
+            affinity_preferred=map(qualified, self.affinity_preferred),
+            anti_affinity=map(qualified, self.anti_affinity),
+            anti_affinity_preferred=map(qualified, self.anti_affinity_preferred),
+            spread=self.spread,
+            gpu_topology=self.gpu_topology,
+            wait_value_micros_s=round(self.wait_value * 1_000_000),
+        )
+        return message if message.ByteSize() else None
+
+    @staticmethod
+    def values(rules: state_pb2.PlacementRules) -> dict[str, Any]:
+        """The keys of the table from a message, to be checked."""
+        return {
+            "labels_preferred": dict(rules.labels_preferred),
+            "affinity": list(rules.affinity),
+            "affinity_preferred": list(rules.affinity_preferred),
+            "anti_affinity": list(rules.anti_affinity),
+            "anti_affinity_preferred": list(rules.anti_affinity_preferred),
+            "spread": rules.spread,
+            "gpu_topology": rules.gpu_topology,
+            "wait_value": rules.wait_value_micros_s / 1_000_000,
+        }
+
+
+class RolloutManifest(Table):
+    """How a new revision takes over (fal: deployment_strategy)."""
+
+    strategy: Literal["rolling", "recreate"] = Field(
+        default="rolling", description='"rolling": replaced first; "recreate": stopped first'
+    )
+    canary_perc: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="percent of runners that serve a new revision until it is promoted",
+    )
+    canary_hold: float = Field(
+        default=0.0, ge=0, le=604800, description="seconds without a failure that promote a canary; 0: an operator does"
+    )
+    max_disturbed_perc: int = Field(
+        default=limits.DISTURBED_PERC, ge=1, le=100, description="percent of its runners that may be disturbed at once"
+    )
+    rollback: bool = Field(default=True, description="a revision that fails is rolled back by itself")
+    deadline: float = Field(
+        default=limits.ROLLOUT_DEADLINE_S, gt=0, le=604800, description="seconds until a new revision must serve"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutManifest:
+        if self.strategy == "recreate" and self.canary_perc:
+            raise ValueError(
+                f'canary_perc = {self.canary_perc} needs the old revision beside the new one; set strategy = "rolling"'
+            )
+        if self.canary_hold and not self.canary_perc:
+            raise ValueError(f"canary_hold = {self.canary_hold} means nothing without a canary; set canary_perc")
+        return self
+
+    def to_proto(self) -> state_pb2.RolloutPolicy | None:
+        """The message; none where nothing differs from the defaults."""
+        message = state_pb2.RolloutPolicy(
+            strategy="" if self.strategy == "rolling" else self.strategy,
+            canary_perc=self.canary_perc,
+            max_disturbed_perc=0 if self.max_disturbed_perc == limits.DISTURBED_PERC else self.max_disturbed_perc,
+            no_rollback=not self.rollback,
+            deadline_s=0.0 if self.deadline == limits.ROLLOUT_DEADLINE_S else self.deadline,
+            canary_hold_s=self.canary_hold,
+        )
+        return message if message.ByteSize() else None
+
+    @staticmethod
+    def values(policy: state_pb2.RolloutPolicy) -> dict[str, Any]:
+        """The keys of the table from a message, to be checked."""
+        return {
+            "strategy": policy.strategy or "rolling",
+            "canary_perc": policy.canary_perc,
+            "max_disturbed_perc": policy.max_disturbed_perc or limits.DISTURBED_PERC,
+            "rollback": not policy.no_rollback,
+            "deadline": policy.deadline_s or limits.ROLLOUT_DEADLINE_S,
+            "canary_hold": policy.canary_hold_s,
         }
 
 

@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError
 
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import state_pb2 as pb
-from fal_scheduler.codec_spec import scale_from_pb, spec_from_pb, spec_to_pb
+from fal_scheduler.codec_nodes import node_from_pb, node_to_pb, pool_from_pb, pool_to_pb
+from fal_scheduler.codec_spec import scale_from_pb, scale_to_pb, spec_from_pb, spec_to_pb
 from fal_scheduler.codec_weights import (
     cache_entry_from_pb,
     cache_entry_to_pb,
@@ -37,6 +38,7 @@ from fal_scheduler.core.records import (
     Residency,
     Revision,
     Revocation,
+    Rollout,
     Runner,
     Secret,
     Suspicion,
@@ -171,73 +173,6 @@ def _suspicion_from_pb(found: pb.Suspicion) -> Suspicion:
     return Suspicion(found.reason, found.store_revision, found.revision_seen, found.epoch_seen, found.noticed_at_s)
 
 
-def pool_to_pb(pool: Pool) -> pb.Pool:
-    """A pool for the wire."""
-    return pb.Pool(
-        name=pool.name,
-        cloud=pool.cloud,
-        region=pool.region,
-        zone=pool.zone,
-        gpu_hour_price_micros=pool.gpu_hour_price_micros,
-        egress_gib_price_micros=pool.egress_gib_price_micros,
-        networks=pool.networks,
-        spot=pool.spot,
-        cache_bytes=pool.cache_bytes,
-        trusted_network=pool.trusted_network,
-        labels=pool.labels,
-        generation=pool.generation,
-        allow_host_network=pool.allow_host_network,
-    )
-
-
-def pool_from_pb(pool: pb.Pool) -> Pool:
-    """A pool from the wire."""
-    return Pool(
-        name=pool.name,
-        cloud=pool.cloud,
-        region=pool.region,
-        zone=pool.zone,
-        gpu_hour_price_micros=pool.gpu_hour_price_micros,
-        egress_gib_price_micros=pool.egress_gib_price_micros,
-        networks=tuple(pool.networks),
-        spot=pool.spot,
-        cache_bytes=pool.cache_bytes,
-        trusted_network=pool.trusted_network,
-        labels=dict(pool.labels),
-        generation=pool.generation,
-        allow_host_network=pool.allow_host_network,
-    )
-
-
-def node_to_pb(node: Node) -> pb.Node:
-    """A node for the wire."""
-    return pb.Node(
-        id=node.id,
-        name=node.name,
-        pool=node.pool,
-        cordoned=node.cordoned,
-        cordon_reason=node.cordon_reason,
-        labels=node.labels,
-        joined_at_s=node.joined_at_s,
-        token_id=node.token_id,
-        revoked=node.revoked,
-    )
-
-
-def _node_from_pb(node: pb.Node) -> Node:
-    return Node(
-        id=node.id,
-        name=node.name,
-        pool=node.pool,
-        cordoned=node.cordoned,
-        cordon_reason=node.cordon_reason,
-        labels=dict(node.labels),
-        joined_at_s=node.joined_at_s,
-        token_id=node.token_id,
-        revoked=node.revoked,
-    )
-
-
 def _token_to_pb(token: JoinToken) -> pb.JoinToken:
     return pb.JoinToken(
         id=token.id,
@@ -287,11 +222,19 @@ def app_to_pb(app: App) -> pb.App:
         created_at_s=app.created_at_s,
     )
     if app.scale is not None:
-        message.scale.CopyFrom(
-            pb.ScaleOverride(
-                min_concurrency=app.scale.min_concurrency,
-                max_concurrency=app.scale.max_concurrency,
-                keep_alive_s=app.scale.keep_alive_s,
+        message.scale.CopyFrom(scale_to_pb(app.scale))
+    if (rollout := app.rollout) is not None:
+        message.rollout.CopyFrom(
+            pb.Rollout(
+                from_revision=rollout.from_revision,
+                to_revision=rollout.to_revision,
+                phase=rollout.phase,
+                paused=rollout.paused,
+                reason=rollout.reason,
+                began_at_s=rollout.began_at_s,
+                phase_at_s=rollout.phase_at_s,
+                failures=rollout.failures,
+                canary_perc=rollout.canary_perc,
             )
         )
     return message
@@ -299,7 +242,22 @@ def app_to_pb(app: App) -> pb.App:
 
 def _app_from_pb(app: pb.App) -> App:
     scale = scale_from_pb(app.scale) if app.HasField("scale") else None
-    return App(app.id, app.revision, scale, app.generation, app.deleting, app.created_at_s)
+    rollout = _rollout_from_pb(app.rollout) if app.HasField("rollout") else None
+    return App(app.id, app.revision, scale, app.generation, app.deleting, app.created_at_s, rollout)
+
+
+def _rollout_from_pb(rollout: pb.Rollout) -> Rollout:
+    return Rollout(
+        rollout.from_revision,
+        rollout.to_revision,
+        rollout.phase,
+        rollout.paused,
+        rollout.reason,
+        rollout.began_at_s,
+        rollout.phase_at_s,
+        rollout.failures,
+        rollout.canary_perc,
+    )
 
 
 def revision_to_pb(revision: Revision) -> pb.Revision:
@@ -343,6 +301,8 @@ def runner_to_pb(runner: Runner) -> pb.Runner:
         goal_reason=runner.goal_reason,
         memory_bytes=runner.memory_bytes,
         cpu_milli=runner.cpu_milli,
+        gpu_milli=runner.gpu_milli,
+        priority=runner.priority,
     )
 
 
@@ -364,13 +324,15 @@ def _runner_from_pb(runner: pb.Runner) -> Runner:
         goal_reason=runner.goal_reason,
         memory_bytes=runner.memory_bytes,
         cpu_milli=runner.cpu_milli,
+        gpu_milli=runner.gpu_milli,
+        priority=runner.priority,
     )
 
 
 _DECODE: Final[dict[str, Callable[[pb.Record], Record]]] = {
     "meta": lambda message: _meta_from_pb(message.meta),
     "pool": lambda message: pool_from_pb(message.pool),
-    "node": lambda message: _node_from_pb(message.node),
+    "node": lambda message: node_from_pb(message.node),
     "token": lambda message: _token_from_pb(message.token),
     "revocation": lambda message: _revocation_from_pb(message.revocation),
     "app": lambda message: _app_from_pb(message.app),

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from fal_contract.v1 import state_pb2 as pb
-from fal_scheduler.core.records import BuildTask, Probe, Resources, ScaleOverride, Scaling, Spec
+from fal_scheduler.core.records import (
+    BuildTask,
+    PlacementRules,
+    Probe,
+    Resources,
+    RolloutPolicy,
+    ScaleOverride,
+    Scaling,
+    Spec,
+)
 
 
 def scale_from_pb(scale: pb.ScaleOverride) -> ScaleOverride:
@@ -12,6 +21,25 @@ def scale_from_pb(scale: pb.ScaleOverride) -> ScaleOverride:
         scale.min_concurrency if scale.HasField("min_concurrency") else None,
         scale.max_concurrency if scale.HasField("max_concurrency") else None,
         scale.keep_alive_s if scale.HasField("keep_alive_s") else None,
+        scale.concurrency_buffer if scale.HasField("concurrency_buffer") else None,
+        scale.concurrency_buffer_perc if scale.HasField("concurrency_buffer_perc") else None,
+        scale.scaling_delay_s if scale.HasField("scaling_delay_s") else None,
+        scale.request_timeout_s if scale.HasField("request_timeout_s") else None,
+        scale.forecast_concurrency if scale.HasField("forecast_concurrency") else None,
+    )
+
+
+def scale_to_pb(scale: ScaleOverride) -> pb.ScaleOverride:
+    """Scaling values for the wire; None stays unset."""
+    return pb.ScaleOverride(
+        min_concurrency=scale.min_concurrency,
+        max_concurrency=scale.max_concurrency,
+        keep_alive_s=scale.keep_alive_s,
+        concurrency_buffer=scale.concurrency_buffer,
+        concurrency_buffer_perc=scale.concurrency_buffer_perc,
+        scaling_delay_s=scale.scaling_delay_s,
+        request_timeout_s=scale.request_timeout_s,
+        forecast_concurrency=scale.forecast_concurrency,
     )
 
 
@@ -27,6 +55,7 @@ def scaling_to_pb(scaling: Scaling) -> pb.Scaling:
         max_multiplexing=scaling.max_multiplexing,
         request_timeout_s=scaling.request_timeout_s,
         startup_timeout_s=scaling.startup_timeout_s,
+        forecast_concurrency=scaling.forecast_concurrency,
     )
 
 
@@ -41,6 +70,7 @@ def _scaling_from_pb(scaling: pb.Scaling) -> Scaling:
         max_multiplexing=scaling.max_multiplexing,
         request_timeout_s=scaling.request_timeout_s,
         startup_timeout_s=scaling.startup_timeout_s,
+        forecast_concurrency=scaling.forecast_concurrency,
     )
 
 
@@ -90,6 +120,11 @@ def spec_to_pb(spec: Spec) -> pb.AppSpec:
         egress_allow=spec.egress_allow,
         egress_deny=spec.egress_deny,
         secrets=spec.secrets,
+        gpu_milli=spec.gpu_milli,
+        mig_profile=spec.mig_profile,
+        priority=spec.priority,
+        placement=_placement_to_pb(spec.placement) if spec.placement != PlacementRules() else None,
+        rollout=_policy_to_pb(spec.rollout) if spec.rollout != RolloutPolicy() else None,
     )
 
 
@@ -124,6 +159,59 @@ def spec_from_pb(spec: pb.AppSpec) -> Spec:
         egress_allow=tuple(spec.egress_allow),
         egress_deny=tuple(spec.egress_deny),
         secrets=tuple(spec.secrets),
+        gpu_milli=spec.gpu_milli,
+        mig_profile=spec.mig_profile,
+        priority=spec.priority,
+        placement=_placement_from_pb(spec.placement) if spec.HasField("placement") else PlacementRules(),
+        rollout=_policy_from_pb(spec.rollout) if spec.HasField("rollout") else RolloutPolicy(),
+    )
+
+
+def _placement_to_pb(rules: PlacementRules) -> pb.PlacementRules:
+    return pb.PlacementRules(
+        labels_preferred=rules.labels_preferred,
+        affinity=rules.affinity,
+        affinity_preferred=rules.affinity_preferred,
+        anti_affinity=rules.anti_affinity,
+        anti_affinity_preferred=rules.anti_affinity_preferred,
+        spread=rules.spread,
+        gpu_topology=rules.gpu_topology,
+        wait_value_micros_s=rules.wait_value_micros_s,
+    )
+
+
+def _placement_from_pb(rules: pb.PlacementRules) -> PlacementRules:
+    return PlacementRules(
+        dict(rules.labels_preferred),
+        tuple(rules.affinity),
+        tuple(rules.affinity_preferred),
+        tuple(rules.anti_affinity),
+        tuple(rules.anti_affinity_preferred),
+        rules.spread,
+        rules.gpu_topology,
+        rules.wait_value_micros_s,
+    )
+
+
+def _policy_to_pb(policy: RolloutPolicy) -> pb.RolloutPolicy:
+    return pb.RolloutPolicy(
+        strategy="recreate" if policy.recreate else "",
+        canary_perc=policy.canary_perc,
+        max_disturbed_perc=policy.max_disturbed_perc,
+        no_rollback=not policy.rollback,
+        deadline_s=policy.deadline_s,
+        canary_hold_s=policy.canary_hold_s,
+    )
+
+
+def _policy_from_pb(policy: pb.RolloutPolicy) -> RolloutPolicy:
+    return RolloutPolicy(
+        policy.strategy == "recreate",
+        policy.canary_perc,
+        policy.max_disturbed_perc,
+        not policy.no_rollback,
+        policy.deadline_s,
+        policy.canary_hold_s,
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from core_world import World, spec_of
 from engine_rig import Rig, deploy
 from fal_contract.errors import Code, FalError
-from fal_scheduler.core import reconcile, tokens
+from fal_scheduler.core import starts, tokens
 from fal_scheduler.core.events import (
     ApplyApp,
     ApplyPool,
@@ -147,14 +147,14 @@ def test_a_broken_invariant_refuses_the_batch_freezes_and_leaves_the_process_up(
         await rig.engine.submit(deploy("default/good"))
         taken = next(iter(rig.engine.view.runners.values())).gpus
 
-        placed = reconcile._placed
+        placed = starts.placed
 
         def greedy(*args: object) -> Runner | None:
             found = placed(*args)  # type: ignore[arg-type]
             return replace(found, gpus=taken) if found is not None else None
 
         with monkeypatch.context() as patch:
-            patch.setattr(reconcile, "_placed", greedy)
+            patch.setattr(starts, "placed", greedy)
             with pytest.raises(FalError) as failure:
                 await rig.engine.submit(deploy("default/bad"))
         assert failure.value.code is Code.INVARIANT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fal_contract.manifest import PoolManifest
 from fal_contract.v1 import cluster_pb2
 from fal_scheduler.api.views import pool_view
-from fal_scheduler.codec import pool_from_pb, pool_to_pb
+from fal_scheduler.codec_nodes import pool_from_pb, pool_to_pb
 from fal_scheduler.core.events import ApplyPool
 from fal_scheduler.leadership import Leadership
 

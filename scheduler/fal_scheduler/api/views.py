@@ -10,11 +10,10 @@ from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
 from fal_scheduler import wire
 from fal_scheduler.codec import (
     app_to_pb,
-    node_to_pb,
-    pool_to_pb,
     revision_to_pb,
     runner_to_pb,
 )
+from fal_scheduler.codec_nodes import node_to_pb, pool_to_pb
 from fal_scheduler.codec_spec import scaling_to_pb
 from fal_scheduler.core.records import App, Node, Pool, Runner
 from fal_scheduler.core.serving import last_words

@@ -31,7 +31,6 @@ from fal_scheduler.core.events import (
     StopRunner,
 )
 from fal_scheduler.core.model_commands import check_image, check_models
-from fal_scheduler.core.reconcile import stop
 from fal_scheduler.core.records import (
     App,
     AssignmentRef,
@@ -47,6 +46,7 @@ from fal_scheduler.core.records import (
 )
 from fal_scheduler.core.secrets import check_secrets
 from fal_scheduler.core.state import State
+from fal_scheduler.core.stops import stop
 from fal_scheduler.core.told import RunnerStatus
 from fal_scheduler.core.work import Work
 

@@ -16,8 +16,10 @@ from typing import Any, Final
 from fal_contract.ids import name_of, team_of
 from fal_scheduler.core.spec_records import HOST_IMAGE as HOST_IMAGE
 from fal_scheduler.core.spec_records import BuildTask as BuildTask
+from fal_scheduler.core.spec_records import PlacementRules as PlacementRules
 from fal_scheduler.core.spec_records import Probe as Probe
 from fal_scheduler.core.spec_records import Resources as Resources
+from fal_scheduler.core.spec_records import RolloutPolicy as RolloutPolicy
 from fal_scheduler.core.spec_records import Scaling as Scaling
 from fal_scheduler.core.spec_records import Spec as Spec
 from fal_scheduler.core.tokens import JoinToken
@@ -96,11 +98,26 @@ class Pool:
     labels: Mapping[str, str] = field(default_factory=dict)
     generation: int = 0
     allow_host_network: bool = False
+    reclaim_per_hour_ppm: int = 0
+    lost_declared_at_s: float = 0.0
 
     @property
     def domain(self) -> str:
         """The failure domain: the zone, else the pool itself."""
         return self.zone or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Runners are to leave a node; `deadline_at_s` 0: never stopped, wall clock else."""
+
+    kind: str
+    reason: str = ""
+    began_at_s: float = 0.0
+    deadline_at_s: float = 0.0
+    force: bool = False
+    keep_cordoned: bool = False
+    created_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +133,8 @@ class Node:
     joined_at_s: float = 0.0
     token_id: str = ""
     revoked: bool = False
+    drain: Drain | None = None
+    quarantined_gpus: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +154,26 @@ class ScaleOverride:
     min_concurrency: int | None = None
     max_concurrency: int | None = None
     keep_alive_s: float | None = None
+    concurrency_buffer: int | None = None
+    concurrency_buffer_perc: int | None = None
+    scaling_delay_s: float | None = None
+    request_timeout_s: float | None = None
+    forecast_concurrency: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A revision takes over from another. Times: Unix seconds."""
+
+    from_revision: int
+    to_revision: int
+    phase: str
+    paused: bool = False
+    reason: str = ""
+    began_at_s: float = 0.0
+    phase_at_s: float = 0.0
+    failures: int = 0
+    canary_perc: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +186,7 @@ class App:
     generation: int = 1
     deleting: bool = False
     created_at_s: float = 0.0
+    rollout: Rollout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +333,8 @@ class Runner:
     goal_reason: str = ""
     memory_bytes: int = 0
     cpu_milli: int = 0
+    gpu_milli: int = 0  # of each of its GPUs; 0: all
+    priority: int = 0
 
     @property
     def app(self) -> str:

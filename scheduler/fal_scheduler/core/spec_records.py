@@ -9,7 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from fal_contract.limits import REQUEST_TIMEOUT_S, STARTUP_TIMEOUT_S, TERMINATION_GRACE_S
+from fal_contract.limits import (
+    DISTURBED_PERC,
+    REQUEST_TIMEOUT_S,
+    ROLLOUT_DEADLINE_S,
+    STARTUP_TIMEOUT_S,
+    TERMINATION_GRACE_S,
+)
 
 HOST_IMAGE: Final = "host"  # the node's own system
 
@@ -41,6 +47,7 @@ class Scaling:
     max_multiplexing: int = 1
     request_timeout_s: float = REQUEST_TIMEOUT_S
     startup_timeout_s: float = STARTUP_TIMEOUT_S
+    forecast_concurrency: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,42 @@ class BuildTask:
     source: str = ""
     auth_secret: str = ""
     platform: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRules:
+    """Where runners should and should not be, beyond what they need. Apps are `team/name`."""
+
+    labels_preferred: Mapping[str, str] = field(default_factory=dict)
+    affinity: tuple[str, ...] = ()
+    affinity_preferred: tuple[str, ...] = ()
+    anti_affinity: tuple[str, ...] = ()
+    anti_affinity_preferred: tuple[str, ...] = ()
+    spread: str = ""
+    gpu_topology: str = ""
+    wait_value_micros_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPolicy:
+    """How a new revision takes over; 0: the default, see the properties."""
+
+    recreate: bool = False
+    canary_perc: int = 0
+    max_disturbed_perc: int = 0
+    rollback: bool = True
+    deadline_s: float = 0.0
+    canary_hold_s: float = 0.0
+
+    @property
+    def disturbed_perc(self) -> int:
+        """Percent of its runners that may be disturbed at once."""
+        return self.max_disturbed_perc or DISTURBED_PERC
+
+    @property
+    def serves_within_s(self) -> float:
+        """Seconds that a new revision may take until it serves."""
+        return self.deadline_s or ROLLOUT_DEADLINE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +145,16 @@ class Spec:
     egress_allow: tuple[str, ...] = ()
     egress_deny: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
+    gpu_milli: int = 0  # of each of its GPUs; 0: all
+    mig_profile: str = ""
+    priority: int = 0
+    placement: PlacementRules = PlacementRules()
+    rollout: RolloutPolicy = RolloutPolicy()
+
+    @property
+    def fractional(self) -> bool:
+        """Whether it shares its GPU with others of its team."""
+        return self.gpu_milli > 0
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -124,4 +177,13 @@ class Spec:
         return self.build is not None and self.build.image != ""
 
 
-__all__ = ["HOST_IMAGE", "BuildTask", "Probe", "Resources", "Scaling", "Spec"]
+__all__ = [
+    "HOST_IMAGE",
+    "BuildTask",
+    "PlacementRules",
+    "Probe",
+    "Resources",
+    "RolloutPolicy",
+    "Scaling",
+    "Spec",
+]

@@ -1,0 +1,121 @@
+"""Runners are made and placed: the one place where a record gets its node, its GPUs and its assignment. Pure.
+
+Called by `reconcile`. Nothing is placed while the store is suspected or a new leader has not heard its nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from fal_scheduler.core.events import AppChanged
+from fal_scheduler.core.explain import model_awaited, why_pending
+from fal_scheduler.core.place import Placer
+from fal_scheduler.core.records import App, AssignmentRef, Binding, Residency, Revision, Runner, Spec
+from fal_scheduler.core.state import Pending
+from fal_scheduler.core.told import Backoff
+from fal_scheduler.core.work import Work
+
+PENDING_TEXT_AGE_S: Final = 1.0  # how often the reason of a pending runner is worked out anew
+
+
+def backoff_of(work: Work, app_id: str) -> Backoff | None:
+    """The app's backoff while it lasts."""
+    backoff = work.state.backoffs.get(app_id)
+    return backoff if backoff is not None and work.moment.now_s < backoff.until_s else None
+
+
+def grow(work: Work, placer: Placer, app: App, revision: Revision, missing: int) -> None:
+    """Make runners, placed where a node can be found: one commit then holds wish, reservation and assignment."""
+    if backoff_of(work, app.id) is not None:
+        return
+    for _ in range(missing):
+        if work.full:
+            work.state.dirty[app.id] = None
+            return
+        runner = new_runner(work, app, revision)
+        assigned = placed(work, placer, runner, revision)
+        work.put(assigned or runner, None)
+        if assigned is None:
+            note_pending(work, runner, revision)
+
+
+def new_runner(work: Work, app: App, revision: Revision) -> Runner:
+    """A runner of `revision` without a node, not stored yet."""
+    spec = revision.spec
+    return Runner(
+        id=f"{app.id}-{work.ids.suffix()}",
+        share_group=spec.share_group or app.id,
+        bindings=(Binding(app.id, revision.number, "main" if spec.model else ""),),
+        created_at_s=work.moment.wall_s,
+        residencies=_residencies(work, spec),
+    )
+
+
+def place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unplaced: list[Runner]) -> None:
+    """Try again for runners without a node; all of an app want the same, so the first failure ends it."""
+    if backoff_of(work, app.id) is None:
+        for runner in unplaced:
+            if work.full:
+                work.state.dirty[app.id] = None
+                break
+            assigned = placed(work, placer, runner, revision)
+            if assigned is None:
+                note_pending(work, runner, revision)
+                break
+            work.put(assigned, runner)
+    state = work.state
+    unplaced_left = any(not state.runners[id_].node for id_ in state.runners_by_app.get(app.id, ()))
+    if unplaced_left or backoff_of(work, app.id) is not None:  # the tick that ends the backoff looks at it again
+        state.waiting[app.id] = None
+    else:
+        state.waiting.pop(app.id, None)
+        state.pending.pop((app.id, app.revision), None)
+
+
+def placed(work: Work, placer: Placer, runner: Runner, revision: Revision) -> Runner | None:
+    """The runner on the best node, assigned; None where there is none, or a model may not be used."""
+    state, spec = work.state, revision.spec
+    if state.hold_all or not state.settled or model_awaited(state, spec):
+        return None
+    found = placer.place(spec)
+    if found is None:
+        return None
+    work.log("RUNNER_PLACED", runner.id, f"placed on {found.node_id}", node=found.node_id)
+    return replace(
+        runner,
+        node=found.node_id,
+        gpus=found.gpus,
+        assignment=AssignmentRef(work.ids.suffix(), state.term),
+        residencies=_residencies(work, spec),
+        memory_bytes=found.memory_bytes,
+        cpu_milli=found.cpu_milli,
+    )
+
+
+def note_pending(work: Work, runner: Runner, revision: Revision) -> None:
+    """Keep why it has no node; worked out anew once a second at most, and once for all of one revision."""
+    state, now_s = work.state, work.moment.now_s
+    state.waiting[runner.app] = None
+    key = (revision.app, revision.number)
+    have = state.pending.get(key)
+    if have is not None and now_s - have.found_at_s < PENDING_TEXT_AGE_S:
+        return
+    if awaited := model_awaited(state, revision.spec):
+        state.pending[key] = Pending(awaited, found_at_s=now_s)
+        if have is None or have.reason != awaited:
+            work.emit(AppChanged(revision.app))
+    elif state.explanations_left > 0:
+        state.explanations_left -= 1
+        state.pending[key] = replace(why_pending(state, revision.spec), found_at_s=now_s)
+        work.emit(AppChanged(revision.app))
+    elif have is None:  # the next tick works it out
+        state.pending[key] = Pending("no node can take it now", found_at_s=float("-inf"))
+
+
+def _residencies(work: Work, spec: Spec) -> tuple[Residency, ...]:
+    """What the runner loads. The digest is empty where the model is staged before it is attested."""
+    if not spec.model:
+        return ()
+    model = work.state.models.get(spec.model)
+    return (Residency("main", spec.model, model.manifest_digest if model is not None else ""),)

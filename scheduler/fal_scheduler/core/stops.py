@@ -1,0 +1,108 @@
+"""Runners are drained and stopped: which, in what order, and how many at once without an operator's word. Pure.
+
+Called by `reconcile` and by commands. Stops that no operator asked for wait in a leader's first minutes, and wait for
+a confirm when they are many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from fal_contract.limits import FAILOVER_GRACE_S, MASS_STOP_RUNNERS_MIN, MASS_STOP_SHARE
+from fal_scheduler.core.records import App, Goal, Runner
+from fal_scheduler.core.runner_groups import Runners
+from fal_scheduler.core.state import State
+from fal_scheduler.core.told import Health
+from fal_scheduler.core.work import Work
+
+STOPS_WINDOW_S: Final = 60.0
+
+
+def shrink(work: Work, app: App, current: Runners, wanted: int) -> None:
+    """Too many of the current revision: first those without a node, then those that start, then the youngest."""
+    surplus = current.count - wanted
+    for runner in _youngest_first(current.unplaced)[:surplus]:
+        if work.full:
+            return
+        work.drop(runner)
+        current.unplaced.remove(runner)
+        surplus -= 1
+    victims = [(runner, Goal.STOP) for runner in _youngest_first(current.starting)]
+    victims += [(runner, Goal.DRAIN) for runner in _youngest_first(current.ready)]
+    victims = victims[:surplus]
+    if victims and may_stop(work, app, len(victims)):
+        for runner, goal in victims:
+            stop(work, runner, goal, f"{app.id} should have {wanted} runner{'' if wanted == 1 else 's'} now")
+
+
+def relieve(work: Work, app: App, current: Runners, wanted: int) -> int:
+    """Drain wounded runners that are not needed any more; how many more than wanted there may be for those that are.
+
+    Runners on silent nodes count as little: a replacement that nobody can reach replaces nobody.
+    """
+    state = work.state
+    wounded = [runner for runner in current.ready if _wounded(state, runner)]
+    if not wounded:
+        return 0
+    sound = sum(1 for runner in current.ready if runner not in wounded and state.health_of(runner.node) is Health.READY)
+    needed = max(0, wanted - sound)
+    victims = wounded[needed:]
+    if victims and may_stop(work, app, len(victims)):
+        for runner in victims:
+            status = state.status_of(runner)
+            why = status.reason if status is not None else ""
+            stop(work, runner, Goal.DRAIN, f"replaced: {why or 'its container is wounded'}")
+        current.ready = [runner for runner in current.ready if state.runners[runner.id].goal is Goal.RUN]
+    return int(any(runner in current.ready for runner in wounded))
+
+
+def _wounded(state: State, runner: Runner) -> bool:
+    status = state.status_of(runner)
+    return status is not None and status.serves and status.wounded
+
+
+def _youngest_first(runners: list[Runner]) -> list[Runner]:
+    return sorted(runners, key=lambda runner: (-runner.created_at_s, runner.id))
+
+
+def may_stop(work: Work, app: App, count: int) -> bool:
+    """Whether `count` runners may be stopped now; a stop that an operator asked for always may."""
+    state, now_s = work.state, work.moment.now_s
+    if app.id in state.asked:
+        state.stops_held.pop(app.id, None)
+        return True
+    if now_s - state.term_began_s < FAILOVER_GRACE_S:
+        return False  # the tick that ends the grace makes every app dirty
+    recent = state.stops_recent
+    while recent and now_s - recent[0] > STOPS_WINDOW_S:
+        recent.popleft()
+    allowed = max(MASS_STOP_RUNNERS_MIN, int(len(state.runners) * MASS_STOP_SHARE))
+    if len(recent) + count > allowed:
+        state.stops_held[app.id] = None
+        work.alarm(
+            "MASS_STOP",
+            "cluster",
+            f"{count} runners of {app.id} would be stopped, {len(recent)} were in the last minute; {allowed} may be",
+            "Look at `falctl app show`, then `falctl operator confirm stops`.",
+        )
+        return False
+    recent.extend([now_s] * count)
+    state.stops_held.pop(app.id, None)
+    return True
+
+
+def stop(work: Work, runner: Runner, goal: Goal, why: str) -> None:
+    """Raise a runner's goal; one without a node is forgotten."""
+    live = work.state.live.get(runner.node)
+    held = live is not None and live.hold and runner.app not in work.state.asked
+    if held or runner.id in work.state.frozen:
+        return
+    if work.full:
+        work.state.dirty[runner.app] = None
+    elif not runner.node:
+        work.drop(runner)
+    elif runner.goal < goal:
+        work.put(replace(runner, goal=goal, goal_reason=why), runner)
+        kind = {Goal.DRAIN: "RUNNER_DRAINING", Goal.STOP: "RUNNER_STOPPING", Goal.KILL: "RUNNER_STOPPING"}[goal]
+        work.log(kind, runner.id, why)
