@@ -200,3 +200,13 @@ BUILDS_MAX: Final = 256  # at once
 BUILD_MANIFEST_BYTES_MAX: Final = 256 << 10  # travels in a runner's status
 INGEST_TIMEOUT_S: Final = 600.0  # hashing and copying an entry of the largest size on a slow disk
 BUILD_OUTPUT_PIN_S: Final = 3600.0  # until the scheduler has signed it
+
+# The decision log of a scheduler.
+DECISION_LOG_BYTES_MAX: Final = 1 << 30  # of all segments beside one store
+DECISION_LOG_AGE_MAX_S: Final = 7 * 86400.0
+DECISION_LOG_SEGMENT_BYTES_MAX: Final = 64 << 20  # packed and compressed; then another begins with a snapshot
+DECISION_LOG_BLOCK_BYTES: Final = 64 << 10  # before compression: what a crash may lose beside the last second
+DECISION_LOG_BLOCK_BYTES_MAX: Final = 1 << 30  # a snapshot of the largest cluster is one block
+DECISION_LOG_WAITING_BYTES_MAX: Final = 256 << 20  # for the disk; then the log has a gap
+DECISION_LOG_FLUSH_S: Final = 1.0
+DECISION_LOG_RETRY_S: Final = 300.0  # after a full disk

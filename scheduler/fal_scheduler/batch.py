@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fal_contract.limits import COMMIT_BYTES_MAX, COMMIT_OPERATIONS_MAX
 from fal_scheduler.codec import encode
 from fal_scheduler.core.events import Effect, Reply
-from fal_scheduler.core.records import Change, Record
+from fal_scheduler.core.records import Change, Record, Runner, key_of, runner_key
 from fal_scheduler.store.interface import Write
 
 
@@ -66,6 +66,24 @@ def encode_changes(changes: Sequence[Change]) -> dict[str, bytes | None]:
     """The last value of each key that changed."""
     last = {change.key: change.after for change in changes}
     return {key: None if record is None else encode(record) for key, record in last.items()}
+
+
+def durable_runner(batches: Sequence[Batch], runner_id: str, present: Runner | None) -> Runner | None:
+    """A runner as the store is known to hold it: `present` but for unacknowledged `batches`, the oldest first."""
+    if not batches:
+        return present
+    key = key_of(present) if present is not None else runner_key(runner_id)
+    for batch in batches:
+        if key in batch.befores:
+            before = batch.befores[key]
+            return before if isinstance(before, Runner) else None
+    return present
+
+
+def were_on(batches: Sequence[Batch], node_id: str) -> list[str]:
+    """Ids of runners that were on a node before these batches."""
+    befores = (before for batch in batches for before in batch.befores.values())
+    return [before.id for before in befores if isinstance(before, Runner) and before.node == node_id]
 
 
 def _size(key: str, value: bytes | None) -> int:

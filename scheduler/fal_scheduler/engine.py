@@ -21,7 +21,8 @@ from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.ids import random_suffix
 from fal_scheduler.auditor import Auditor
-from fal_scheduler.batch import Batch, encode_changes
+from fal_scheduler.batch import Batch, durable_runner, encode_changes, were_on
+from fal_scheduler.core import log_entries as entries
 from fal_scheduler.core.events import (
     Command,
     Effect,
@@ -37,7 +38,7 @@ from fal_scheduler.core.events import (
 )
 from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.place import Placer
-from fal_scheduler.core.records import Runner, key_of, runner_key
+from fal_scheduler.core.records import Runner
 from fal_scheduler.core.state import State
 from fal_scheduler.core.step import BrokenInvariant, Core
 from fal_scheduler.core.suspicion import term_needed
@@ -64,7 +65,9 @@ class Engine:
         self._clock = clock
         self._rng = rng
         self._options = options
-        self._core = Core(State(), Placer(State().fleet), RandomIds(rng))
+        self._ids = RandomIds(rng)
+        self._core = Core(State(), Placer(State().fleet), self._ids)
+        self._record: entries.Recorder = entries.NoRecorder()
         self._guard: Guard | None = None
         self._inbox: deque[tuple[Event, asyncio.Future[Reply] | None]] = deque()
         self._ready: deque[Batch] = deque()
@@ -99,7 +102,10 @@ class Engine:
         loaded = await self._store.load()
         now_s = self._clock.monotonic_s()
         state, found = recover(loaded.records, term=self._guard.term, revision=loaded.revision, now_s=now_s)
-        self._core = Core(state, Placer(state.fleet), RandomIds(self._rng))
+        self._core = Core(state, Placer(state.fleet), self._ids)
+        if self._options.recorder is not None:
+            self._record = self._options.recorder()
+        self._record.began(state, entries.Loaded(dict(loaded.records), self._guard.term, loaded.revision, now_s))
         self.events = EventLog(self._options.events_dir)
         self._last_tick_s = now_s
         self._auditor = Auditor(interval_s=self._options.audit_interval_s, now_s=now_s)
@@ -123,12 +129,15 @@ class Engine:
             assert self._guard is not None
             state.store_revision = await self._store.commit(self._guard, batch.operations())
             state.apply(change)
+            self._record.note(entries.Founded(change, state.store_revision))
         else:
+            self._record.note(entries.Suspected(self._options.cluster_id, wall_s))
             self._tell(suspect_foreign(state, self._options.cluster_id, wall_s=wall_s))
 
     async def stop(self) -> None:
         """End orderly: what waits is refused, leadership is given up, files are closed. The store stays open."""
         self._lose(FalError(Code.NOT_LEADER, "this scheduler stops", remedy="Ask the next leader."))
+        self._record.close()
         tasks = [*self._tasks, *([self._commit_task] if self._commit_task is not None else [])]
         for task in tasks:
             task.cancel()
@@ -196,11 +205,7 @@ class Engine:
 
     def assignments(self, node_id: str) -> tuple[Runner, ...]:
         """See EnginePort."""
-        ids = set(self.view.runners_by_node.get(node_id, ()))
-        for batch in self._batches():
-            for before in batch.befores.values():
-                if isinstance(before, Runner) and before.node == node_id:
-                    ids.add(before.id)
+        ids = {*self.view.runners_by_node.get(node_id, ()), *were_on(self._batches(), node_id)}
         found = (self.assignment(node_id, runner_id) for runner_id in sorted(ids))
         return tuple(runner for runner in found if runner is not None)
 
@@ -209,21 +214,8 @@ class Engine:
         live = self.view.live.get(node_id)
         if live is not None and live.hold:
             return None
-        runner = self._durable(runner_id)
+        runner = durable_runner(self._batches(), runner_id, self.view.runners.get(runner_id))
         return runner if runner is not None and runner.node == node_id else None
-
-    def _durable(self, runner_id: str) -> Runner | None:
-        """A runner as the store is known to hold it."""
-        present = self.view.runners.get(runner_id)
-        batches = self._batches()
-        if not batches:
-            return present
-        key = key_of(present) if present is not None else runner_key(runner_id)
-        for batch in batches:
-            if key in batch.befores:
-                before = batch.befores[key]
-                return before if isinstance(before, Runner) else None
-        return present
 
     def _batches(self) -> list[Batch]:
         """What is not acknowledged, the oldest first."""
@@ -294,17 +286,23 @@ class Engine:
         try:
             outcome = self._core.step(event, moment)
         except FalError as error:
-            if future is not None and not future.done():
-                future.set_exception(error)
+            self._refuse(event, moment, error, future)
             return
         except BrokenInvariant as error:
-            self._tell(self._core.taken_back(moment).effects)
+            remedy = "The objects named are frozen; report the replay file."
+            self._refuse(event, moment, FalError(Code.INVARIANT, str(error), remedy=remedy), future)
+            effects = self._core.taken_back(moment).effects
+            self._record.note(entries.TakenBack(moment.now_s, moment.wall_s, effects))
+            self._tell(effects)
             self._broken(error.violations, event)
-            if future is not None and not future.done():
-                remedy = "The objects named are frozen; report the replay file."
-                future.set_exception(FalError(Code.INVARIANT, str(error), remedy=remedy))
             return
+        self._record.stepped(event, moment, self._ids.take_drawn(), outcome)
         self._take(outcome, event, future)
+
+    def _refuse(self, event: Event, moment: Moment, error: FalError, future: asyncio.Future[Reply] | None) -> None:
+        self._record.stepped(event, moment, self._ids.take_drawn(), None, error)
+        if future is not None and not future.done():
+            future.set_exception(error)
 
     def _take(self, outcome: Outcome, event: Event, future: asyncio.Future[Reply] | None) -> None:
         """Queue what must be committed; tell at once what needs no commit."""
@@ -351,6 +349,7 @@ class Engine:
             return
         self._in_flight = None
         self.view.store_revision = revision
+        self._record.note(entries.Committed(len(batch.changes), revision))
         self._counts["commits"] += 1
         batch.succeed()
         self._tell(batch.effects)
@@ -373,10 +372,12 @@ class Engine:
         self._ready.clear()
         for batch in batches:
             batch.fail(error)
-        now_s = self._clock.monotonic_s()
-        self._tell(self._core.taken_back(Moment(now_s, self._clock.wall_s()), undone).effects)
+        now_s, wall_s = self._clock.monotonic_s(), self._clock.wall_s()
+        effects = self._core.taken_back(Moment(now_s, wall_s), undone).effects
+        self._record.note(entries.Failed(len(undone), now_s, wall_s, effects))
+        self._tell(effects)
         self._paused_until_s, self._recheck = now_s + RETRY_S, True
-        self._tell([Logged("STORE_FAILED", "store", str(error), self._clock.wall_s())])
+        self._tell([Logged("STORE_FAILED", "store", str(error), wall_s)])
         self._drained.set()
         self._wake.set()
 
@@ -395,6 +396,7 @@ class Engine:
             self._lose(error)
             return
         self.view.term = self._guard.term
+        self._record.note(entries.TermRaised(self.view.term))
         message = f"a node has seen term {term - 1}; this leader's is {self.view.term} now"
         self._tell([Logged("TERM_RAISED", "cluster", message, self._clock.wall_s())])
 
@@ -434,7 +436,9 @@ class Engine:
             text = "; ".join(f"{one.rule}: {one.message}" for one in found)
             self._lose(FalError(Code.INVARIANT, text, remedy="Look at the replay file."))
             raise AssertionError(text)
-        self._tell(self._core.freeze(found, moment).effects)
+        effects = self._core.freeze(found, moment).effects
+        self._record.note(entries.Froze(tuple(found), moment.now_s, moment.wall_s, effects))
+        self._tell(effects)
 
 
 __all__ = ["Engine", "EngineOptions", "EnginePort", "Listener"]

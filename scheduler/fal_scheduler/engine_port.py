@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fal_scheduler.core.events import Command, Effect, News, NodeHello, Reply
+from fal_scheduler.core.log_entries import Recorder
 from fal_scheduler.core.records import Runner
 from fal_scheduler.core.state import State
 
@@ -57,6 +58,7 @@ class EnginePort(Protocol):
 class EngineOptions:
     """`cluster_id`: the CA's. `events_dir`: for the event log and replay files; None keeps them in memory.
 
+    `recorder`: makes what hears of all that changes the state (the decision log), one a start; None: nobody does.
     `strict`: a broken invariant ends the engine (tests) instead of freezing the objects named (production).
     """
 
@@ -65,3 +67,4 @@ class EngineOptions:
     tick_s: float = 1.0
     audit_interval_s: float = 60.0
     strict: bool = False
+    recorder: Callable[[], Recorder] | None = None

@@ -26,6 +26,7 @@ from fal_scheduler.cache_sessions import CacheSessions
 from fal_scheduler.collector import calm
 from fal_scheduler.core.events import Effect, Logged, NodeChanged, Revoked
 from fal_scheduler.core.tickets import TICKET_PURPOSE
+from fal_scheduler.decision_log import DecisionLog
 from fal_scheduler.dispatch import Dispatcher
 from fal_scheduler.engine import Engine
 from fal_scheduler.engine_port import EngineOptions
@@ -84,7 +85,7 @@ class Leader:
                 self._store,
                 clock=self._clock,
                 rng=self._rng,
-                options=EngineOptions(self._ca.cluster_id, self._data_dir / "events"),
+                options=EngineOptions(self._ca.cluster_id, self._data_dir / "events", recorder=self._decision_log),
             )
             try:
                 await engine.start(self._holder)
@@ -98,6 +99,10 @@ class Leader:
                 await asyncio.sleep(self._rng.uniform(0.0, RECONNECT_CAP_S))
             finally:
                 await engine.stop()
+
+    def _decision_log(self) -> DecisionLog:
+        folder = self._data_dir / "decisions"
+        return DecisionLog(folder, cluster_id=self._ca.cluster_id, wall_s=self._clock.wall_s())
 
     def _parts(self, engine: Engine) -> Leadership:
         """What a term is made of; nothing runs yet."""
@@ -141,6 +146,7 @@ class Leader:
             clock=self._clock,
             store=self._store.name,
             commits=lambda: _commits(self._store) - commits_before,
+            load=self._store.load,
         )
 
     async def _term(self, engine: Engine) -> FalError:

@@ -12,7 +12,14 @@ class RandomIds:
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
+        self._drawn: list[str] = []
 
     def suffix(self) -> str:
         """40 random bits as 8 characters."""
-        return random_suffix(self._rng)
+        self._drawn.append(random_suffix(self._rng))
+        return self._drawn[-1]
+
+    def take_drawn(self) -> list[str]:
+        """What was drawn since the last call, in order."""
+        drawn, self._drawn = self._drawn, []
+        return drawn
