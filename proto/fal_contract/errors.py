@@ -86,15 +86,17 @@ class FalError(Exception):
 
     `what` says what failed, `remedy` what the reader can do, `field` which input was at fault (a dotted path,
     empty when none was). `str(error)` is `WHAT. REMEDY`, the form that falctl prints behind `error: `.
+    `leader`: with NOT_LEADER, where the leader listens (host:port), as far as who raises it knows.
     """
 
-    def __init__(self, code: Code, what: str, *, remedy: str, field: str = "") -> None:
+    def __init__(self, code: Code, what: str, *, remedy: str, field: str = "", leader: tuple[str, ...] = ()) -> None:
         what = what.rstrip(".")
         super().__init__(f"{what}. {remedy}" if remedy else f"{what}.")
         self.code = code
         self.what = what
         self.remedy = remedy
         self.field = field
+        self.leader = leader
 
     @property
     def retryable(self) -> bool:

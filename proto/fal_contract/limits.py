@@ -22,7 +22,7 @@ COMMIT_OPERATIONS_MAX: Final = 100
 COMMIT_BYTES_MAX: Final = 1 << 20
 COMMIT_TIMEOUT_S: Final = 30.0
 STORE_KEY_BYTES_MAX: Final = 512
-STORE_LEASE_TTL_S: Final = 10.0  # a leader that the store has not heard for so long is deposed
+STORE_LEASE_TTL_S: Final = 5.0  # a leader that the store has not heard for so long is deposed
 
 # Wire.
 MESSAGE_BYTES_MAX: Final = 4 << 20
@@ -200,6 +200,12 @@ BUILDS_MAX: Final = 256  # at once
 BUILD_MANIFEST_BYTES_MAX: Final = 256 << 10  # travels in a runner's status
 INGEST_TIMEOUT_S: Final = 600.0  # hashing and copying an entry of the largest size on a slow disk
 BUILD_OUTPUT_PIN_S: Final = 3600.0  # until the scheduler has signed it
+
+# Several schedulers.
+MEMBER_TTL_S: Final = 15.0  # a scheduler that has not told for so long that it is up is forgotten
+ANNOUNCE_S: Final = 5.0  # between two such words
+STANDBY_HOLD_S: Final = 10.0  # a standby holds a call that waits for a new leader so long
+ELECTION_RETRY_CAP_S: Final = 2.0  # between two dials of who knows that there is no leader just now
 
 # The decision log of a scheduler.
 DECISION_LOG_BYTES_MAX: Final = 1 << 30  # of all segments beside one store

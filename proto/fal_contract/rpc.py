@@ -26,6 +26,8 @@ _WHAT_CHARS_MAX: Final = 1024
 _REMEDY_CHARS_MAX: Final = 512
 _FIELD_CHARS_MAX: Final = 128
 _DETAILS_CHARS_MAX: Final = 200
+_LEADER_ADDRESSES_MAX: Final = 8
+_LEADER_CHARS_MAX: Final = 128
 
 _COMMON_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.keepalive_time_ms", KEEPALIVE_TIME_S * 1000),
@@ -39,6 +41,7 @@ CHANNEL_OPTIONS: Final = (
     *_COMMON_OPTIONS,
     # Reconnecting is the caller's: it re-dials with its own jitter, so the channel must not sit in a long backoff.
     ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # also how long one attempt to connect lasts; the default is 20 s
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.enable_http_proxy", 0),
 )
@@ -181,6 +184,7 @@ def error_metadata(error: FalError) -> tuple[tuple[str, bytes], ...]:
         remedy=_cut(error.remedy, _REMEDY_CHARS_MAX),
         field=_cut(error.field, _FIELD_CHARS_MAX),
         retryable=error.retryable,
+        leader=[address for address in error.leader if len(address) <= _LEADER_CHARS_MAX][:_LEADER_ADDRESSES_MAX],
     )
     return ((ERROR_KEY, detail.SerializeToString()),)
 
@@ -228,7 +232,8 @@ def _from_detail(raw: bytes) -> FalError | None:
         code = Code(detail.code)
     except Exception:  # DecodeError, or a code of a later release: fall back to the status
         return None
-    return FalError(code, detail.what, remedy=detail.remedy, field=detail.field)
+    leader = tuple(detail.leader[:_LEADER_ADDRESSES_MAX])
+    return FalError(code, detail.what, remedy=detail.remedy, field=detail.field, leader=leader)
 
 
 def _cut(text: str, chars_max: int) -> str:

@@ -9,8 +9,9 @@ Blocks on the disk: small files. Must not be used for anything larger than a man
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ from fal_contract.limits import MANIFEST_EMBEDDED_BYTES_MAX
 from fal_contract.model_manifest import FileEntry, check_digest, manifest_digest
 from fal_contract.v1 import state_pb2
 
+_WRITTEN_MAX: Final = 4096  # remembered for standbys
 _CACHED_MAX: Final = 256  # of at most MANIFEST_EMBEDDED_BYTES_MAX each
 
 
@@ -32,7 +34,9 @@ class ManifestBlobs:
 
     def __init__(self, folder: Path, ca_key: ec.EllipticCurvePublicKey) -> None:
         self._folder = folder
-        self._ca_key = ca_key
+        self.ca_key = ca_key
+        self._count = itertools.count(1)
+        self._written: deque[tuple[int, str]] = deque(maxlen=_WRITTEN_MAX)  # also by threads: only appended to
         self._cache: OrderedDict[str, state_pb2.ModelManifest] = OrderedDict()
 
     def put(self, artifact: Artifact) -> None:
@@ -48,6 +52,18 @@ class ManifestBlobs:
                 remedy="Make room on the scheduler's disk, then register the model again.",
             ) from None
         self._cache.pop(artifact.id, None)
+        self._written.append((next(self._count), artifact.id))
+
+    def writes(self) -> int:
+        """How many were written through this object."""
+        return self._written[-1][0] if self._written else 0
+
+    def written_since(self, number: int) -> list[str] | None:
+        """Ids written after `writes()` was `number`, in order, each once; None where that is forgotten."""
+        written = list(self._written)
+        if written and written[0][0] > number + 1:
+            return None
+        return sorted({id_ for count, id_ in written if count > number})
 
     def has(self, id_: str) -> bool:
         """Whether the file is there; `get` tells whether it is whole."""
@@ -79,17 +95,22 @@ class ManifestBlobs:
         if cached is not None:
             self._cache.move_to_end(artifact_id)
             return cached
+        manifest = self.read(artifact_id)
+        if manifest.ByteSize() <= MANIFEST_EMBEDDED_BYTES_MAX:
+            self._cache[artifact_id] = manifest
+            if len(self._cache) > _CACHED_MAX:
+                self._cache.popitem(last=False)
+        return manifest
+
+    def read(self, artifact_id: str) -> state_pb2.ModelManifest:
+        """As `get`, from the disk; may be called on any thread."""
         path = self._folder / check_digest(artifact_id, field="artifact_id")
         raw = _read(path)
         try:
             manifest = state_pb2.ModelManifest.FromString(raw)
-            check_manifest(manifest, artifact_id, self._ca_key)
+            check_manifest(manifest, artifact_id, self.ca_key)
         except (DecodeError, FalError) as exc:
             raise _corrupt(path, str(exc)) from None
-        if len(raw) <= MANIFEST_EMBEDDED_BYTES_MAX:
-            self._cache[artifact_id] = manifest
-            if len(self._cache) > _CACHED_MAX:
-                self._cache.popitem(last=False)
         return manifest
 
     def artifact(self, artifact_id: str) -> Artifact:

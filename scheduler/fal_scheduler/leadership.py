@@ -6,7 +6,9 @@ then on. Must not start or stop anything itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from fal_contract.clock import Clock
@@ -24,11 +26,12 @@ from fal_scheduler.image_packs import ImagePacks
 from fal_scheduler.models import ModelRegistrar
 from fal_scheduler.revocations import RevocationIndex
 from fal_scheduler.sessions import AgentSessions
+from fal_scheduler.store.interface import Loaded
 
 
 @dataclass(frozen=True, slots=True)
 class Leadership:
-    """One term's parts. `commits`: store commits since it began; `store`: the store's name."""
+    """One term's parts. `commits`: store commits since it began; `store`: the store's name; `load`: its records."""
 
     engine: EnginePort
     sessions: AgentSessions
@@ -45,6 +48,7 @@ class Leadership:
     clock: Clock
     store: str
     commits: Callable[[], int]
+    load: Callable[[], Awaitable[Loaded]]
 
     @property
     def view(self) -> State:
@@ -53,14 +57,31 @@ class Leadership:
 
 
 class CurrentLeadership:
-    """Where servicers look for the term's parts at each call."""
+    """Where servicers look for the term's parts at each call, and where standbys look who leads instead."""
 
     def __init__(self) -> None:
         self._now: Leadership | None = None
+        self._leader: tuple[str, ...] = ()  # where another leads, as far as is known
+        self._seen = False  # whether the store answers who leads
+        self._changed = asyncio.Event()
 
     def set(self, leadership: Leadership | None) -> None:
         """A term began or ended."""
         self._now = leadership
+        self._leader = ()
+        self._tell()
+
+    def see(self, addresses: tuple[str, ...]) -> None:
+        """The store says where the leader listens; nothing where there is none, or it said nothing of itself."""
+        if self._now is None and (addresses != self._leader or not self._seen):
+            self._leader, self._seen = addresses, True
+            self._tell()
+
+    def lose_sight(self) -> None:
+        """The store does not answer who leads."""
+        if self._seen:
+            self._seen, self._leader = False, ()
+            self._tell()
 
     @property
     def leads(self) -> bool:
@@ -70,12 +91,32 @@ class CurrentLeadership:
     def get(self) -> Leadership:
         """The term's parts. Raises NOT_LEADER."""
         if self._now is None:
-            raise not_leading()
+            raise not_leading(self._leader)
         return self._now
 
+    async def soon(self, wait_s: float) -> Leadership:
+        """As `get`, once this process leads, or another leads than the one known now; `wait_s` at most."""
+        named = self._leader
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while self._now is None and self._seen and self._leader in ((), named):
+                    await self._changed.wait()
+        return self.get()
 
-def not_leading() -> FalError:
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+def not_leading(leader: tuple[str, ...] = ()) -> FalError:
     """What a standby answers."""
+    if leader:
+        return FalError(
+            Code.NOT_LEADER,
+            f"this scheduler is a standby; {leader[0]} leads",
+            remedy="Ask the leader.",
+            leader=leader,
+        )
     return FalError(
         Code.NOT_LEADER,
         "this scheduler is a standby, or about to take over",

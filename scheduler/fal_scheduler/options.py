@@ -63,6 +63,10 @@ class Options(ConfigModel):
     hosts: list[str] = Field(
         default_factory=list, description="names and addresses under which machines and people reach this scheduler"
     )
+    advertise: list[str] = Field(
+        default_factory=list,
+        description="host:port under which nodes, gateways and people reach this scheduler; default: hosts, rpc.port",
+    )
     seal_key: Path | None = Field(default=None, description="seal key, where it is kept outside the data folder")
     model_roots: list[Path] = Field(
         default_factory=list, description="folders below which file:// models may lie; empty: anywhere"

@@ -30,24 +30,31 @@ from fal_contract.rpc_guard import Guard, Refusal
 from fal_contract.telemetry import Health, LoopLag, TelemetryServer, get_logger
 from fal_contract.v1.agent_pb2_grpc import add_AgentServiceServicer_to_server
 from fal_contract.v1.cluster_pb2_grpc import add_ClusterServicer_to_server
+from fal_contract.v1.schedulers_pb2_grpc import add_SchedulersServicer_to_server
 from fal_contract.v1.serving_pb2_grpc import add_ServingServicer_to_server
 from fal_contract.v1.weights_pb2_grpc import add_CacheServiceServicer_to_server
+from fal_contract.versions import software
 from fal_scheduler.api.roles import ROLES
+from fal_scheduler.api.schedulers import SchedulersService
 from fal_scheduler.api.service import AgentService, CacheService, ClusterService, ServingService, services
+from fal_scheduler.blobs import ManifestBlobs
 from fal_scheduler.ca import CertificateAuthority, OwnIdentity
 from fal_scheduler.core.events import Logged, RedeemToken
+from fal_scheduler.directory import Directory
 from fal_scheduler.join import JoinRefusal, JoinServer, NodeGrant
 from fal_scheduler.leader import Leader
 from fal_scheduler.leadership import CurrentLeadership
 from fal_scheduler.options import Listen, Options
 from fal_scheduler.revocations import RevocationIndex
-from fal_scheduler.store.interface import Store
+from fal_scheduler.standby_manifests import ManifestMirror
+from fal_scheduler.store.interface import Member, Store
 
 STANDBY_AFTER_S: Final = 5.0
 STOP_GRACE_S: Final = 2.0
 SAMPLE_INTERVAL_S: Final = 2.0
 REFUSAL_QUIET_S: Final = 60.0  # one event for the same refusal in this time
 REFUSALS_KEPT_MAX: Final = 1024
+_ANYWHERE: Final = frozenset({"", "0.0.0.0", "::"})  # binds to every address, names none
 _log = get_logger("scheduler")
 
 
@@ -100,6 +107,17 @@ class Scheduler:
             is_revoked=revocations.is_revoked,
             on_refused=self._call_refused,
         )
+        self._cluster_id = ca.cluster_id
+        self._holder = f"{socket.gethostname()}-{random_suffix(SystemRandom())}"
+        self._started_at_s = clock.wall_s()
+        self._directory = Directory(store, self._current, clock, self._member)
+        self._mirror = ManifestMirror(
+            ManifestBlobs(options.data_dir / "blobs", ca.public_key),
+            self._current,
+            leader=lambda: self._directory.leader_addresses,
+            identity=self._identity.current,
+        )
+        self._directory.manifests = self._mirror.state
         self._leader = Leader(
             store=store,
             ca=ca,
@@ -107,7 +125,7 @@ class Scheduler:
             data_dir=options.data_dir,
             model_roots=tuple(options.model_roots),
             credentials_file=options.credentials_file,
-            holder=f"{socket.gethostname()}-{random_suffix(SystemRandom())}",
+            holder=self._holder,
             current=self._current,
             revocations=revocations,
             cut_revoked=self._guard.cut_revoked,
@@ -136,6 +154,8 @@ class Scheduler:
             await self._listen()
             self._tasks = [
                 asyncio.create_task(self._leader.run(), name="leader"),
+                asyncio.create_task(self._directory.run(), name="directory"),
+                asyncio.create_task(self._mirror.run(), name="manifest-mirror"),
                 asyncio.create_task(self._guard.run(), name="revocation-sweep"),
                 asyncio.create_task(self._lag.run(), name="loop-lag"),
                 asyncio.create_task(self._sample(), name="statistics"),
@@ -175,12 +195,28 @@ class Scheduler:
         self.ports["join"] = await self._bind_http("join", self._options.join, kept)
         self.ports["metrics"] = await self._bind_http("metrics", self._options.metrics, kept)
 
+    def _member(self) -> Member:
+        """What the other schedulers, and through them everybody, hear of this one."""
+        hosts = self._options.hosts or [self._options.rpc.host]
+        if self._options.advertise:
+            addresses = tuple(self._options.advertise)
+        else:
+            own = [host for host in hosts if host not in _ANYWHERE] or [socket.gethostname()]
+            addresses = tuple(
+                f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                for port in [self.ports.get("rpc", 0)]
+                for host in own
+            )
+        return Member(self._holder, addresses, self._started_at_s, software())
+
     async def _grpc_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=[self._guard], options=SERVER_OPTIONS)
         add_ClusterServicer_to_server(ClusterService(self._current), server)
         add_AgentServiceServicer_to_server(AgentService(self._current), server)
         add_ServingServicer_to_server(ServingService(self._current), server)
         add_CacheServiceServicer_to_server(CacheService(self._current), server)
+        schedulers = SchedulersService(self._current, self._directory, self._cluster_id)
+        add_SchedulersServicer_to_server(schedulers, server)
         await add_standard_services(server, [service.full_name for service in services()])
         return server
 

@@ -3,8 +3,10 @@
 isort:skip_file
 How an error travels: as trailing metadata `fal-error-bin` of a failed call, beside the gRPC status."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -27,6 +29,7 @@ class ErrorDetail(_message.Message):
     REMEDY_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
     RETRYABLE_FIELD_NUMBER: _builtins.int
+    LEADER_FIELD_NUMBER: _builtins.int
     code: _builtins.str
     """Stable word for programs: a name of fal_contract.errors.Code. A reader that does not know it falls back to the
     gRPC status of the call.
@@ -39,6 +42,10 @@ class ErrorDetail(_message.Message):
     """The input at fault as a dotted path; empty when none was."""
     retryable: _builtins.bool
     """The same call may succeed later without a change by the caller."""
+    @_builtins.property
+    def leader(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With NOT_LEADER: where the leader listens for gRPC, host:port each; empty where the answering standby does not know."""
+
     def __init__(
         self,
         *,
@@ -47,10 +54,11 @@ class ErrorDetail(_message.Message):
         remedy: _builtins.str = ...,
         field: _builtins.str = ...,
         retryable: _builtins.bool = ...,
+        leader: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "remedy", b"remedy", "retryable", b"retryable", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "leader", b"leader", "remedy", b"remedy", "retryable", b"retryable", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,6 +60,7 @@ _CLUSTER: Final[Mapping[str, frozenset[Role]]] = {
     "Confirm": ADMINS,
 }
 NODES: Final = frozenset({Role.NODE})
+STANDBYS: Final = frozenset({Role.SCHEDULER})
 
 ROLES: Final[Mapping[str, frozenset[Role]]] = {
     **{f"/fal.v1.Cluster/{method}": roles for method, roles in _CLUSTER.items()},
@@ -68,5 +69,8 @@ ROLES: Final[Mapping[str, frozenset[Role]]] = {
     "/fal.v1.AgentService/GetSecrets": NODES,
     "/fal.v1.CacheService/Session": NODES,
     "/fal.v1.CacheService/GetManifest": NODES,
-    "/fal.v1.Serving/Dispatch": frozenset({Role.SERVING, Role.OPERATOR, Role.ADMIN}),
+    "/fal.v1.Schedulers/GetLeader": frozenset(Role),
+    "/fal.v1.Schedulers/ListManifests": STANDBYS,
+    "/fal.v1.Schedulers/FetchManifest": STANDBYS,
+    "/fal.v1.Schedulers/SaveSnapshot": ADMINS,    "/fal.v1.Serving/Dispatch": frozenset({Role.SERVING, Role.OPERATOR, Role.ADMIN}),
 }

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from fal_contract.errors import Code, FalError
-from fal_contract.limits import MESSAGE_BYTES_MAX
+from fal_contract.leader_search import WAIT_KEY
+from fal_contract.limits import MESSAGE_BYTES_MAX, STANDBY_HOLD_S
 from fal_contract.rpc_guard import current_peer
 from fal_contract.v1 import agent_pb2, cluster_pb2, cluster_pb2_grpc, state_pb2, weights_pb2
 from fal_contract.v1.agent_pb2_grpc import AgentServiceServicer
@@ -34,7 +35,7 @@ from fal_scheduler.api import (
     status,
     weights,
 )
-from fal_scheduler.leadership import CurrentLeadership
+from fal_scheduler.leadership import CurrentLeadership, Leadership
 
 M = TypeVar("M", bound=Message)
 Context = Any  # grpc.aio.ServicerContext; generic in the stubs only
@@ -51,6 +52,12 @@ def _sized(reply: M, remedy: str) -> M:
         what = f"the answer has {size} bytes, a message holds {MESSAGE_BYTES_MAX}"
         raise FalError(Code.FAILED_PRECONDITION, what, remedy=remedy)
     return reply
+
+
+async def held(current: CurrentLeadership, context: Context) -> Leadership:
+    """The term's parts; who asks to wait, having failed to reach the leader, is held until there is another."""
+    waits = any(key == WAIT_KEY for key, _ in context.invocation_metadata() or ())
+    return await current.soon(STANDBY_HOLD_S) if waits and not current.leads else current.get()
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServicer):
@@ -237,7 +244,8 @@ class AgentService(AgentServiceServicer):
     async def Session(  # type: ignore[override]  # writes through the context: flow control is awaited
         self, request_iterator: AsyncIterator[agent_pb2.AgentMessage], context: Context
     ) -> None:
-        await self._current.get().sessions.run(current_peer().name, request_iterator, context.write)
+        leader = await held(self._current, context)
+        await leader.sessions.run(current_peer().name, request_iterator, context.write)
 
     async def RenewCertificate(
         self, request: agent_pb2.RenewCertificateRequest, context: Context
@@ -260,7 +268,8 @@ class CacheService(CacheServiceServicer):
     async def Session(  # type: ignore[override]
         self, request_iterator: AsyncIterator[weights_pb2.CacheUp], context: Context
     ) -> None:
-        await self._current.get().caches.run(current_peer().name, request_iterator, context.write)
+        leader = await held(self._current, context)
+        await leader.caches.run(current_peer().name, request_iterator, context.write)
 
     async def GetManifest(self, request: weights_pb2.GetManifestRequest, context: Context) -> state_pb2.ModelManifest:
         return _sized(caches.get_manifest(self._current.get(), request), "Read it from a peer.")
@@ -276,13 +285,13 @@ class ServingService(ServingServicer):
         self, request_iterator: AsyncIterator[Any], context: Context
     ) -> None:
         peer = current_peer()
-        await self._current.get().dispatcher.run(peer.name, peer.role, request_iterator, context.write)
+        leader = await held(self._current, context)
+        await leader.dispatcher.run(peer.name, peer.role, request_iterator, context.write)
 
 
 def services() -> Iterable[Any]:
     """Descriptors of every service here."""
-    from fal_contract.v1 import serving_pb2
+    from fal_contract.v1 import schedulers_pb2, serving_pb2
 
     own = (cluster_pb2, "Cluster"), (agent_pb2, "AgentService"), (serving_pb2, "Serving"), (weights_pb2, "CacheService")
-    for module, name in own:
-        yield module.DESCRIPTOR.services_by_name[name]
+    for module, name in (*own, (schedulers_pb2, "Schedulers")):        yield module.DESCRIPTOR.services_by_name[name]

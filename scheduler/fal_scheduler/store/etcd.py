@@ -7,10 +7,11 @@ Keys, below the prefix (default `/falctl/`):
     v1/term         decimal
     v1/revision     decimal, rises by one per commit
     v1/record/KEY   the records
+    v1/member/NAME  schedulers that are up, each bound to a lease of its own (etcd_members)
 
 Every commit is one transaction that compares leader, term and revision. Comparing the revision also makes a commit
 whose answer was lost harmless: it lands before the next one or never. The leader trusts its lease from when it *sent*
-the last renewal that was answered, so it knows of its end before etcd does.
+the last renewal that was answered, so it knows of its end before etcd does (etcd_lease).
 
 Called by the engine and the leader module. Must not retry a commit: only the engine knows what it meant.
 """
@@ -35,11 +36,15 @@ from fal_scheduler.store.etcd_client import (
     commit_failed,
     unavailable,
 )
+from fal_scheduler.store.etcd_lease import LeaseKeeper, now_s
+from fal_scheduler.store.etcd_members import EtcdMembers
 from fal_scheduler.store.etcd_upkeep import EtcdUpkeep
 from fal_scheduler.store.interface import (
     CommitCounters,
     Guard,
     Loaded,
+    Member,
+    Roster,
     Write,
     check_writes,
     leads_already,
@@ -61,9 +66,9 @@ class _Leadership:
 
     token: bytes
     lease: int
-    trusted_until_s: float
+    keeper: LeaseKeeper
+    upkeep: asyncio.Task[None]
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
 
 
 class EtcdStore:
@@ -91,6 +96,9 @@ class EtcdStore:
         self._term_key = root + b"/v1/term"
         self._revision_key = root + b"/v1/revision"
         self._record_prefix = root + b"/v1/record/"
+        self._members = EtcdMembers(
+            self._client, prefix=root + b"/v1/member/", leader_key=self._leader_key, term_key=self._term_key
+        )
         self._lead: _Leadership | None = None
         self._revision = 0  # as of our election, last commit or load
         self._must_load = False  # the outcome of a commit is not known
@@ -155,8 +163,7 @@ class EtcdStore:
         """See Store. Where etcd does not answer, the lease runs out by itself."""
         lead = self._lead
         if lead is not None and lead.token == guard.token:
-            self._end(lead)
-            await self._revoke(lead.lease)
+            await self._give_up(lead)
 
     async def lost(self, guard: Guard) -> None:
         """See Store."""
@@ -199,14 +206,25 @@ class EtcdStore:
         self._upkeep.committed(size)
         return revision
 
+    async def announce(self, member: Member) -> None:
+        """See Store."""
+        try:
+            await self._members.announce(member)
+        except (EtcdRefused, EtcdSilent) as error:
+            raise unavailable(error) from error
+
+    async def roster(self) -> Roster:
+        """See Store."""
+        try:
+            return await self._members.roster()
+        except (EtcdRefused, EtcdSilent) as error:
+            raise unavailable(error) from error
+
     async def close(self) -> None:
         """See Store."""
-        lead = self._lead
-        if lead is not None:
-            self._end(lead)
-            if lead.task is not None:
-                await asyncio.gather(lead.task, return_exceptions=True)
-            await self._revoke(lead.lease)
+        if self._lead is not None:
+            await self._give_up(self._lead)
+        await self._members.withdraw()
         await self._client.close()
 
     def statistics(self) -> Mapping[str, float]:
@@ -215,7 +233,7 @@ class EtcdStore:
             **self._counters.as_mapping(),
             **self._upkeep.statistics(),
             "reconnects": float(self._client.reconnects),
-            "renewals": float(self._renewals),
+            "renewals": float(self._renewals + (self._lead.keeper.renewals if self._lead is not None else 0)),
         }
 
     # Leading.
@@ -231,7 +249,7 @@ class EtcdStore:
             return None
         stored, _ = await self._client.get(self._term_key)
         term = max(int(stored.value) if stored is not None else 0, term_min - 1) + 1
-        begun_s = asyncio.get_running_loop().time()
+        begun_s = now_s()
         grant = rpc.LeaseGrantRequest(TTL=self._lease_ttl_s)
         lease = int((await self._client.call("lease", "LeaseGrant", grant)).ID)
         try:
@@ -259,50 +277,36 @@ class EtcdStore:
         return self._begin(Guard(term, holder, b"%d" % response.header.revision), lease, begun_s)
 
     def _begin(self, guard: Guard, lease: int, begun_s: float) -> Guard:
-        lead = _Leadership(guard.token, lease, begun_s + self._lease_ttl_s)
-        lead.task = asyncio.create_task(self._serve(lead))
+        keeper = LeaseKeeper(
+            self._client.addresses,
+            self._client.tls,
+            lease=lease,
+            ttl_s=self._lease_ttl_s,
+            begun_s=begun_s,
+            leader_key=self._leader_key,
+            token=int(guard.token),
+            on_end=lambda: self._end(lead),
+        )
+        lead = _Leadership(guard.token, lease, keeper, asyncio.create_task(self._upkeep.run()))
         self._lead = lead
+        keeper.start()
         return guard
 
     def _end(self, lead: _Leadership) -> None:
+        if not lead.ended.is_set():
+            self._renewals += lead.keeper.renewals
         lead.ended.set()
+        lead.keeper.stop()
+        lead.upkeep.cancel()
         if self._lead is lead:
             self._lead = None
-        if lead.task is not None and lead.task is not asyncio.current_task():
-            lead.task.cancel()
 
-    async def _serve(self, lead: _Leadership) -> None:
-        """All that a leader does in the background, until it leads no longer."""
-        upkeep = asyncio.create_task(self._upkeep.run())
-        try:
-            await self._keep_alive(lead)
-        finally:
-            self._end(lead)
-            upkeep.cancel()
-            await asyncio.gather(upkeep, return_exceptions=True)
-
-    async def _keep_alive(self, lead: _Leadership) -> None:
-        """Renew the lease three times per ttl; return when it is gone, or was not renewed for a ttl."""
-        loop = asyncio.get_running_loop()
-        pause_s = self._lease_ttl_s / 3
-        while (left_s := lead.trusted_until_s - loop.time()) > 0.0:
-            await asyncio.sleep(min(pause_s, left_s))
-            sent_s = loop.time()
-            if sent_s >= lead.trusted_until_s:
-                return
-            pause_s = min(_RETRY_S, self._lease_ttl_s / 6)
-            try:
-                async with asyncio.timeout(min(self._lease_ttl_s / 3, lead.trusted_until_s - sent_s)):
-                    if not await self._client.keep_alive(lead.lease, timeout_s=self._lease_ttl_s / 3):
-                        return
-                    leader, _ = await self._client.get(self._leader_key)
-            except (EtcdRefused, EtcdSilent, TimeoutError):
-                continue
-            if leader is None or b"%d" % leader.create_revision != lead.token:
-                return
-            lead.trusted_until_s = sent_s + self._lease_ttl_s
-            self._renewals += 1
-            pause_s = self._lease_ttl_s / 3
+    async def _give_up(self, lead: _Leadership) -> None:
+        """End it so that another may lead at once."""
+        self._end(lead)
+        await asyncio.gather(lead.upkeep, return_exceptions=True)
+        await self._revoke(lead.lease)
+        await lead.keeper.join()
 
     async def _revoke(self, lease: int) -> None:
         with contextlib.suppress(EtcdRefused, EtcdSilent):
@@ -314,7 +318,7 @@ class EtcdStore:
         lead = self._lead
         if lead is None or lead.token != guard.token:
             raise not_leader(guard, "it has resigned or its lease has ended")
-        if asyncio.get_running_loop().time() >= lead.trusted_until_s:
+        if not lead.keeper.trusted:
             self._end(lead)
             raise not_leader(guard, "its lease was not renewed in time")
         return lead

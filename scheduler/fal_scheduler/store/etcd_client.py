@@ -26,7 +26,7 @@ from fal_contract.errors import Code, FalError, invalid
 
 _RECEIVE_BYTES_MAX: Final = 64 << 20
 _CONNECT_TIMEOUT_S: Final = 2.0
-_OPTIONS: Final = (
+CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", _RECEIVE_BYTES_MAX),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -96,6 +96,16 @@ class EtcdClient:
         self._endpoints: dict[str, _Endpoint] = {}
         self._current = 0
         self.reconnects = 0
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """host:port of the members."""
+        return tuple(self._addresses)
+
+    @property
+    def tls(self) -> EtcdTls | None:
+        """How members are reached; None: in the clear."""
+        return self._tls
 
     async def close(self) -> None:
         """Close all channels; calls in flight fail."""
@@ -186,22 +196,8 @@ class EtcdClient:
 
     def _open_channel(self, address: str) -> grpc.aio.Channel:
         if self._tls is None:
-            return grpc.aio.insecure_channel(address, options=_OPTIONS)
-        tls = self._tls
-        try:
-            credentials = grpc.ssl_channel_credentials(
-                root_certificates=tls.ca.read_bytes(),
-                private_key=tls.key.read_bytes() if tls.key is not None else None,
-                certificate_chain=tls.cert.read_bytes() if tls.cert is not None else None,
-            )
-        except OSError as error:
-            raise FalError(
-                Code.INVALID,
-                f"etcd's TLS file {error.filename} cannot be read: {error.strerror}",
-                remedy="Name readable PEM files for ca, cert and key.",
-                field="tls",
-            ) from error
-        return grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+            return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(address, credentials_of(self._tls), options=CHANNEL_OPTIONS)
 
     def _next_endpoint(self) -> None:
         self._current = (self._current + 1) % len(self._addresses)
@@ -213,6 +209,23 @@ class EtcdClient:
             return EtcdRefused(error.code(), detail)
         self._next_endpoint()
         return EtcdSilent(f"{error.code().name}: {detail}", sent=True)
+
+
+def credentials_of(tls: EtcdTls) -> grpc.ChannelCredentials:
+    """The files, read now. Raises INVALID."""
+    try:
+        return grpc.ssl_channel_credentials(
+            root_certificates=tls.ca.read_bytes(),
+            private_key=tls.key.read_bytes() if tls.key is not None else None,
+            certificate_chain=tls.cert.read_bytes() if tls.cert is not None else None,
+        )
+    except OSError as error:
+        raise FalError(
+            Code.INVALID,
+            f"etcd's TLS file {error.filename} cannot be read: {error.strerror}",
+            remedy="Name readable PEM files for ca, cert and key.",
+            field="tls",
+        ) from error
 
 
 def unavailable(error: EtcdRefused | EtcdSilent) -> FalError:

@@ -15,7 +15,7 @@ from enum import StrEnum
 from random import Random
 
 from fal_contract.errors import Code, FalError
-from fal_scheduler.store.interface import Guard, Loaded, Store, Write, load_first
+from fal_scheduler.store.interface import Guard, Loaded, Member, Roster, Store, Write, load_first
 
 
 class FaultKind(StrEnum):
@@ -114,6 +114,14 @@ class FaultStore:
                 revision = await self._inner.commit(guard, writes)
                 self._hook("after commit")
                 return revision
+
+    async def announce(self, member: Member) -> None:
+        """See Store."""
+        await self._inner.announce(member)
+
+    async def roster(self) -> Roster:
+        """See Store."""
+        return await self._inner.roster()
 
     async def close(self) -> None:
         """See Store."""

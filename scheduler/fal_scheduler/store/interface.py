@@ -46,6 +46,29 @@ class Loaded:
     records: dict[str, bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A scheduler that is up, as it tells the others: `addresses` are host:port of its gRPC listener."""
+
+    name: str  # the holder's name in campaigns
+    addresses: tuple[str, ...] = ()
+    started_at_s: float = 0.0  # Unix seconds
+    software: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """Who leads (a member's name, empty: nobody) in which term, and who is up, by name."""
+
+    leader: str
+    term: int
+    members: tuple[Member, ...]
+
+    def addresses_of(self, name: str) -> tuple[str, ...]:
+        """Where a member listens; nothing where it is not known."""
+        return next((one.addresses for one in self.members if one.name == name), ())
+
+
 class Store(Protocol):
     """Durable records with one leader at a time. All calls belong to the loop that opened the store.
 
@@ -96,6 +119,17 @@ class Store(Protocol):
         STORE_UNKNOWN (it may have happened: stop leading, load again). Safe when called concurrently;
         cancelling the call does not take the commit back.
         """
+        ...
+
+    async def announce(self, member: Member) -> None:
+        """Tell the other schedulers that we are up; forgotten MEMBER_TTL_S after the last call, or with `close`.
+
+        Raises UNAVAILABLE or STORE_FAILED. Never a commit: no revision changes.
+        """
+        ...
+
+    async def roster(self) -> Roster:
+        """Who leads and who is up. Raises as `announce`. A leader that crashed is named until its lease ends."""
         ...
 
     async def close(self) -> None:

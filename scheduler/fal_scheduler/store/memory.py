@@ -12,8 +12,18 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from fal_contract.errors import Code, FalError
-from fal_contract.limits import COMMIT_TIMEOUT_S, STORE_LEASE_TTL_S
-from fal_scheduler.store.interface import CommitCounters, Guard, Loaded, Write, check_writes, leads_already, not_leader
+from fal_contract.limits import COMMIT_TIMEOUT_S, MEMBER_TTL_S, STORE_LEASE_TTL_S
+from fal_scheduler.store.interface import (
+    CommitCounters,
+    Guard,
+    Loaded,
+    Member,
+    Roster,
+    Write,
+    check_writes,
+    leads_already,
+    not_leader,
+)
 
 
 class MemoryBackend:
@@ -24,6 +34,8 @@ class MemoryBackend:
         self.revision = 0
         self.term = 0
         self.lease_ttl_s = lease_ttl_s
+        self.members: dict[str, tuple[Member, float]] = {}  # and until when it counts as up
+        self.holder = ""  # of the last election
         self._leader: bytes | None = None
         self._expires_s = 0.0
         self._elections = 0
@@ -39,6 +51,12 @@ class MemoryBackend:
     def leads(self, token: bytes, now_s: float) -> bool:
         """Whether `token` is the leader's and its lease runs."""
         return self._leader == token and now_s < self._expires_s
+
+    def roster(self, now_s: float) -> Roster:
+        """Who leads and who is up at `now_s`."""
+        up = [member for member, until_s in self.members.values() if now_s < until_s]
+        leads = self._leader is not None and now_s < self._expires_s
+        return Roster(self.holder if leads else "", self.term, tuple(sorted(up, key=lambda one: one.name)))
 
     def elect(self, now_s: float) -> bytes | None:
         """Take the leadership where it is free; the proof of it, or None."""
@@ -97,6 +115,7 @@ class MemoryStore:
         self._lost: dict[bytes, asyncio.Event] = {}
         self._renewals: dict[bytes, asyncio.Task[None]] = {}
         self._commits = asyncio.Lock()
+        self._announced = ""
         self.cut = False  # True: no message reaches the backend
 
     async def open(self) -> None:
@@ -118,6 +137,7 @@ class MemoryStore:
             else:
                 await backend.wait_for_turn()
         backend.term = max(backend.term, term_min - 1) + 1
+        backend.holder = holder
         self._lost[token] = asyncio.Event()
         self._renewals[token] = asyncio.create_task(self._renew(token))
         return Guard(backend.term, holder, token)
@@ -172,8 +192,21 @@ class MemoryStore:
         self._counters.committed(len(writes), size, loop.time() - begun_s)
         return revision
 
+    async def announce(self, member: Member) -> None:
+        """See Store."""
+        self._refuse_while_cut()
+        self._announced = member.name
+        self._backend.members[member.name] = (member, asyncio.get_running_loop().time() + MEMBER_TTL_S)
+
+    async def roster(self) -> Roster:
+        """See Store."""
+        self._refuse_while_cut()
+        return self._backend.roster(asyncio.get_running_loop().time())
+
     async def close(self) -> None:
         """See Store."""
+        if not self.cut:
+            self._backend.members.pop(self._announced, None)
         for token in list(self._lost):
             if not self.cut:
                 self._backend.release(token)

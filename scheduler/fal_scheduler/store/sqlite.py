@@ -26,6 +26,8 @@ from fal_scheduler.store.interface import (
     CommitCounters,
     Guard,
     Loaded,
+    Member,
+    Roster,
     Write,
     check_writes,
     leads_already,
@@ -33,6 +35,7 @@ from fal_scheduler.store.interface import (
     not_leader,
 )
 from fal_scheduler.store.sqlite_file import FileLock
+from fal_scheduler.store.sqlite_members import MemberFiles
 from fal_scheduler.store.sqlite_thread import DatabaseThread
 
 _FILE_BYTES_MAX = 8 << 30
@@ -51,11 +54,13 @@ class SqliteStore:
         self._standby = standby
         self._file_bytes_max = file_bytes_max
         self._lock = FileLock(path.with_name(path.name + ".lock"))
+        self._members = MemberFiles(path)
         self._thread: DatabaseThread | None = None
         self._connection: sqlite3.Connection | None = None  # touched by the thread only
         self._inode: tuple[int, int] = (0, 0)  # the thread's too, as is _revision
         self._revision = 0
         self._lost: tuple[bytes, asyncio.Event] | None = None
+        self._term = 0  # ours, while we lead
         self._must_load = False
         self._counters = CommitCounters()
 
@@ -90,6 +95,7 @@ class SqliteStore:
             self._lock.release()
             raise
         self._lost = (guard.token, asyncio.Event())
+        self._term = guard.term
         return guard
 
     async def raise_term(self, guard: Guard, term: int) -> Guard:
@@ -107,7 +113,9 @@ class SqliteStore:
             return Guard(term, guard.holder, guard.token)
 
         self._check_lead(guard)
-        return await self._opened().call(update)
+        raised = await self._opened().call(update)
+        self._term = raised.term
+        return raised
 
     async def resign(self, guard: Guard) -> None:
         """See Store."""
@@ -156,6 +164,25 @@ class SqliteStore:
         self._counters.committed(len(writes), size, loop.time() - begun_s)
         return revision
 
+    async def announce(self, member: Member) -> None:
+        """See Store. A locked file beside the store, that ends with the process."""
+        try:
+            self._members.announce(member)
+        except OSError as error:
+            raise FalError(
+                Code.STORE_FAILED,
+                f"no file can be made beside store {self._path}: {error}",
+                remedy="Check the folder's owner and free space.",
+            ) from error
+
+    async def roster(self) -> Roster:
+        """See Store. The term is the leader's to tell: 0 on a standby."""
+        members = self._members.members()
+        leader = self._lock.holder().partition(" (pid ")[0] if self._lock.exists() else ""
+        if self._lost is None and all(one.name != leader for one in members):
+            leader = ""  # whoever wrote that is gone
+        return Roster(leader, self._term if self._lost is not None else 0, members)
+
     async def close(self) -> None:
         """See Store. The WAL is folded into the file, so that the file alone is the store."""
         thread, self._thread = self._thread, None
@@ -164,6 +191,7 @@ class SqliteStore:
                 await thread.call(self._close_file)
             finally:
                 await thread.stop()
+        self._members.withdraw()
         self._end_leadership()
 
     def statistics(self) -> Mapping[str, float]:

@@ -236,6 +236,10 @@ class FileLock:
         if fd is not None:
             os.close(fd)
 
+    def exists(self) -> bool:
+        """Whether anybody ever took it."""
+        return self._path.exists()
+
     def holder(self) -> str:
         """What the holder wrote; for error messages only."""
         return self._path.read_text(errors="replace").strip() or "another process"

@@ -1,0 +1,98 @@
+"""Which scheduler to dial next. Pure: agents, caches, gateways and falctl look for the leader by the same rules.
+
+Known are the addresses of the configuration; learnt are hints: a standby's NOT_LEADER names the leader's addresses. A
+hint is dialled at once, but once only until a dial succeeds or the whole list was gone through: two schedulers that
+name each other make no loop. When the leader itself does not answer, standbys are asked to hold the call until another
+leads (`Dial.wait`), so that a takeover is noticed when it happens and nobody polls meanwhile.
+
+    search = LeaderSearch(addresses)
+    dial = search.next()            # connect to dial.address
+    search.connected()              # it answered as a leader does
+    if search.failed(error): …      # dial again at once; False: after a pause
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from fal_contract.errors import Code, FalError
+
+WAIT_KEY: Final = "fal-wait"  # metadata of a call that a standby may hold
+HINTS_MAX: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """Where to, and whether a standby there should hold the call until somebody leads."""
+
+    address: str
+    wait: bool = False
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What the call carries."""
+        return ((WAIT_KEY, "1"),) if self.wait else ()
+
+
+class LeaderSearch:
+    """The search of one client; `addresses`: host:port, at least one."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        if not addresses:
+            raise FalError(Code.INVALID, "there is no scheduler address", remedy="Give at least one host:port.")
+        self._addresses = tuple(addresses)
+        self._position = 0
+        self._hints: deque[str] = deque()
+        self._tried: dict[str, None] = {}  # hints dialled since the last success
+        self._doubt = False  # who is said to lead does not answer
+        self._connected = False
+        self._dialled = Dial(self._addresses[0])
+
+    @property
+    def dialled(self) -> str:
+        """The address dialled last."""
+        return self._dialled.address
+
+    def next(self) -> Dial:
+        """Where to dial now."""
+        if self._hints:
+            self._dialled = Dial(self._hints.popleft())
+        else:
+            if self._position == len(self._addresses):
+                self._position = 0
+                self._tried.clear()
+            self._dialled = Dial(self._addresses[self._position], self._doubt)
+            self._position += 1
+        return self._dialled
+
+    def connected(self) -> None:
+        """The address dialled last answered as the leader."""
+        self._connected, self._doubt = True, False
+        self._hints.clear()
+        self._tried.clear()
+
+    def failed(self, error: FalError) -> bool:
+        """The dial, or the stream that stood, failed. True: there is somewhere to dial at once."""
+        here, was_connected = self._dialled.address, self._connected
+        self._connected = False
+        if error.code is Code.NOT_LEADER:
+            if not error.leader:
+                self._doubt = True
+                return False
+            new = [one for one in dict.fromkeys(error.leader) if one not in self._tried and one != here]
+            self._hints = deque(new[:HINTS_MAX])
+            self._tried.update(dict.fromkeys(self._hints))
+            self._doubt = self._doubt or not new
+            return bool(new)
+        self._doubt = True
+        if was_connected and here not in self._tried:  # a restart, or a link that flapped: it may lead still
+            self._tried[here] = None
+            self._hints.appendleft(here)
+            return True
+        return bool(self._hints)
+
+
+__all__ = ["WAIT_KEY", "Dial", "LeaderSearch"]
