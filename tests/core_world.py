@@ -51,6 +51,7 @@ from fal_scheduler.core.records import (
     Model,
     Pool,
     Resources,
+    RolloutPolicy,
     Runner,
     RunnerState,
     ScaleOverride,
@@ -59,6 +60,7 @@ from fal_scheduler.core.records import (
     Wish,
     key_of,
 )
+from fal_scheduler.core.rollout_events import SetRevision, SetRollout
 from fal_scheduler.core.state import State
 from fal_scheduler.core.step import Core
 from fal_scheduler.core.suspicion import term_needed
@@ -349,6 +351,9 @@ class World:
                 self.hello(node_id)
         for what in ("node", "store", "stop", "stops"):
             self.step(Confirm(what))
+        for app_id in list(self.state.rolling):
+            for action in ("resume", "promote"):
+                self.step(SetRollout(app_id, action))
         for _ in range(rounds):
             self.settle()
             for node_id, node in self.nodes.items():
@@ -462,6 +467,15 @@ def random_step(world: World) -> None:
             )
             if rng.randrange(2) == 0:
                 spec, digest = replace(spec, model=rng.choice(MODELS)), f"{digest} with a model"
+            if rng.randrange(2) == 0:
+                policy = RolloutPolicy(
+                    recreate=rng.randrange(4) == 0,
+                    canary_perc=rng.choice((0, 0, 30)),
+                    rollback=rng.randrange(4) > 0,
+                    deadline_s=rng.choice((0.0, 30.0)),
+                    canary_hold_s=rng.choice((0.0, 10.0)),
+                )
+                spec, digest = replace(spec, rollout=policy), f"{digest} with {policy}"
             world.step(ApplyApp(app_id, spec, digest, rng.choice((None, None, 0, 1))))
         case 2:
             world.step(ScaleApp(app_id, ScaleOverride(min_concurrency=rng.randrange(6)), reset=rng.randrange(5) == 0))
@@ -499,6 +513,10 @@ def random_step(world: World) -> None:
             running = sorted(id_ for id_, one in node.containers.items() if one.serves)
             if running:
                 node.wound(rng.choice(running))
+        case 24 if rng.randrange(2):
+            world.step(SetRollout(app_id, rng.choice(("pause", "resume", "promote", "abort"))))
+        case 24:
+            world.step(SetRevision(app_id, rng.randrange(4)))
         case 13:
             world.step(GatewayReach("g1", {node_id: "direct"}, world.now_s))
         case _:

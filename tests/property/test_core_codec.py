@@ -183,6 +183,7 @@ LATER_FIELDS = (
     "request_timeout_s=None",
     "forecast_concurrency=None",
     "rollout=None",
+    "inventory_generation=0",
 )
 SAMPLES = Path(__file__).resolve().parent.parent / "data" / "store" / "records_v1.json"
 

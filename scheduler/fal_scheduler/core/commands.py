@@ -44,6 +44,7 @@ from fal_scheduler.core.records import (
     ScaleOverride,
     Scaling,
 )
+from fal_scheduler.core.rollout import begun
 from fal_scheduler.core.secrets import check_secrets
 from fal_scheduler.core.state import State
 from fal_scheduler.core.stops import stop
@@ -87,12 +88,12 @@ def apply_app(work: Work, event: ApplyApp) -> Reply:
     if have is not None and state.revision_of(have).digest == event.digest:
         return Reply("unchanged", event.id, have.generation)
     _check_scaling(_scaled(event.spec.scaling, have.scale if have is not None else None))
-    number = have.revision + 1 if have is not None else 1
+    number = 1 + max((kept for owner, kept in state.revisions if owner == event.id), default=0)
     work.put(Revision(event.id, number, event.spec, event.digest, work.moment.wall_s, event.actor), None)
     if have is None:
         app = App(event.id, number, created_at_s=work.moment.wall_s)
     else:
-        app = replace(have, revision=number, generation=have.generation + 1)
+        app = begun(work, replace(have, revision=number, generation=have.generation + 1), have)
     work.put(app, have)
     state.backoffs.pop(event.id, None)  # the new revision may be what mends it
     _touch(work, event.id)
@@ -107,8 +108,9 @@ def _forget_revisions(work: Work, app: App) -> None:
     state = work.state
     number = app.revision - REVISIONS_KEPT
     served = {state.runners[id_].revision for id_ in state.runners_by_app.get(app.id, ())}
+    back = app.rollout.from_revision if app.rollout is not None else 0
     old = state.revisions.get((app.id, number))
-    if old is not None and number not in served:
+    if old is not None and number != back and number not in served:
         work.drop(old)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fal_scheduler.core.build_events import BuildCommand, BuildEnded
+from fal_scheduler.core.gpu_events import GpuCommand
 from fal_scheduler.core.model_events import (
     AddModel,
     AttestModel,
@@ -26,6 +27,7 @@ from fal_scheduler.core.model_events import (
 )
 from fal_scheduler.core.pack_events import AccessTold, PackCommand
 from fal_scheduler.core.records import Change, Pool, ScaleOverride, Spec
+from fal_scheduler.core.rollout_events import RolloutCommand
 from fal_scheduler.core.secret_events import SecretCommand
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.told import Capabilities, Endpoint, Inventory, RunnerStatus
@@ -201,6 +203,8 @@ Command = (
     | BuildCommand
     | PackCommand
     | SecretCommand
+    | RolloutCommand
+    | GpuCommand
 )
 
 

@@ -76,8 +76,10 @@ def _transition(before: Record | None, after: Record | None) -> list[Violation]:
             return _runner_transition(before, after)
         case Revision(), Revision():
             return [_violation("revision-immutable", f"revision {after.number} of {after.app} changed", after.app)]
-        case App(), App() if after.generation <= before.generation or after.revision < before.revision:
-            return [_violation("app-forward", f"generation or revision of {after.id} fell", after.id)]
+        case App(), App() if after.generation < before.generation + (after.revision != before.revision):
+            return [
+                _violation("app-forward", f"the generation of {after.id} fell, or its revision changed in it", after.id)
+            ]
         case Meta(), Meta() if after.epoch < before.epoch or after.cluster_id != before.cluster_id:
             return [_violation("meta-forward", "the cluster's epoch or id went back", "meta")]
     return []

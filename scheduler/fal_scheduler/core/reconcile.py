@@ -2,8 +2,7 @@
 
 Pure. `reconcile` looks at one app, does at most what one step may change, and leaves the app dirty when there is more.
 Rules it keeps:
-- A new revision's runners come first; an old runner drains when a new one is ready in its place. A revision that
-  cannot be placed therefore never takes down the one that serves.
+- How a new revision takes over is `rollout`'s; a revision that cannot be placed never takes down the one that serves.
 - A runner whose container's monitor died is replaced first and drained then: one more than wanted is made, at most one
   at a time for each app, and only where a place for it is free. Where fewer are wanted it is the first to go.
 - Stops that no operator asked for wait in a leader's first minutes, and wait for a confirm when they are many.
@@ -16,7 +15,7 @@ from __future__ import annotations
 from fal_scheduler.core.builds import end_of_task
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.records import App, Goal, ModelState, Revision, Spec
-from fal_scheduler.core.rollout import roll
+from fal_scheduler.core.rollout import advance, finish, give_way, targets
 from fal_scheduler.core.runner_groups import Runners
 from fal_scheduler.core.scaling import desired
 from fal_scheduler.core.starts import backoff_of, grow, new_runner, place_waiting, placed
@@ -37,27 +36,55 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
         return
     if state.hold_all and app_id not in work.state.asked:
         return
-    revision = state.revision_of(app)
-    if revision.spec.build is not None:
-        _run_once(work, placer, app, revision)
+    if state.revision_of(app).spec.build is not None:
+        _run_once(work, placer, app, state.revision_of(app))
         return
     _stop_withdrawn(work, app)
-    current, old = _sort(work, app)
     wanted = desired(work, app)
+    current, old = _sort(work, app)
+    advanced = advance(work, app, current, old, wanted)
+    if advanced.revision != app.revision:
+        current, old = _sort(work, advanced)
+    app, revision = advanced, state.revision_of(advanced)
+    share = targets(work, app, current, old, wanted)
     _replace_crashed(work, current)
-    roll(work, app, current, old, wanted)
-    more = relieve(work, app, current, wanted)
-    if current.count <= wanted and state.stops_held.pop(app_id, "") is None and not state.stops_held:
+    if share.keep_old:
+        _keep_old(work, placer, app, old, share.old)
+    else:
+        give_way(work, app, old, share.old, wanted)
+    more = relieve(work, app, current, share.new)
+    if current.count <= share.new and state.stops_held.pop(app_id, "") is None and not state.stops_held:
         work.settle("MASS_STOP", "cluster")
-    if current.count > wanted + more:
-        shrink(work, app, current, wanted + more)
-    elif current.count < wanted:
-        grow(work, placer, app, revision, wanted - current.count)
+    if current.count > share.new + more:
+        shrink(work, app, current, share.new + more)
+    elif current.count < share.new:
+        grow(work, placer, app, revision, share.new - current.count)
     if not work.full:
         state.asked.pop(app_id, None)
     place_waiting(work, placer, app, revision, current.unplaced)
-    if more and current.count <= wanted:
+    if more and current.count <= share.new:
         _replace_wounded(work, placer, app, revision)
+    if app.rollout is not None:
+        finish(work, app, *_sort(work, app), wanted)
+
+
+def _keep_old(work: Work, placer: Placer, app: App, old: Runners, target: int) -> None:
+    """While a canary or a pause lasts, the revision that served is kept at its share like any other."""
+    assert app.rollout is not None
+    revision = work.state.revisions.get((app.id, app.rollout.from_revision))
+    if revision is None:
+        give_way(work, app, old, target, target)
+        return
+    for runner in list(old.unplaced):
+        if runner.revision != revision.number:  # of one that never finished its own rollout
+            stop(work, runner, Goal.STOP, "")
+            old.unplaced.remove(runner)
+    _replace_crashed(work, old)
+    if old.count > target:
+        shrink(work, app, old, target)
+    elif old.count < target:
+        grow(work, placer, app, revision, target - old.count)
+    place_waiting(work, placer, app, revision, old.unplaced)
 
 
 def _run_once(work: Work, placer: Placer, app: App, revision: Revision) -> None:
@@ -121,7 +148,8 @@ def _sort(work: Work, app: App) -> tuple[Runners, Runners]:
 def _replace_crashed(work: Work, current: Runners) -> None:
     """A crashed runner that has waited long enough is forgotten; growing makes a fresh one."""
     for runner in list(current.unplaced):
-        if runner.id in work.state.failures and backoff_of(work, runner.app) is None and not work.full:
+        over = backoff_of(work, runner.app, runner.revision) is None
+        if runner.id in work.state.failures and over and not work.full:
             work.drop(runner)
             current.unplaced.remove(runner)
 
@@ -130,7 +158,7 @@ def _replace_wounded(work: Work, placer: Placer, app: App, revision: Revision) -
     """One runner more than wanted, where a place is free; without one, nothing waits for it but this app."""
     state = work.state
     unplaced = any(not state.runners[id_].node for id_ in state.runners_by_app.get(app.id, ()))
-    if work.full or unplaced or backoff_of(work, app.id) is not None:
+    if work.full or unplaced or backoff_of(work, app.id, revision.number) is not None:
         return
     runner = new_runner(work, app, revision)
     assigned = placed(work, placer, runner, revision)
@@ -159,6 +187,6 @@ def _delete(work: Work, app: App) -> None:
     work.drop(state.revision_of(app))
     work.drop(app)
     state.pending.pop((app.id, app.revision), None)
-    for table in (state.backoffs, state.waiting, state.stops_held, state.dirty, state.asked):
+    for table in (state.backoffs, state.refusals, state.waiting, state.stops_held, state.dirty, state.asked):
         table.pop(app.id, None)
     work.log("APP_DELETED", app.id, "its runners are gone; the app is forgotten")

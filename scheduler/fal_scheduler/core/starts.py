@@ -10,6 +10,7 @@ from typing import Final
 
 from fal_scheduler.core.events import AppChanged
 from fal_scheduler.core.explain import model_awaited, why_pending
+from fal_scheduler.core.gpu_faults import generation_of
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.records import App, AssignmentRef, Binding, Residency, Revision, Runner, Spec
 from fal_scheduler.core.state import Pending
@@ -19,15 +20,19 @@ from fal_scheduler.core.work import Work
 PENDING_TEXT_AGE_S: Final = 1.0  # how often the reason of a pending runner is worked out anew
 
 
-def backoff_of(work: Work, app_id: str) -> Backoff | None:
-    """The app's backoff while it lasts."""
+def backoff_of(work: Work, app_id: str, revision: int) -> Backoff | None:
+    """The app's backoff while it lasts. Failures of a revision that takes over do not hold up the one that serves."""
     backoff = work.state.backoffs.get(app_id)
-    return backoff if backoff is not None and work.moment.now_s < backoff.until_s else None
+    if backoff is None or work.moment.now_s >= backoff.until_s:
+        return None
+    app = work.state.apps.get(app_id)
+    rolling = app is not None and app.rollout is not None
+    return None if rolling and backoff.last.revision not in (0, revision) else backoff
 
 
 def grow(work: Work, placer: Placer, app: App, revision: Revision, missing: int) -> None:
     """Make runners, placed where a node can be found: one commit then holds wish, reservation and assignment."""
-    if backoff_of(work, app.id) is not None:
+    if backoff_of(work, app.id, revision.number) is not None:
         return
     for _ in range(missing):
         if work.full:
@@ -54,7 +59,7 @@ def new_runner(work: Work, app: App, revision: Revision) -> Runner:
 
 def place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unplaced: list[Runner]) -> None:
     """Try again for runners without a node; all of an app want the same, so the first failure ends it."""
-    if backoff_of(work, app.id) is None:
+    if backoff_of(work, app.id, revision.number) is None:
         for runner in unplaced:
             if work.full:
                 work.state.dirty[app.id] = None
@@ -66,11 +71,13 @@ def place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unpl
             work.put(assigned, runner)
     state = work.state
     unplaced_left = any(not state.runners[id_].node for id_ in state.runners_by_app.get(app.id, ()))
-    if unplaced_left or backoff_of(work, app.id) is not None:  # the tick that ends the backoff looks at it again
+    if (
+        unplaced_left or backoff_of(work, app.id, revision.number) is not None
+    ):  # the tick that ends the backoff looks at it again
         state.waiting[app.id] = None
     else:
         state.waiting.pop(app.id, None)
-        state.pending.pop((app.id, app.revision), None)
+        state.pending.pop((app.id, revision.number), None)
 
 
 def placed(work: Work, placer: Placer, runner: Runner, revision: Revision) -> Runner | None:
@@ -86,7 +93,7 @@ def placed(work: Work, placer: Placer, runner: Runner, revision: Revision) -> Ru
         runner,
         node=found.node_id,
         gpus=found.gpus,
-        assignment=AssignmentRef(work.ids.suffix(), state.term),
+        assignment=AssignmentRef(work.ids.suffix(), state.term, generation_of(state, found.node_id)),
         residencies=_residencies(work, spec),
         memory_bytes=found.memory_bytes,
         cpu_milli=found.cpu_milli,
