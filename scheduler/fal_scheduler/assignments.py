@@ -52,6 +52,7 @@ class AssignmentBuilder:
             revision=runner.revision,
             share_group=runner.share_group,
             gpus=runner.gpus,
+            inventory_generation=runner.assignment.inventory_generation,
         )
         revision = state.revisions.get((runner.app, runner.revision))
         if revision is None:  # an adopted orphan of a forgotten revision: it can be stopped, not started

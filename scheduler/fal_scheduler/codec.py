@@ -291,7 +291,11 @@ def runner_to_pb(runner: Runner) -> pb.Runner:
         share_group=runner.share_group,
         node=runner.node,
         gpus=runner.gpus,
-        assignment=pb.AssignmentRef(id=assignment.id, term=assignment.term) if assignment is not None else None,
+        assignment=pb.AssignmentRef(
+            id=assignment.id, term=assignment.term, inventory_generation=assignment.inventory_generation
+        )
+        if assignment is not None
+        else None,
         residencies=[
             pb.Residency(id=one.id, model=one.model, manifest_digest=one.manifest_digest) for one in runner.residencies
         ],
@@ -316,7 +320,7 @@ def _runner_from_pb(runner: pb.Runner) -> Runner:
         created_at_s=runner.created_at_s,
         node=runner.node,
         gpus=tuple(runner.gpus),
-        assignment=AssignmentRef(runner.assignment.id, runner.assignment.term)
+        assignment=AssignmentRef(runner.assignment.id, runner.assignment.term, runner.assignment.inventory_generation)
         if runner.HasField("assignment")
         else None,
         residencies=tuple(Residency(one.id, one.model, one.manifest_digest) for one in runner.residencies),

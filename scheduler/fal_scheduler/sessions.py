@@ -40,6 +40,7 @@ from fal_scheduler.core.events import (
 from fal_scheduler.core.records import Goal, Runner
 from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.exec_streams import ExecStreams
+from fal_scheduler.gpu_orders import GpuOrders
 from fal_scheduler.leading_edge import LeadingEdge
 from fal_scheduler.log_streams import LogStreams
 from fal_scheduler.stream_edges import first_message, send_bounded, too_slow, until_first
@@ -103,6 +104,7 @@ class AgentSessions:
         self._gateways: Callable[[str], agent_pb2.GatewaySet] = lambda node_id: agent_pb2.GatewaySet()
         self.logs = LogStreams(self.push)
         self.execs = ExecStreams(self.push, self.backlog)
+        self.gpu_orders = GpuOrders(self.push)
         self._unsubscribe = engine.subscribe(self._on_effect)
 
     # --- one stream -------------------------------------------------------------------------------------------------
@@ -154,6 +156,7 @@ class AgentSessions:
             del self._sessions[session.node_id]
             self.logs.node_gone(session.node_id)
             self.execs.node_gone(session.node_id)
+            self.gpu_orders.node_gone(session.node_id)
         self._engine.offer(NodeDisconnected(session.node_id, session.id))
 
     def _welcome(self, version: int, features: list[str]) -> agent_pb2.Welcome:
@@ -219,6 +222,8 @@ class AgentSessions:
             self.execs.take(session.node_id, message.exec_output)
         elif kind == "top":
             self.execs.take_top(session.node_id, message.top)
+        elif kind == "gpu_result":
+            self.gpu_orders.take(session.node_id, message.gpu_result)
         elif kind == "hello":
             raise invalid("hello", session.node_id, "came twice in one session", remedy="Open a new stream.")
         # A kind of a later release: ignored, as features are agreed before they are used.
@@ -335,8 +340,7 @@ class AgentSessions:
 
     def _on_effect(self, effect: Effect) -> None:
         if isinstance(effect, AssignmentChanged):
-            session = self._sessions.get(effect.node_id)
-            if session is not None:
+            if (session := self._sessions.get(effect.node_id)) is not None:
                 session.dirty[effect.runner_id] = None
                 session.signal.set()
         elif isinstance(effect, NodeChanged):

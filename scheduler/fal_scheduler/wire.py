@@ -210,9 +210,14 @@ def inventory_of(inventory: agent_pb2.Inventory) -> Inventory:
 def inventory_to(inventory: Inventory) -> agent_pb2.Inventory:
     """The inverse of `inventory_of`."""
     message = fill(agent_pb2.Inventory(), inventory, skip=frozenset({"gpus"}))
-    for gpu in inventory.gpus:
-        part = fill(message.gpus.add(), gpu, skip=frozenset({"healthy"}))
-        part.health = agent_pb2.GPU_HEALTH_OK if gpu.healthy else agent_pb2.GPU_HEALTH_QUARANTINED
+    message.gpus.extend(gpu_to(gpu) for gpu in inventory.gpus)
+    return message
+
+
+def gpu_to(gpu: Gpu) -> agent_pb2.Gpu:
+    """One GPU, for an operator."""
+    message = fill(agent_pb2.Gpu(), gpu, skip=frozenset({"healthy"}))
+    message.health = agent_pb2.GPU_HEALTH_OK if gpu.healthy else agent_pb2.GPU_HEALTH_QUARANTINED
     return message
 
 
@@ -234,6 +239,10 @@ def _gpu_of(gpu: agent_pb2.Gpu) -> Gpu:
         temperature_c=gpu.temperature_c,
         product=gpu.product,
         power_w=gpu.power_w,
+        health_class=gpu.health_class,
+        health_since_s=gpu.health_since_s,
+        health_state=gpu.health_state,
+        diagnoses=gpu.diagnoses,
     )
 
 
@@ -263,6 +272,7 @@ __all__ = [
     "alarm_to",
     "endpoint_to",
     "fill",
+    "gpu_to",
     "hello_of",
     "inventory_of",
     "inventory_to",

@@ -26,6 +26,7 @@ from fal_scheduler.api import (
     compile_caches,
     execs,
     explain,
+    gpus,
     images,
     join_tokens,
     nodes,
@@ -220,6 +221,15 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
 
     async def TopRunner(self, request: cluster_pb2.TopRunnerRequest, context: Context) -> agent_pb2.TopReply:
         return await execs.top_runner(self._current.get(), request)
+
+    async def QuarantineGpu(self, request: cluster_pb2.QuarantineGpuRequest, context: Context) -> cluster_pb2.GpuReply:
+        return await gpus.quarantine(self._current.get(), request, _actor())
+
+    async def ReleaseGpu(self, request: cluster_pb2.ReleaseGpuRequest, context: Context) -> cluster_pb2.GpuReply:
+        return await gpus.release(self._current.get(), request, _actor())
+
+    async def SetMig(self, request: cluster_pb2.SetMigRequest, context: Context) -> cluster_pb2.GpuReply:
+        return await gpus.set_mig(self._current.get(), request, _actor())
 
     async def StopRunner(self, request: cluster_pb2.StopRunnerRequest, context: Context) -> cluster_pb2.RunnerView:
         return await runners.stop_runner(self._current.get(), request, _actor())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from fal_contract.errors import not_found
 from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
@@ -15,6 +16,7 @@ from fal_scheduler.codec import (
 )
 from fal_scheduler.codec_nodes import node_to_pb, pool_to_pb
 from fal_scheduler.codec_spec import scaling_to_pb
+from fal_scheduler.core.gpu_faults import as_placed
 from fal_scheduler.core.records import App, Node, Pool, Runner
 from fal_scheduler.core.serving import last_words
 from fal_scheduler.core.state import Pending, State
@@ -65,7 +67,8 @@ def node_view(leader: Leadership, node: Node) -> cluster_pb2.NodeView:
         view.capabilities.CopyFrom(wire.fill(agent_pb2.Capabilities(), live.capabilities))
         view.endpoints.extend(wire.endpoint_to(endpoint) for endpoint in live.endpoints)
         if live.inventory is not None:
-            view.inventory.CopyFrom(wire.inventory_to(live.inventory))
+            gpus = as_placed(live.inventory.gpus, node.quarantined_gpus)
+            view.inventory.CopyFrom(wire.inventory_to(replace(live.inventory, gpus=gpus)))
     view.runners.extend(sorted(runners))
     return view
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fal_contract.limits import CRASH_BACKOFF_MAX_S, CRASH_BACKOFF_STEP_S
-from fal_scheduler.core import builds, packs, suspicion
+from fal_contract.limits import CRASH_BACKOFF_MAX_S, CRASH_BACKOFF_STEP_S, GPU_REFUSALS_FREE_MAX
+from fal_scheduler.core import builds, gpu_faults, packs, suspicion
 from fal_scheduler.core.events import (
     GatewayReach,
     HelloNeeded,
@@ -45,6 +45,7 @@ def hello(work: Work, event: NodeHello) -> None:
     suspicion.keep(work)
     _heard(work, live, event.arrived_s)
     state.refresh_node(live.node_id)
+    _tell_gpus(work, live.node_id)
     if not live.hold:
         _forget_absent(work, live)
         _end_ended(work, live)
@@ -161,13 +162,21 @@ def report(work: Work, event: NodeReport) -> None:
 def _take_inventory(work: Work, live: NodeLive, inventory: Inventory) -> None:
     live.inventory = inventory
     work.state.refresh_node(live.node_id)
+    _tell_gpus(work, live.node_id)
     work.capacity_grew()
     work.emit(NodeChanged(live.node_id))
+
+
+def _tell_gpus(work: Work, node_id: str) -> None:
+    node = work.state.nodes.get(node_id)
+    if node is not None:
+        gpu_faults.tell(work, node)
 
 
 def _became_ready(work: Work, runner: Runner) -> None:
     """A success: failures in a row start anew, and an older revision's runner may give way."""
     work.state.backoffs.pop(runner.app, None)
+    work.state.refusals.pop(runner.app, None)
     work.state.dirty[runner.app] = None
     work.log("RUNNER_READY", runner.id, "ready for requests")
 
@@ -197,12 +206,26 @@ def _ended(work: Work, runner: Runner, status: RunnerStatus) -> None:
         work.drop(runner)
         work.log("RUNNER_ENDED", runner.id, why)
         return
+    waiting = replace(runner, node="", gpus=(), assignment=None, memory_bytes=0, cpu_milli=0)
+    if status.refused and _refused_freely(work, runner):
+        work.put(waiting, runner)
+        work.log("RUNNER_REFUSED", runner.id, f"{why}; placed again", node=runner.node)
+        return
     backoff = work.state.backoffs[runner.app] = _backoff_after(work, runner, status)
     wait_s = max(0.0, backoff.until_s - work.moment.now_s)
-    waiting = replace(runner, node="", gpus=(), assignment=None, memory_bytes=0, cpu_milli=0)
     work.put(waiting, runner)
     work.state.failures[runner.id] = status
     work.log("RUNNER_FAILED", runner.id, f"{why}; tried again in {wait_s:g} s", node=runner.node)
+
+
+def _refused_freely(work: Work, runner: Runner) -> bool:
+    """Whether a runner that its node turned away is placed again at once: nothing of it has run, so nothing crashed.
+
+    The node knows better than we did what it has. Where that goes on, it is we who do not learn, and the app waits.
+    """
+    refusals = work.state.refusals
+    refusals[runner.app] = min(refusals.get(runner.app, 0) + 1, BACKOFF_STEPS_MAX)
+    return refusals[runner.app] <= GPU_REFUSALS_FREE_MAX
 
 
 def _backoff_after(work: Work, runner: Runner, status: RunnerStatus) -> Backoff:

@@ -315,6 +315,7 @@ class AssignmentRef:
 
     id: str
     term: int
+    inventory_generation: int = 0  # of its node, that it was decided on; 0: unknown
 
 
 @dataclass(frozen=True, slots=True)

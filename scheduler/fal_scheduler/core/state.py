@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from fal_scheduler.core.catalog import Catalog
 from fal_scheduler.core.fleet import Fleet, NodeFacts
+from fal_scheduler.core.gpu_faults import as_placed
 from fal_scheduler.core.records import (
     App,
     CacheEntry,
@@ -72,6 +73,7 @@ class State:
         self.live: dict[str, NodeLive] = {}
         self.orphans: dict[tuple[str, str], None] = {}  # (node id, runner id)
         self.backoffs: dict[str, Backoff] = {}  # by app
+        self.refusals: dict[str, int] = {}  # by app: how often in a row a node has turned a runner away
         self.failures: dict[str, RunnerStatus] = {}  # last words of runners that crashed and wait to be replaced
         self.pending: dict[tuple[str, int], Pending] = {}  # by app and revision with runners that have no node
         self.abandoned: dict[str, None] = {}  # runners of lost nodes that may be replaced
@@ -224,7 +226,7 @@ class State:
                 labels={**(pool.labels if pool is not None else {}), **node.labels},
                 cpu_milli=inventory.cpu_milli,
                 memory_bytes=inventory.memory_bytes,
-                gpus=inventory.gpus,
+                gpus=as_placed(inventory.gpus, node.quarantined_gpus),
                 features=frozenset(live.capabilities.features) if live is not None else frozenset(),
                 host_network=pool is not None and pool.allow_host_network,
                 driver_version=inventory.driver_version,

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import FAILOVER_GRACE_S
-from fal_scheduler.core import builds, commands, invariants, liveness, model_commands, news, packs, secrets
+from fal_scheduler.core import (
+    builds,
+    commands,
+    gpu_commands,
+    invariants,
+    liveness,
+    model_commands,
+    news,
+    packs,
+    secrets,
+)
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry, FailBuild, PutCacheEntry, TrimCache
 from fal_scheduler.core.confirm import confirm
 from fal_scheduler.core.events import (
@@ -42,6 +52,7 @@ from fal_scheduler.core.events import (
     StopRunner,
     Tick,
 )
+from fal_scheduler.core.gpu_events import QuarantineGpu, ReleaseGpu
 from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.model_events import (
     AddModel,
@@ -195,6 +206,8 @@ def _model_command(work: Work, event: Command) -> Reply:
             return packs.command(work, event)
         case SetSecret() | UnsetSecret():
             return secrets.command(work, event)
+        case QuarantineGpu() | ReleaseGpu():
+            return gpu_commands.command(work, event)
     raise FalError(Code.INTERNAL, f"{type(event).__name__} is no command", remedy="Report this.")
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from fal_contract.limits import FAILOVER_GRACE_S, MASS_STOP_RUNNERS_MIN, MASS_STOP_SHARE
+from fal_scheduler.core.gpu_faults import dead, faulty
 from fal_scheduler.core.records import App, Goal, Runner
 from fal_scheduler.core.runner_groups import Runners
 from fal_scheduler.core.state import State
@@ -39,9 +40,11 @@ def shrink(work: Work, app: App, current: Runners, wanted: int) -> None:
 def relieve(work: Work, app: App, current: Runners, wanted: int) -> int:
     """Drain wounded runners that are not needed any more; how many more than wanted there may be for those that are.
 
-    Runners on silent nodes count as little: a replacement that nobody can reach replaces nobody.
+    Wounded is also one on a quarantined GPU. Runners on silent nodes count as little: a replacement that nobody can
+    reach replaces nobody.
     """
     state = work.state
+    _stop_useless(work, app, current)
     wounded = [runner for runner in current.ready if _wounded(state, runner)]
     if not wounded:
         return 0
@@ -50,29 +53,51 @@ def relieve(work: Work, app: App, current: Runners, wanted: int) -> int:
     victims = wounded[needed:]
     if victims and may_stop(work, app, len(victims)):
         for runner in victims:
-            status = state.status_of(runner)
-            why = status.reason if status is not None else ""
-            stop(work, runner, Goal.DRAIN, f"replaced: {why or 'its container is wounded'}")
+            stop(work, runner, Goal.DRAIN, f"replaced: {_wounded(state, runner)}")
         current.ready = [runner for runner in current.ready if state.runners[runner.id].goal is Goal.RUN]
     return int(any(runner in current.ready for runner in wounded))
 
 
-def _wounded(state: State, runner: Runner) -> bool:
+def _wounded(state: State, runner: Runner) -> str:
+    """Why another should take its place while it serves; empty: none should."""
+    if fault := faulty(state, runner):
+        return fault
     status = state.status_of(runner)
-    return status is not None and status.serves and status.wounded
+    if status is None or not (status.serves and status.wounded):
+        return ""
+    return status.reason or "its container is wounded"
+
+
+def _stop_useless(work: Work, app: App, current: Runners) -> None:
+    """Stop at once what a quarantined GPU lets never serve: runners of a dead one, and those that only start.
+
+    A node's word about its own hardware is no guess of a new leader's, so it does not wait for the end of its grace.
+    """
+    state = work.state
+    useless = [runner for runner in current.starting if faulty(state, runner)]
+    useless += [runner for runner in current.ready if dead(state, runner)]
+    if not useless or not may_stop(work, app, len(useless), grace=False):
+        return
+    for runner in useless:
+        stop(work, runner, Goal.STOP, f"replaced: {faulty(state, runner)}")
+    for group in (current.starting, current.ready):
+        group[:] = [runner for runner in group if state.runners[runner.id].goal is Goal.RUN]
 
 
 def _youngest_first(runners: list[Runner]) -> list[Runner]:
     return sorted(runners, key=lambda runner: (-runner.created_at_s, runner.id))
 
 
-def may_stop(work: Work, app: App, count: int) -> bool:
-    """Whether `count` runners may be stopped now; a stop that an operator asked for always may."""
+def may_stop(work: Work, app: App, count: int, *, grace: bool = True) -> bool:
+    """Whether `count` runners may be stopped now; a stop that an operator asked for always may.
+
+    `grace`: not in a leader's first minutes.
+    """
     state, now_s = work.state, work.moment.now_s
     if app.id in state.asked:
         state.stops_held.pop(app.id, None)
         return True
-    if now_s - state.term_began_s < FAILOVER_GRACE_S:
+    if grace and now_s - state.term_began_s < FAILOVER_GRACE_S:
         return False  # the tick that ends the grace makes every app dirty
     recent = state.stops_recent
     while recent and now_s - recent[0] > STOPS_WINDOW_S:

@@ -74,6 +74,10 @@ class Gpu:
     temperature_c: int = 0
     product: str = ""
     power_w: int = 0
+    health_class: str = ""  # what it is quarantined for; empty: nothing, it is at most not for new runners just now
+    health_since_s: float = 0.0  # Unix seconds; 0: no fault
+    health_state: str = ""  # "suspect", "quarantined" or "diagnosing"
+    diagnoses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
