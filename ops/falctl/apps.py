@@ -56,7 +56,8 @@ def apply(
         for warning in reply.warnings:
             typer.echo(f"warning: {warning}", err=True)
     if wait:
-        view = wait_until_ready(view.app.id, timeout_s=wait_timeout_s, quiet=json)
+        revision = view.app.revision
+        view = wait_until_ready(view.app.id, timeout_s=wait_timeout_s, quiet=json, revision=revision)
     if json:
         print_json("app", {**to_json(view), "outcome": reply.outcome})
 
@@ -118,6 +119,14 @@ def ready_text(view: Any) -> str:
     return f"{len(ready_runners(view))}/{view.wanted}"
 
 
+def rollout_text(app: Any) -> str:
+    """`canary, 3 to 4`; empty without one."""
+    if not app.HasField("rollout"):
+        return ""
+    found = app.rollout
+    return f"{found.phase}{', paused' if found.paused else ''}, {found.from_revision} to {found.to_revision}"
+
+
 def ready_runners(view: Any) -> list[Any]:
     """Runners of the current revision that take requests."""
     from fal_contract.v1 import state_pb2
@@ -149,6 +158,7 @@ def show(name: str, json: JsonFlag = False) -> None:
             ("generation", str(view.app.generation)),
             ("ready", ready_text(view)),
             ("reason", view.reason),
+            ("rollout", rollout_text(view.app)),
             ("deleting", "yes" if view.app.deleting else ""),
             ("image", spec.image),
             ("command", " ".join(spec.command)),

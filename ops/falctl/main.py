@@ -23,6 +23,7 @@ from falctl import (
     nodes,
     operate,
     pools,
+    rollouts,  # noqa: F401  (adds its verbs to `app`)
     run,
     runner_exec,  # noqa: F401  (adds its verbs to `runner`)
     runners,

@@ -13,10 +13,11 @@ from falctl.context import unary
 _POLL_S: Final = 0.25
 
 
-def wait_until_ready(app: str, *, timeout_s: float, quiet: bool = False) -> Any:
+def wait_until_ready(app: str, *, timeout_s: float, quiet: bool = False, revision: int = 0) -> Any:
     """Poll the app until as many runners of its current revision are ready as it wants. Returns its view.
 
-    Raises FalError(TIMEOUT) with the reason that the scheduler gives. Without a terminal each change of phase is one
+    Raises FalError(TIMEOUT) with the reason that the scheduler gives; FAILED_PRECONDITION where `revision` (0: any) was
+    rolled back meanwhile. Without a terminal each change of phase is one
     line on stderr; with one, a line that is rewritten.
     """
     from fal_contract.v1 import cluster_pb2 as pb
@@ -26,6 +27,7 @@ def wait_until_ready(app: str, *, timeout_s: float, quiet: bool = False) -> Any:
     with _progress(quiet) as show:
         while True:
             view = unary("GetApp", pb.GetAppRequest(id=app))
+            _check_not_rolled_back(view, revision)
             if len(ready_runners(view)) >= view.wanted:
                 return view
             show(_phases(view))
@@ -37,6 +39,17 @@ def wait_until_ready(app: str, *, timeout_s: float, quiet: bool = False) -> Any:
                     remedy=f"See `falctl explain {app}`; it goes on in the background.",
                 )
             time.sleep(_POLL_S)
+
+
+def _check_not_rolled_back(view: Any, revision: int) -> None:
+    app = view.app
+    if revision and app.revision < revision:
+        why = app.rollout.reason if app.HasField("rollout") else "see `falctl events`"
+        raise FalError(
+            Code.FAILED_PRECONDITION,
+            f"revision {revision} of {app.id} was rolled back to {app.revision}: {why}",
+            remedy=f"See `falctl logs` of its runners and `falctl app revisions {app.id}`; mend it, apply again.",
+        )
 
 
 def wait_until_gone(app: str, *, timeout_s: float) -> None:

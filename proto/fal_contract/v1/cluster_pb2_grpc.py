@@ -286,6 +286,21 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.SetMigRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.GpuReply.FromString,
                 _registered_method=True)
+        self.SteerRollout = channel.unary_unary(
+                '/fal.v1.Cluster/SteerRollout',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.SteerRolloutRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.AppView.FromString,
+                _registered_method=True)
+        self.SetRevision = channel.unary_unary(
+                '/fal.v1.Cluster/SetRevision',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.SetRevisionRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.AppView.FromString,
+                _registered_method=True)
+        self.ListRevisions = channel.unary_unary(
+                '/fal.v1.Cluster/ListRevisions',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsReply.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -643,6 +658,28 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SteerRollout(self, request, context):
+        """--- Rollouts
+        Pauses, resumes, promotes or aborts a rollout under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRevision(self, request, context):
+        """Lets a kept revision run again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRevisions(self, request, context):
+        """The kept revisions of an app.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -895,6 +932,21 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.SetMig,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.SetMigRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.GpuReply.SerializeToString,
+            ),
+            'SteerRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.SteerRollout,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.SteerRolloutRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.AppView.SerializeToString,
+            ),
+            'SetRevision': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRevision,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.SetRevisionRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.AppView.SerializeToString,
+            ),
+            'ListRevisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRevisions,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -2248,6 +2300,87 @@ class Cluster:
             '/fal.v1.Cluster/SetMig',
             fal__contract_dot_v1_dot_cluster__pb2.SetMigRequest.SerializeToString,
             fal__contract_dot_v1_dot_cluster__pb2.GpuReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SteerRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/SteerRollout',
+            fal__contract_dot_v1_dot_cluster__pb2.SteerRolloutRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.AppView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRevision(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/SetRevision',
+            fal__contract_dot_v1_dot_cluster__pb2.SetRevisionRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.AppView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRevisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/ListRevisions',
+            fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -136,6 +136,14 @@ class ClusterStub:
     """Gives one back: its node diagnoses it first."""
     SetMig: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetMigRequest, _cluster_pb2.GpuReply]
     """Cuts an idle GPU into MIG instances, or makes it whole again."""
+    SteerRollout: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SteerRolloutRequest, _cluster_pb2.AppView]
+    """--- Rollouts
+    Pauses, resumes, promotes or aborts a rollout under way.
+    """
+    SetRevision: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetRevisionRequest, _cluster_pb2.AppView]
+    """Lets a kept revision run again."""
+    ListRevisions: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListRevisionsRequest, _cluster_pb2.ListRevisionsReply]
+    """The kept revisions of an app."""
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -244,6 +252,14 @@ class ClusterAsyncStub(ClusterStub):
     """Gives one back: its node diagnoses it first."""
     SetMig: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetMigRequest, _cluster_pb2.GpuReply]  # type: ignore[assignment]
     """Cuts an idle GPU into MIG instances, or makes it whole again."""
+    SteerRollout: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SteerRolloutRequest, _cluster_pb2.AppView]  # type: ignore[assignment]
+    """--- Rollouts
+    Pauses, resumes, promotes or aborts a rollout under way.
+    """
+    SetRevision: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetRevisionRequest, _cluster_pb2.AppView]  # type: ignore[assignment]
+    """Lets a kept revision run again."""
+    ListRevisions: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListRevisionsRequest, _cluster_pb2.ListRevisionsReply]  # type: ignore[assignment]
+    """The kept revisions of an app."""
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     """Served by the scheduler to roles viewer, operator and admin."""
@@ -649,5 +665,31 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.GpuReply, _abc.Awaitable[_cluster_pb2.GpuReply]]:
         """Cuts an idle GPU into MIG instances, or makes it whole again."""
+
+    @_abc_1.abstractmethod
+    def SteerRollout(
+        self,
+        request: _cluster_pb2.SteerRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.AppView, _abc.Awaitable[_cluster_pb2.AppView]]:
+        """--- Rollouts
+        Pauses, resumes, promotes or aborts a rollout under way.
+        """
+
+    @_abc_1.abstractmethod
+    def SetRevision(
+        self,
+        request: _cluster_pb2.SetRevisionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.AppView, _abc.Awaitable[_cluster_pb2.AppView]]:
+        """Lets a kept revision run again."""
+
+    @_abc_1.abstractmethod
+    def ListRevisions(
+        self,
+        request: _cluster_pb2.ListRevisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ListRevisionsReply, _abc.Awaitable[_cluster_pb2.ListRevisionsReply]]:
+        """The kept revisions of an app."""
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -51,6 +51,9 @@ _CLUSTER: Final[Mapping[str, frozenset[Role]]] = {
     "ScaleApp": WRITERS,
     "DeleteApp": WRITERS,
     "StopRunner": WRITERS,
+    "SteerRollout": WRITERS,
+    "SetRevision": WRITERS,
+    "ListRevisions": READERS,
     "QuarantineGpu": WRITERS,
     "ReleaseGpu": WRITERS,
     "SetMig": WRITERS,
@@ -75,5 +78,6 @@ ROLES: Final[Mapping[str, frozenset[Role]]] = {
     "/fal.v1.Schedulers/GetLeader": frozenset(Role),
     "/fal.v1.Schedulers/ListManifests": STANDBYS,
     "/fal.v1.Schedulers/FetchManifest": STANDBYS,
-    "/fal.v1.Schedulers/SaveSnapshot": ADMINS,    "/fal.v1.Serving/Dispatch": frozenset({Role.SERVING, Role.OPERATOR, Role.ADMIN}),
+    "/fal.v1.Schedulers/SaveSnapshot": ADMINS,
+    "/fal.v1.Serving/Dispatch": frozenset({Role.SERVING, Role.OPERATOR, Role.ADMIN}),
 }

@@ -31,6 +31,7 @@ from fal_scheduler.api import (
     join_tokens,
     nodes,
     pools,
+    rollouts,
     runners,
     secrets,
     status,
@@ -199,6 +200,17 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def DeleteApp(self, request: cluster_pb2.DeleteAppRequest, context: Context) -> cluster_pb2.DeleteAppReply:
         return await apps.delete_app(self._current.get(), request, _actor())
 
+    async def SteerRollout(self, request: cluster_pb2.SteerRolloutRequest, context: Context) -> cluster_pb2.AppView:
+        return await rollouts.steer_rollout(self._current.get(), request, _actor())
+
+    async def SetRevision(self, request: cluster_pb2.SetRevisionRequest, context: Context) -> cluster_pb2.AppView:
+        return await rollouts.set_revision(self._current.get(), request, _actor())
+
+    async def ListRevisions(
+        self, request: cluster_pb2.ListRevisionsRequest, context: Context
+    ) -> cluster_pb2.ListRevisionsReply:
+        return rollouts.list_revisions(self._current.get(), request)
+
     async def ListRunners(
         self, request: cluster_pb2.ListRunnersRequest, context: Context
     ) -> cluster_pb2.ListRunnersReply:
@@ -304,4 +316,5 @@ def services() -> Iterable[Any]:
     from fal_contract.v1 import schedulers_pb2, serving_pb2
 
     own = (cluster_pb2, "Cluster"), (agent_pb2, "AgentService"), (serving_pb2, "Serving"), (weights_pb2, "CacheService")
-    for module, name in (*own, (schedulers_pb2, "Schedulers")):        yield module.DESCRIPTOR.services_by_name[name]
+    for module, name in (*own, (schedulers_pb2, "Schedulers")):
+        yield module.DESCRIPTOR.services_by_name[name]
