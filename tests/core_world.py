@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from random import Random
 
+import numpy as np
+
 from fal_contract.errors import FalError
 from fal_scheduler.codec import decode, encode
 from fal_scheduler.core import invariants, tokens
@@ -421,10 +423,12 @@ def check_indexes(state: State) -> None:
         fresh.set_node(facts)
     for runner in state.runners.values():
         if runner.node:
-            fresh.hold(runner.node, runner.id, runner.gpus, runner.memory_bytes, runner.cpu_milli)
+            holds = runner.gpus, runner.memory_bytes, runner.cpu_milli, runner.gpu_milli
+            fresh.hold(runner.node, runner.id, *holds, runner.apps)
     for node_id, runner_id in state.orphans:
         status = state.live[node_id].orphans[runner_id]
-        fresh.hold(node_id, runner_id, status.gpus, status.memory_bytes, status.cpu_milli)
+        holds = status.gpus, status.memory_bytes, status.cpu_milli, status.gpu_milli
+        fresh.hold(node_id, runner_id, *holds, (status.app,))
     catalog = Catalog()
     for model in state.models.values():
         catalog.set_model(None, model)
@@ -437,8 +441,12 @@ def check_indexes(state: State) -> None:
     for kind in ("", "model", "lora"):
         assert catalog.page(kind=kind, limit=100) == state.catalog.page(kind=kind, limit=100)
     have, expected = state.fleet.fresh(), fresh.fresh()
-    for column in ("ready", "first", "healthy", "total", "free", "memory_free", "cpu_free"):
-        assert (getattr(have, column) == getattr(expected, column)).all(), column
+    for column, values in vars(expected).items():
+        if isinstance(values, np.ndarray):
+            assert (getattr(have, column) == values).all(), column
+    assert have.nodes_of_app == expected.nodes_of_app
+    assert have.domains_of_app == expected.domains_of_app
+    assert have.occupancy.keys() >= expected.occupancy.keys()
 
 
 def _records(state: State) -> dict[str, object]:

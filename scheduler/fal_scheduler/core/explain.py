@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from fal_scheduler.core.driver_versions import rank
-from fal_scheduler.core.fleet import NodeFacts, Occupancy
-from fal_scheduler.core.place import score_of, static_refusal
+from fal_scheduler.core.fleet import NOBODY, GpuClass, NodeFacts, Occupancy, kind_of, number_of, share_of
+from fal_scheduler.core.place import Placer, is_model, is_profile, memory_of, static_refusal
+from fal_scheduler.core.ranking import ANYBODY, Ask, ReadyFn
 from fal_scheduler.core.records import ModelState, Spec
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Gpu
@@ -24,6 +25,7 @@ FILTERS: Final = (
     "health",
     "cordoned",
     "held",
+    "avoided",
     "pool",
     "labels",
     "driver",
@@ -33,22 +35,29 @@ FILTERS: Final = (
     "io-limit",
     "gpu-driver",
     "cuda",
+    "affinity",
+    "anti-affinity",
     "gpu-model",
+    "mig",
     "gpu-memory",
     "gpu-count",
     "gpu-health",
     "gpu-free",
+    "gpu-share",
+    "gpu-topology",
     "memory",
     "cpu",
 )
 _GIB: Final = 1 << 30
+_JOINED: Final = {"nvlink": "joined by NVLink", "pcie": "under one PCIe switch", "numa": "in one NUMA node"}
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What placement thinks of one node: feasible with a score, or refused by a filter for a detail.
 
-    `short` is how much it lacks of what the filter counts (GPUs, bytes, thousandths of a core).
+    `short` is how much it lacks of what the filter counts (GPUs, bytes, thousandths of a core or of a GPU). `score`:
+    how many nodes are better; 0 is where the next runner would go. `why`: the terms by which it is (`Ranking.why`).
     """
 
     node_id: str
@@ -57,6 +66,7 @@ class Verdict:
     detail: str = ""
     short: int = 0
     score: int = 0
+    why: tuple[tuple[str, int], ...] = ()
 
     @property
     def feasible(self) -> bool:
@@ -64,10 +74,18 @@ class Verdict:
         return not self.filter
 
 
-def explain(state: State, spec: Spec) -> list[Verdict]:
-    """A verdict for every node that has a record, in order of name and id."""
+def explain(state: State, spec: Spec, ask: Ask = ANYBODY, ready: ReadyFn | None = None) -> list[Verdict]:
+    """A verdict for every node that has a record, in order of name and id. `ask`: who would get the runner."""
     nodes = sorted(state.nodes.values(), key=lambda node: (node.name, node.id))
-    return [_verdict(state, state.fleet.facts[node.id], node.name, spec) for node in nodes]
+    found = [_verdict(state, state.fleet.facts[node.id], node.name, spec, ask) for node in nodes]
+    if not any(verdict.feasible for verdict in found):
+        return found
+    ranked = Placer(state.fleet).rank(spec, ask, ready)
+    places = {node_id: place for place, node_id in enumerate(ranked)}
+    return [
+        replace(verdict, score=places[verdict.node_id], why=ranked[verdict.node_id]) if verdict.feasible else verdict
+        for verdict in found
+    ]
 
 
 def summarise(verdicts: Iterable[Verdict], spec: Spec) -> Pending:
@@ -104,11 +122,12 @@ def model_awaited(state: State, spec: Spec) -> str:
     return ""
 
 
-def why_pending(state: State, spec: Spec) -> Pending:
+def why_pending(state: State, spec: Spec, ask: Ask = ANYBODY) -> Pending:
     """What an operator reads of a runner that found no node (its models aside: `model_awaited`)."""
-    pending = summarise(explain(state, spec), spec)
-    models = {gpu.model for facts in state.fleet.facts.values() for gpu in facts.gpus}
-    if spec.num_gpus and spec.machine_type and not models.intersection(spec.machine_type):
+    pending = summarise(explain(state, spec, ask), spec)
+    kinds = {kind_of(gpu): None for facts in state.fleet.facts.values() for gpu in facts.gpus}
+    models = {kind[0] for kind in kinds}
+    if spec.num_gpus and spec.machine_type and not any(_of_model(kind, spec) for kind in kinds):
         wanted = " or ".join(spec.machine_type)
         near = difflib.get_close_matches(spec.machine_type[0], sorted(models), n=1, cutoff=0.3)
         hint = f"; the nearest model is {near[0]}" if near else ""
@@ -127,16 +146,15 @@ def _reason(verdicts: list[Verdict], closest: Verdict, spec: Spec) -> str:
     return f"none of {len(verdicts)} nodes can take it ({why}); closest: {closest.detail}"
 
 
-def _verdict(state: State, facts: NodeFacts, name: str, spec: Spec) -> Verdict:
+def _verdict(state: State, facts: NodeFacts, name: str, spec: Spec, ask: Ask) -> Verdict:
     held = state.fleet.occupancy.get(facts.node_id) or Occupancy()
-    found = _standing(state, facts, name) or _static(facts, name, spec)
+    found = _standing(state, facts, name) or (_avoided(name) if facts.node_id in ask.avoid else None)
+    found = found or _static(facts, name, spec) or _company(held, name, spec)
     if found is None and spec.num_gpus:
-        found = _gpus(facts, held, name, spec)
+        found = _gpus(state, facts, held, name, spec, ask.team)
     if found is None:
         found = _amounts(facts, held, name, spec)
-    if found is None:
-        return Verdict(facts.node_id, name, score=score_of(state.fleet, facts, spec))
-    return Verdict(facts.node_id, name, *found)
+    return Verdict(facts.node_id, name, *(found or ()))
 
 
 _Refusal = tuple[str, str, int]
@@ -153,6 +171,21 @@ def _standing(state: State, facts: NodeFacts, name: str) -> _Refusal | None:
         live = state.live.get(facts.node_id)
         why = state.frozen.get(facts.node_id) or (live.hold_reason if live is not None else "")
         return "held", f"{name} waits for `falctl operator confirm`: {why}", 0
+    return None
+
+
+def _avoided(name: str) -> _Refusal:
+    return "avoided", f"{name} is what the runner is to get away from", 0
+
+
+def _company(held: Occupancy, name: str, spec: Spec) -> _Refusal | None:
+    """Filters about the apps that run there."""
+    rules = spec.placement
+    if rules.affinity and not any(app in held.apps for app in rules.affinity):
+        return "affinity", f"{name} runs none of {', '.join(rules.affinity)}", 0
+    there = [app for app in rules.anti_affinity if app in held.apps]
+    if there:
+        return "anti-affinity", f"{name} runs {', '.join(there)}", len(there)
     return None
 
 
@@ -194,45 +227,77 @@ def _lacks(facts: NodeFacts) -> str:
     return f"its {facts.driver} driver can do {', '.join(sorted(facts.features)) or 'nothing beyond that'}"
 
 
-def _gpus(facts: NodeFacts, held: Occupancy, name: str, spec: Spec) -> _Refusal | None:
+def _of_model(kind: GpuClass, spec: Spec) -> bool:
+    return any(is_model(kind, machine_type) for machine_type in spec.machine_type or ("",))
+
+
+def _gpus(state: State, facts: NodeFacts, held: Occupancy, name: str, spec: Spec, team: str) -> _Refusal | None:
     """Filters about GPUs, by the kind that comes closest."""
-    of_model = [gpu for gpu in facts.gpus if not spec.machine_type or gpu.model in spec.machine_type]
-    wanted = " or ".join(spec.machine_type) or "GPU"
-    if not of_model:
+    kinds: dict[GpuClass, list[Gpu]] = {}
+    for gpu in facts.gpus:
+        if _of_model(kind_of(gpu), spec):
+            kinds.setdefault(kind_of(gpu), []).append(gpu)
+    if not kinds:
         has = ", ".join(sorted({gpu.model for gpu in facts.gpus})) or "no GPU"
-        return "gpu-model", f"{name} has {has}, none of {wanted}", 0
-    large = [gpu for gpu in of_model if gpu.memory_bytes >= spec.gpu_memory_bytes_min]
+        return "gpu-model", f"{name} has {has}, none of {' or '.join(spec.machine_type) or 'GPU'}", 0
+    split = {kind: gpus for kind, gpus in kinds.items() if is_profile(kind, spec)}
+    if not split:
+        has = ", ".join(dict.fromkeys(kind[2] or "whole GPUs" for kind in kinds))
+        return "mig", f"{name} has {has}, asked are {spec.mig_profile or 'whole GPUs'}", 0
+    large = {kind: gpus for kind, gpus in split.items() if memory_of(kind, spec) >= spec.gpu_memory_bytes_min}
     if not large:
-        most = max(gpu.memory_bytes for gpu in of_model)
-        lacks = spec.gpu_memory_bytes_min - most
+        most = max(memory_of(kind, spec) for kind in split)
+        share = f"{spec.gpu_milli / 1000:g} of {name}'s GPUs has" if spec.fractional else f"{name}'s GPUs have"
         return (
             "gpu-memory",
-            f"{name}'s GPUs have {most / _GIB:.1f} GiB, {spec.gpu_memory_bytes_min / _GIB:.1f} asked",
-            lacks,
+            f"{share} {most / _GIB:.1f} GiB, {spec.gpu_memory_bytes_min / _GIB:.1f} asked",
+            spec.gpu_memory_bytes_min - most,
         )
-    kinds: dict[tuple[str, int], list[Gpu]] = {}
-    for gpu in large:
-        kinds.setdefault((gpu.model, gpu.memory_bytes), []).append(gpu)
-    found = [_kind(gpus, held, name, spec.num_gpus) for gpus in kinds.values()]
+    found = [_kind(state, facts.node_id, kind, gpus, held, name, spec, team) for kind, gpus in large.items()]
     if None in found:
         return None
     return max((one for one in found if one is not None), key=lambda one: (FILTERS.index(one[0]), -one[2]))
 
 
-def _kind(gpus: list[Gpu], held: Occupancy, name: str, count: int) -> _Refusal | None:
+def _kind(
+    state: State, node_id: str, kind: GpuClass, gpus: list[Gpu], held: Occupancy, name: str, spec: Spec, team: str
+) -> _Refusal | None:
     """What one kind of GPU of the node lacks."""
-    model = gpus[0].model
+    model, count = kind[0], spec.num_gpus
     healthy = [gpu for gpu in gpus if gpu.healthy]
-    free = sum(1 for gpu in healthy if gpu.id not in held.gpus)
     if len(gpus) < count:
         return "gpu-count", f"{name} has {len(gpus)} {model}, {count} asked", count - len(gpus)
     if len(healthy) < count:
         sick = next(gpu for gpu in gpus if not gpu.healthy)
         why = f"{name} has {len(healthy)} of {len(gpus)} {model} healthy ({sick.id}: {sick.health_reason})"
         return "gpu-health", why, count - len(healthy)
-    if free < count:
-        return "gpu-free", f"{name} has {free} of {len(gpus)} {model} free, {count} asked", count - free
+    if spec.fractional:
+        return _share(healthy, held, name, spec, team)
+    free = [at for at, gpu in enumerate(gpus) if gpu.healthy and gpu.id not in held.holders]
+    if len(free) < count:
+        return "gpu-free", f"{name} has {len(free)} of {len(gpus)} {model} free, {count} asked", count - len(free)
+    rule = spec.placement.gpu_topology if count > 1 else ""
+    if rule:
+        fleet = state.fleet.fresh()
+        row = next(row for row in fleet.rows_of[node_id] if fleet.classes[row] == kind)
+        if fleet.boards[row].choose(free, count, rule) is None:
+            why = f"{name} has {len(free)} of {len(gpus)} {model} free, but no {count} of them {_JOINED[rule]}"
+            return "gpu-topology", why, 0
     return None
+
+
+def _share(healthy: list[Gpu], held: Occupancy, name: str, spec: Spec, team: str) -> _Refusal | None:
+    """What a node lacks to give a fraction of one GPU, by the one with most left."""
+    ours = (NOBODY, number_of(team))
+    most = max((share for share, whose in (share_of(gpu, held) for gpu in healthy) if whose in ours), default=0)
+    if most >= spec.gpu_milli:
+        return None
+    asked = f"{spec.gpu_milli / 1000:g} asked; only runners of one team share"
+    return (
+        "gpu-share",
+        f"{name} has at most {most / 1000:g} of a GPU left for this team, {asked}",
+        spec.gpu_milli - most,
+    )
 
 
 def _amounts(facts: NodeFacts, held: Occupancy, name: str, spec: Spec) -> _Refusal | None:

@@ -1,8 +1,10 @@
 """The fleet as numpy columns: what placement looks at, kept up to date by `State`.
 
-Pure. A row is one (node, GPU model and size); a node with two kinds of GPU has two rows, one without GPUs has one.
-Columns that belong to the node (memory, CPU, ready …) are repeated on its rows. Free numbers count every container
-that is known to hold something, orphans included. Row order is by node id, so that the row number breaks ties.
+Pure. A row is one (node, kind of GPU): model, size and MIG profile. A node with two kinds has two rows, one without
+GPUs has one. Columns that belong to the node (memory, CPU, ready …) are repeated on its rows; those of single GPUs
+have a second axis, in the driver's order. Free numbers count every container that is known to hold something, orphans
+included. Row order is by node id, so that the row number breaks ties. Numbers that stand for words (teams, domains,
+boards) are digests, so that they are the same in every process.
 
 Only `State` writes; `place` reads. Must not decide anything.
 """
@@ -11,14 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fal_contract.ids import team_of
+from fal_scheduler.core.boards import Board, board_of
 from fal_scheduler.core.told import Gpu
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+Shares = NDArray[np.int16]
+
+_K = TypeVar("_K")
+
+WHOLE: Final = 1000  # thousandths of a GPU
+NOBODY: Final = 0  # in `teams`: no runner holds the GPU
+CLOSED: Final = -1  # in `teams`: held whole, or sick, or not there
+_TOUCHED_MAX = 100_000
+_BOARDS_MAX = 1024
 
 
 @dataclass(slots=True)
@@ -40,53 +56,82 @@ class NodeFacts:
     host_network: bool = False  # its pool allows containers in the node's own network
     driver_version: str = ""  # of the GPU driver; empty without one
     cuda_version: str = ""
+    domain: str = ""  # failure domain
+    gpu_hour_price_micros: int = 0
+    reclaim_per_hour_ppm: int = 0
 
 
 @dataclass(slots=True)
 class Occupancy:
     """What containers hold on one node."""
 
-    gpus: dict[str, str] = field(default_factory=dict)  # GPU id -> runner id
-    shadowed: dict[str, list[str]] = field(default_factory=dict)  # GPU id -> who holds it too, in turn
+    holders: dict[str, dict[str, int]] = field(default_factory=dict)  # GPU id -> runner id -> thousandths, 0: all
+    apps: dict[str, int] = field(default_factory=dict)  # app -> containers that serve it
     memory_bytes: int = 0
     cpu_milli: int = 0
 
+    @property
+    def gpus(self) -> dict[str, str]:
+        """GPU id -> the runner that held it first."""
+        return {gpu: next(iter(runners)) for gpu, runners in self.holders.items()}
 
-GpuClass = tuple[str, int]  # model, memory in bytes
-NO_GPU: GpuClass = ("", 0)
+
+GpuClass = tuple[str, int, str]  # model, memory in bytes, MIG profile
+NO_GPU: GpuClass = ("", 0, "")
 
 
 class Fleet:
-    """Columns over all rows. `version` rises when rows are made anew or their static facts change."""
+    """Columns over all rows. `version` rises when rows are made anew or their static facts change.
+
+    `touched` lists rows whose free numbers changed since `epoch` last rose, for those who keep columns of their own.
+    """
 
     def __init__(self) -> None:
         self.facts: dict[str, NodeFacts] = {}
         self.occupancy: dict[str, Occupancy] = {}
         self.version = 0
+        self.epoch = 0
+        self.touched: list[int] = []
         self._stale = True
+        self._kinds: dict[str, list[tuple[GpuClass, tuple[Gpu, ...], Board]]] = {}  # of each node
+        self._boards: dict[int, Board] = {}  # equal ones are one, with what was worked out for it
         self.node_ids: list[str] = []
         self.classes: list[GpuClass] = []
+        self.gpus: list[tuple[Gpu, ...]] = []
+        self.boards: list[Board] = []
         self.rows_of: dict[str, range] = {}
-        self.nvlinks: dict[str, dict[str, dict[str, int]]] = {}  # node -> GPU -> GPU -> how many
-        self._allocate(0)
+        self.nodes_of_app: dict[str, dict[str, int]] = {}  # app -> node -> containers
+        self.domains_of_app: dict[str, dict[int, int]] = {}  # app -> number of the domain -> containers
+        self._allocate(0, 0)
 
-    def _allocate(self, rows: int) -> None:
+    def _allocate(self, rows: int, width: int) -> None:
         self.ready: Bools = np.zeros(rows, np.bool_)  # heard, not held, not cordoned
         self.first: Bools = np.zeros(rows, np.bool_)  # first row of its node: the one for runners without GPUs
         self.healthy: Ints = np.zeros(rows, np.int64)
         self.total: Ints = np.zeros(rows, np.int64)
         self.free: Ints = np.zeros(rows, np.int64)  # healthy and held by nobody
+        self.board: Ints = np.zeros(rows, np.int64)
         self.memory_free: Ints = np.zeros(rows, np.int64)
         self.cpu_free: Ints = np.zeros(rows, np.int64)
-        self.rank: Ints = np.zeros(rows, np.int64)
+        self.domain: Ints = np.zeros(rows, np.int64)
+        self.price: Ints = np.zeros(rows, np.int64)  # micros per GPU hour
+        self.reclaim: Ints = np.zeros(rows, np.int64)  # ppm per hour
+        self.shares: Shares = np.zeros((rows, width), np.int16)  # thousandths of each GPU that are free
+        self.teams: Ints = np.full((rows, width), CLOSED, np.int64)  # whose fractional runners hold it
 
     def set_node(self, facts: NodeFacts) -> None:
         """Add a node or replace what is known of it."""
         have = self.facts.get(facts.node_id)
         if have == facts:
             return
+        if have is None or have.domain != facts.domain:
+            self._count_apps(facts.node_id, have.domain if have is not None else None, facts.domain)
         self.facts[facts.node_id] = facts
-        same_rows = have is not None and _classes(have.gpus) == _classes(facts.gpus)
+        if have is None or have.gpus != facts.gpus:
+            same_rows = not self._stale and have is not None and _alike(have.gpus, facts.gpus)
+            self._kinds[facts.node_id] = self._kinds_of(facts.gpus)
+        else:
+            same_rows = not self._stale
         if have is None or not same_rows or _static(have) != _static(facts):
             self.version += 1
         if same_rows and not self._stale:
@@ -96,53 +141,92 @@ class Fleet:
 
     def drop_node(self, node_id: str) -> None:
         """Forget a node."""
-        if self.facts.pop(node_id, None) is not None:
-            self.nvlinks.pop(node_id, None)
+        facts = self.facts.pop(node_id, None)
+        if facts is not None:
+            self._count_apps(node_id, facts.domain, None)
+            del self._kinds[node_id]
             self.version += 1
             self._stale = True
 
-    def hold(self, node_id: str, runner_id: str, gpus: tuple[str, ...], memory_bytes: int, cpu_milli: int) -> None:
-        """A container holds these. A GPU that somebody holds already stays with the first while that holds it.
+    def hold(
+        self,
+        node_id: str,
+        runner_id: str,
+        gpus: tuple[str, ...],
+        memory_bytes: int,
+        cpu_milli: int,
+        gpu_milli: int = 0,
+        apps: tuple[str, ...] = (),
+    ) -> None:
+        """A container holds these, `gpu_milli` thousandths of each GPU (0: all). What others hold already stays theirs.
 
-        Records of an older store and the containers that really run may name the same GPU.
+        Records of an older store and the containers that really run may name the same GPU: then nothing of it is free.
         """
         held = self.occupancy.setdefault(node_id, Occupancy())
         for gpu in gpus:
-            if held.gpus.setdefault(gpu, runner_id) != runner_id:
-                held.shadowed.setdefault(gpu, []).append(runner_id)
+            held.holders.setdefault(gpu, {})[runner_id] = gpu_milli
+        for app in apps:
+            held.apps[app] = held.apps.get(app, 0) + 1
+            self._count_app(node_id, app, 1)
         held.memory_bytes += memory_bytes
         held.cpu_milli += cpu_milli
         self._refresh(node_id, memory_bytes, cpu_milli)
 
-    def release(self, node_id: str, runner_id: str, gpus: tuple[str, ...], memory_bytes: int, cpu_milli: int) -> None:
+    def release(
+        self,
+        node_id: str,
+        runner_id: str,
+        gpus: tuple[str, ...],
+        memory_bytes: int,
+        cpu_milli: int,
+        apps: tuple[str, ...] = (),
+    ) -> None:
         """A container holds these no longer."""
         held = self.occupancy[node_id]
         for gpu in gpus:
-            others = held.shadowed.get(gpu, [])
-            if held.gpus.get(gpu) != runner_id:
-                if runner_id in others:
-                    others.remove(runner_id)
-            elif others:
-                held.gpus[gpu] = others.pop(0)
-            else:
-                del held.gpus[gpu]
-            if gpu in held.shadowed and not others:
-                del held.shadowed[gpu]
+            holders = held.holders.get(gpu, {})
+            holders.pop(runner_id, None)
+            if not holders:
+                held.holders.pop(gpu, None)
+        for app in apps:
+            held.apps[app] -= 1
+            if not held.apps[app]:
+                del held.apps[app]
+            self._count_app(node_id, app, -1)
         held.memory_bytes -= memory_bytes
         held.cpu_milli -= cpu_milli
         self._refresh(node_id, -memory_bytes, -cpu_milli)
 
+    def _count_app(self, node_id: str, app: str, by: int) -> None:
+        _add(self.nodes_of_app, app, node_id, by)
+        facts = self.facts.get(node_id)
+        if facts is not None:
+            _add(self.domains_of_app, app, number_of(facts.domain), by)
+
+    def _count_apps(self, node_id: str, before: str | None, after: str | None) -> None:
+        """The node's containers change their failure domain; None: it is not known."""
+        held = self.occupancy.get(node_id)
+        for app, count in held.apps.items() if held is not None else ():
+            if before is not None:
+                _add(self.domains_of_app, app, number_of(before), -count)
+            if after is not None:
+                _add(self.domains_of_app, app, number_of(after), count)
+
     def _refresh(self, node_id: str, memory_bytes: int, cpu_milli: int) -> None:
         if self._stale or node_id not in self.rows_of:
             return
-        facts, held = self.facts[node_id], self.occupancy[node_id].gpus
+        held = self.occupancy[node_id]
         for row in self.rows_of[node_id]:
-            kind = self.classes[row]
-            self.free[row] = sum(
-                1 for gpu in facts.gpus if (gpu.model, gpu.memory_bytes) == kind and gpu.healthy and gpu.id not in held
-            )
+            self._fill_gpus(row, held)
             self.memory_free[row] -= memory_bytes
             self.cpu_free[row] -= cpu_milli
+            self._touch(row)
+
+    def _touch(self, row: int) -> None:
+        self.touched.append(row)
+        if len(self.touched) > _TOUCHED_MAX:
+            self.touched.clear()
+            self.epoch += 1
 
     def fresh(self) -> Fleet:
         """The fleet with its rows made anew where nodes came, went or changed their GPUs."""
@@ -150,49 +234,130 @@ class Fleet:
             self._rebuild()
         return self
 
+    def distrust(self) -> None:
+        """The columns are to be made anew from what is known of nodes and containers."""
+        self._stale = True
+
     def _rebuild(self) -> None:
-        self.node_ids, self.classes, self.rows_of = [], [], {}
+        self.node_ids, self.classes, self.gpus, self.boards, self.rows_of = [], [], [], [], {}
         for node_id in sorted(self.facts):
-            kinds = _classes(self.facts[node_id].gpus)
+            kinds = self._kinds[node_id]
             self.rows_of[node_id] = range(len(self.node_ids), len(self.node_ids) + len(kinds))
-            self.node_ids += [node_id] * len(kinds)
-            self.classes += kinds
-        self._allocate(len(self.node_ids))
-        self.rank = np.arange(len(self.node_ids), dtype=np.int64)
+            for kind, gpus, board in kinds:
+                self.node_ids.append(node_id)
+                self.classes.append(kind)
+                self.gpus.append(gpus)
+                self.boards.append(board)
+        self._allocate(len(self.node_ids), max(map(len, self.gpus), default=0))
         self._stale = False
+        self.epoch += 1
+        self.touched.clear()
         for node_id in self.facts:
             self._fill(node_id)
+        self.nodes_of_app, self.domains_of_app = {}, {}
+        for node_id, held in self.occupancy.items():
+            for app, count in held.apps.items():
+                self._count_app(node_id, app, count)
+
+    def _kinds_of(self, gpus: tuple[Gpu, ...]) -> list[tuple[GpuClass, tuple[Gpu, ...], Board]]:
+        """The kinds of GPU of a node, in order of first appearance; one empty kind where there are none."""
+        kinds: dict[GpuClass, list[Gpu]] = {} if gpus else {NO_GPU: []}
+        for gpu in gpus:
+            kinds.setdefault(kind_of(gpu), []).append(gpu)
+        if len(self._boards) >= _BOARDS_MAX:
+            self._boards.clear()
+        found = []
+        for kind, of_kind in kinds.items():
+            board = board_of(of_kind)
+            found.append((kind, tuple(of_kind), self._boards.setdefault(board.number, board)))
+        return found
 
     def _fill(self, node_id: str) -> None:
         facts = self.facts[node_id]
-        self.nvlinks[node_id] = {
-            gpu.id: {link.peer_id: link.count for link in gpu.links if link.kind == "NVLINK"} for gpu in facts.gpus
-        }
         held = self.occupancy.get(node_id) or Occupancy()
         rows = self.rows_of[node_id]
-        for row in rows:
-            kind = self.classes[row]
-            gpus = [gpu for gpu in facts.gpus if (gpu.model, gpu.memory_bytes) == kind]
+        domain = number_of(facts.domain)
+        for row, (_, gpus, board) in zip(rows, self._kinds[node_id], strict=True):
+            self.gpus[row], self.boards[row] = gpus, board
+            self.board[row] = board.number
             self.ready[row] = facts.ready and not facts.held and not facts.cordoned
             self.first[row] = row == rows.start
             self.total[row] = len(gpus)
             self.healthy[row] = sum(1 for gpu in gpus if gpu.healthy)
-            self.free[row] = sum(1 for gpu in gpus if gpu.healthy and gpu.id not in held.gpus)
             self.memory_free[row] = facts.memory_bytes - held.memory_bytes
             self.cpu_free[row] = facts.cpu_milli - held.cpu_milli
+            self.domain[row] = domain
+            self.price[row] = facts.gpu_hour_price_micros
+            self.reclaim[row] = facts.reclaim_per_hour_ppm
+            self._fill_gpus(row, held)
+            self._touch(row)
+
+    def _fill_gpus(self, row: int, held: Occupancy) -> None:
+        for at, gpu in enumerate(self.gpus[row]):
+            self.shares[row, at], self.teams[row, at] = share_of(gpu, held)
+        self.free[row] = np.count_nonzero(self.teams[row] == NOBODY)
 
     def free_gpus(self, node_id: str) -> tuple[str, ...]:
         """Ids of the node's healthy GPUs that nobody holds, in the driver's order."""
         facts = self.facts.get(node_id)
         if facts is None:
             return ()
-        held = self.occupancy[node_id].gpus if node_id in self.occupancy else {}
+        held = self.occupancy[node_id].holders if node_id in self.occupancy else {}
         return tuple(gpu.id for gpu in facts.gpus if gpu.healthy and gpu.id not in held)
 
+    def shareable(self, team: str, gpu_milli: int) -> Bools:
+        """Rows with a GPU that can give a fractional runner of `team` so many thousandths."""
+        ours = (self.teams == NOBODY) | (self.teams == number_of(team))
+        rows: Bools = (ours & (self.shares >= gpu_milli)).any(axis=1)
+        return rows
 
-def _classes(gpus: tuple[Gpu, ...]) -> list[GpuClass]:
-    """The kinds of GPU of a node, in order of first appearance; one empty kind where there are none."""
-    return list(dict.fromkeys((gpu.model, gpu.memory_bytes) for gpu in gpus)) or [NO_GPU]
+    def rows_running(self, apps: tuple[str, ...]) -> Bools:
+        """Rows of nodes where a container serves one of the apps."""
+        found: Bools = np.zeros(len(self.node_ids), np.bool_)
+        for app in apps:
+            for node_id in self.nodes_of_app.get(app, ()):
+                rows = self.rows_of.get(node_id)
+                if rows is not None:
+                    found[rows.start : rows.stop] = True
+        return found
+
+
+def share_of(gpu: Gpu, held: Occupancy) -> tuple[int, int]:
+    """Thousandths of a GPU that are free, and the number of the team that may have them."""
+    holders = held.holders.get(gpu.id)
+    if not gpu.healthy:
+        return 0, CLOSED
+    if not holders:
+        return WHOLE, NOBODY
+    teams = {team_of(runner_id): None for runner_id in holders}
+    if len(teams) > 1 or not all(holders.values()):
+        return 0, CLOSED
+    return max(0, WHOLE - sum(holders.values())), number_of(next(iter(teams)))
+
+
+@lru_cache(maxsize=8192)
+def number_of(word: str) -> int:
+    """A positive number for a word, the same in every process."""
+    return int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big") >> 1 | 1
+
+
+def kind_of(gpu: Gpu) -> GpuClass:
+    """What makes GPUs of one node the same to placement."""
+    return gpu.model, gpu.memory_bytes, gpu.mig_profile
+
+
+def _alike(one: tuple[Gpu, ...], other: tuple[Gpu, ...]) -> bool:
+    """Whether both make the same rows, as wide."""
+    return [kind_of(gpu) for gpu in one] == [kind_of(gpu) for gpu in other]
+
+
+def _add(table: dict[str, dict[_K, int]], app: str, key: _K, by: int) -> None:
+    counts = table.setdefault(app, {})
+    counts[key] = counts.get(key, 0) + by
+    if not counts[key]:
+        del counts[key]
+        if not counts:
+            del table[app]
 
 
 def _static(facts: NodeFacts) -> tuple[object, ...]:

@@ -1,10 +1,13 @@
-"""Where a runner goes: filters, then best fit. Total and deterministic: no clock, no I/O, no randomness.
+"""Where a runner goes: filters, then the ranking of `core.ranking`. Total and deterministic: no clock, no I/O.
 
 Pure. `place` answers the common question (which node, which GPUs) on the fleet's columns; `explain` answers the
 operator's (why not the others) node by node and costs a few microseconds for each. Both apply the same filters, which
-a property test holds. Best fit: fewest GPUs left free, then least memory left (in MiB), then the node's id.
+a property test holds. Machine types are tried in order: a later one only where no node of an earlier one can take it.
 
-Called by `reconcile` and by views. Must change nothing but the cache of masks.
+Called by `starts` and by views. Must change nothing but its caches.
+
+A gang (runners on several nodes, all or none) will be placed here as well: its members one after the other, each on
+columns where those before it are held, all of them released where one finds no place. `Gang` is what it would return.
 """
 
 from __future__ import annotations
@@ -14,62 +17,134 @@ from typing import Final
 
 import numpy as np
 
+from fal_contract.errors import Code, FalError
 from fal_scheduler.core.driver_versions import at_least
-from fal_scheduler.core.fleet import Bools, Fleet, GpuClass, Ints, NodeFacts
+from fal_scheduler.core.fleet import NOBODY, Bools, Fleet, GpuClass, Ints, NodeFacts, number_of
+from fal_scheduler.core.ranking import ANYBODY, Ask, FragmentsFn, Ranking, ReadyFn, Rows, unmet_wishes
 from fal_scheduler.core.records import HOST_IMAGE, Spec
 
 # Features of nodes (agent.proto, Capabilities).
 IMAGES: Final = "images"
 PACK: Final = "pack"
 _MASKS_MAX = 256
-# The score packs three numbers into 53 bits: GPUs left free, MiB left, row. NODES_MAX rows fit 17 bits.
-_ROW_BITS = 17
-_MEMORY_BITS = 28
+_MIG = "-MIG-"  # between a device's model and its instance's profile, in the model of an instance
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A node and what a runner gets there."""
+    """A node and what a runner gets there. `why`: the terms by which it was best, see `Ranking.why`."""
 
     node_id: str
     gpus: tuple[str, ...]
     memory_bytes: int
     cpu_milli: int
+    gpu_milli: int = 0
+    ready_ms: int = 0
+    why: tuple[tuple[str, int], ...] = ()
+
+
+Gang = tuple[Placement, ...]
 
 
 class Placer:
-    """`place` with its cache: which rows could ever take a spec, by the parts of the spec that decide it."""
+    """`place` with its caches: which rows could ever take a spec, by the parts of the spec that decide it."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, fragments: FragmentsFn | None = None) -> None:
         self._fleet = fleet
+        self._fragments = fragments
         self._version = -1
         self._masks: dict[object, tuple[Bools, ...]] = {}
+        self._missing: dict[object, Ints] = {}
 
-    def place(self, spec: Spec) -> Placement | None:
+    def place(self, spec: Spec, ask: Ask = ANYBODY, ready: ReadyFn | None = None) -> Placement | None:
         """The best node for one runner of `spec` now, or None."""
+        for ranking in self._rankings(spec, ask, ready):
+            at, equal = ranking.first()
+            return self._placement(spec, ask, ranking, at, equal)
+        return None
+
+    def rank(
+        self, spec: Spec, ask: Ask = ANYBODY, ready: ReadyFn | None = None
+    ) -> dict[str, tuple[tuple[str, int], ...]]:
+        """Every node that could take it, the best first, with its terms. Costs a sort: for explanations."""
+        found: dict[str, tuple[tuple[str, int], ...]] = {}
+        for ranking in self._rankings(spec, ask, ready, all_types=True):
+            for at in ranking.order():
+                found.setdefault(self._fleet.node_ids[ranking.rows[at]], ranking.why(at))
+        return found
+
+    def _rankings(self, spec: Spec, ask: Ask, ready: ReadyFn | None, *, all_types: bool = False) -> list[Ranking]:
+        """Feasible rows with their terms, one for each machine type; only the first unless `all_types`."""
         fleet = self._fleet.fresh()
-        memory, cpu = spec.resources.memory_bytes, spec.resources.cpu_milli
-        open_rows = fleet.ready & (fleet.memory_free >= memory) & (fleet.cpu_free >= cpu)
-        open_rows &= fleet.first if spec.num_gpus == 0 else fleet.free >= spec.num_gpus
+        open_rows = self._open(spec, ask)
+        found: list[Ranking] = []
         for mask in self._masks_of(spec):
             rows = np.flatnonzero(open_rows & mask)
-            if rows.size:
-                row = int(rows[np.argmin(_scores(fleet, rows))])
-                node_id = fleet.node_ids[row]
-                gpus = choose_gpus(fleet, node_id, fleet.classes[row], spec.num_gpus)
-                return Placement(node_id, gpus, memory, cpu)
-        return None
+            if spec.placement.gpu_topology and spec.num_gpus > 1:
+                rows = self._joined(rows, spec)
+            if not rows.size:
+                continue
+            times = ready_of(fleet, rows, spec, ready)
+            unmet = unmet_wishes(fleet, rows, spec, ask, self._labels_missing(spec))
+            found.append(Ranking(fleet, rows, spec, ask, times, unmet, self._fragments))
+            if not all_types:
+                break
+        return found
+
+    def _open(self, spec: Spec, ask: Ask) -> Bools:
+        """Rows that have room now, whatever kind they are."""
+        fleet, rules = self._fleet, spec.placement
+        rows: Bools = fleet.ready & (fleet.memory_free >= spec.resources.memory_bytes)
+        rows &= fleet.cpu_free >= spec.resources.cpu_milli
+        if spec.num_gpus == 0:
+            rows &= fleet.first
+        elif spec.fractional:
+            rows &= fleet.shareable(ask.team, spec.gpu_milli)
+        else:
+            rows &= fleet.free >= spec.num_gpus
+        if rules.affinity:
+            rows &= fleet.rows_running(rules.affinity)
+        if rules.anti_affinity:
+            rows &= ~fleet.rows_running(rules.anti_affinity)
+        for node_id in ask.avoid:  # order does not matter: each clears rows of its own
+            avoided = fleet.rows_of.get(node_id)
+            if avoided is not None:
+                rows[avoided.start : avoided.stop] = False
+        return rows
+
+    def _joined(self, rows: Rows, spec: Spec) -> Rows:
+        """Those of `rows` with enough free GPUs joined as asked; equal boards with equal GPUs free are one look."""
+        fleet, rule = self._fleet, spec.placement.gpu_topology
+        free = np.packbits(fleet.teams[rows] == NOBODY, axis=1)
+        looks = np.ascontiguousarray(np.hstack([fleet.board[rows, None].view(np.uint8), free]))
+        _, first, kind = np.unique(looks, axis=0, return_index=True, return_inverse=True)
+        fits = [
+            fleet.boards[row].choose(np.flatnonzero(fleet.teams[row] == NOBODY).tolist(), spec.num_gpus, rule)
+            for row in rows[first]
+        ]
+        joined: Rows = rows[np.array([found is not None for found in fits])[kind.ravel()]]
+        return joined
+
+    def _placement(self, spec: Spec, ask: Ask, ranking: Ranking, at: int, equal: int) -> Placement:
+        fleet, row = self._fleet, int(ranking.rows[at])
+        gpus = choose_gpus(fleet, row, spec, ask.team)
+        memory, cpu = spec.resources.memory_bytes, spec.resources.cpu_milli
+        ready_ms, why = int(ranking.ready_ms[at]), ranking.why(at, equal)
+        return Placement(fleet.node_ids[row], gpus, memory, cpu, spec.gpu_milli, ready_ms, why)
 
     def _masks_of(self, spec: Spec) -> tuple[Bools, ...]:
         """One mask a machine type, the preferred first; one in all where any will do."""
         fleet = self._fleet
         if self._version != fleet.version or len(self._masks) > _MASKS_MAX:
             self._masks.clear()
+            self._missing.clear()
             self._version = fleet.version
         key = (
             spec.machine_type,
             spec.num_gpus,
             spec.gpu_memory_bytes_min,
+            spec.gpu_milli,
+            spec.mig_profile,
             spec.pools,
             tuple(sorted(spec.labels.items())),
             spec.image == "host",
@@ -85,21 +160,31 @@ class Placer:
             masks = self._masks[key] = tuple(_mask(fleet, spec, machine_type) for machine_type in types)
         return masks
 
+    def _labels_missing(self, spec: Spec) -> Ints | None:
+        """How many preferred labels each row of the fleet lacks."""
+        wanted = spec.placement.labels_preferred
+        if not wanted:
+            return None
+        key = tuple(sorted(wanted.items()))
+        missing = self._missing.get(key)
+        if missing is None:
+            fleet = self._fleet
+            lacks = {
+                node_id: sum(1 for name, value in wanted.items() if facts.labels.get(name) != value)
+                for node_id, facts in fleet.facts.items()
+            }
+            counts = (lacks[node_id] for node_id in fleet.node_ids)
+            missing = self._missing[key] = np.fromiter(counts, np.int64, len(fleet.node_ids))
+        return missing
 
-def _scores(
-    fleet: Fleet, rows: np.ndarray[tuple[int], np.dtype[np.intp]]
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    mib = np.minimum(fleet.memory_free[rows] >> 20, (1 << _MEMORY_BITS) - 1)
-    scores: Ints = (fleet.free[rows] << (_MEMORY_BITS + _ROW_BITS)) + (mib << _ROW_BITS) + rows
-    return scores
 
-
-def score_of(fleet: Fleet, facts: NodeFacts, spec: Spec) -> int:
-    """Best fit as one number, lower is better: GPUs left free and then MiB left, 28 bits for the latter."""
-    left = len(fleet.free_gpus(facts.node_id)) - spec.num_gpus
-    held = fleet.occupancy.get(facts.node_id)
-    memory_left = facts.memory_bytes - (held.memory_bytes if held else 0) - spec.resources.memory_bytes
-    return (left << _MEMORY_BITS) + min(memory_left >> 20, (1 << _MEMORY_BITS) - 1)
+def ready_of(fleet: Fleet, rows: Rows, spec: Spec, ready: ReadyFn | None) -> Ints:
+    """Milliseconds until the first output on each row; zeros without a prediction."""
+    if ready is None:
+        return np.zeros(len(rows), np.int64)
+    if len(rows) * 4 > len(fleet.node_ids):  # the same list each time, which a cache may know
+        return ready(spec, fleet.node_ids)[rows]
+    return ready(spec, [fleet.node_ids[row] for row in rows])
 
 
 def _mask(fleet: Fleet, spec: Spec, machine_type: str) -> Bools:
@@ -142,43 +227,50 @@ def static_refusal(facts: NodeFacts, spec: Spec) -> str | None:
 
 
 def fits_class(kind: GpuClass, spec: Spec, machine_type: str) -> bool:
-    """Whether GPUs of this model and size will do; always true for a runner without GPUs."""
+    """Whether GPUs of this kind will do; always true for a runner without GPUs."""
     if spec.num_gpus == 0:
         return True
-    model, memory_bytes = kind
-    return model != "" and machine_type in ("", model) and memory_bytes >= spec.gpu_memory_bytes_min
+    return (
+        is_model(kind, machine_type) and is_profile(kind, spec) and memory_of(kind, spec) >= spec.gpu_memory_bytes_min
+    )
 
 
-def choose_gpus(fleet: Fleet, node_id: str, kind: GpuClass, count: int) -> tuple[str, ...]:
-    """`count` free healthy GPUs of one kind: a set with the most NVLinks inside, the driver's first among equals.
+def is_model(kind: GpuClass, machine_type: str) -> bool:
+    """Whether GPUs of this kind are of the model; an instance is also of its device's. Empty: any model."""
+    model = kind[0]
+    return model != "" and machine_type in ("", model, model.partition(_MIG)[0])
 
-    Greedy from each start, which is exact on the fully connected and paired boards that exist; at most 16 GPUs.
+
+def is_profile(kind: GpuClass, spec: Spec) -> bool:
+    """Whether GPUs of this kind are whole devices, or instances of the profile, as asked; or asked for by model."""
+    model, _, profile = kind
+    return profile == spec.mig_profile or (not spec.mig_profile and model in spec.machine_type)
+
+
+def memory_of(kind: GpuClass, spec: Spec) -> int:
+    """Bytes of GPU memory that a runner of `spec` gets of each such GPU."""
+    return kind[1] * spec.gpu_milli // 1000 if spec.fractional else kind[1]
+
+
+def choose_gpus(fleet: Fleet, row: int, spec: Spec, team: str) -> tuple[str, ...]:
+    """GPUs of a row for one runner. Whole ones: the best set of the board (`core.boards`).
+
+    A share: of the GPU that its team shares already and that has the least left, else of one that nobody holds.
     """
+    count, gpus, teams = spec.num_gpus, fleet.gpus[row], fleet.teams[row]
     if count == 0:
         return ()
-    held = fleet.occupancy[node_id].gpus if node_id in fleet.occupancy else {}
-    free = [
-        gpu.id
-        for gpu in fleet.facts[node_id].gpus
-        if gpu.healthy and gpu.id not in held and (gpu.model, gpu.memory_bytes) == kind
-    ]
-    links = fleet.nvlinks[node_id]
-    if count == len(free):
-        return tuple(free)
-    if count == 1:  # where it breaks the fewest links between free ones
-        return (min(free, key=lambda gpu: sum(links[gpu].get(other, 0) for other in free)),)
-    grown = [_grow(start, free, links, count) for start in free]
-    best = max(grown, key=lambda found: found[1])[0]
-    return tuple(gpu for gpu in free if gpu in best)
+    if spec.fractional:
+        shares = fleet.shares[row]
+        ours = np.flatnonzero((teams == number_of(team)) & (shares >= spec.gpu_milli))
+        if ours.size:
+            return (gpus[int(ours[np.argmin(shares[ours])])].id,)
+    free = np.flatnonzero(teams == NOBODY).tolist()
+    chosen = fleet.boards[row].choose(free, count, spec.placement.gpu_topology if count > 1 else "")
+    if chosen is None:  # the columns said that there are enough
+        why = f"{fleet.node_ids[row]} has no {count} GPUs that are free and joined as asked"
+        raise FalError(Code.INTERNAL, why, remedy="Report this.")
+    return tuple(gpus[at].id for at in chosen)
 
 
-def _grow(start: str, free: list[str], links: dict[str, dict[str, int]], count: int) -> tuple[list[str], int]:
-    """From one GPU, add the one with the most links to those chosen, until there are `count`."""
-    chosen, total = [start], 0
-    while len(chosen) < count:
-        rest = [gpu for gpu in free if gpu not in chosen]
-        gains = [sum(links[gpu].get(have, 0) for have in chosen) for gpu in rest]
-        at = gains.index(max(gains))
-        chosen.append(rest[at])
-        total += gains[at]
-    return chosen, total
+__all__ = ["ANYBODY", "IMAGES", "PACK", "Ask", "Gang", "Placement", "Placer", "choose_gpus", "fits_class"]

@@ -355,6 +355,11 @@ META_KEY: Final = "meta"
 
 def _owned_key(kind: str) -> Callable[[Any], str]:
     return lambda record: f"team/{team_of(record.id)}/{kind}/{name_of(record.id)}"
+    @property
+    def apps(self) -> tuple[str, ...]:
+        """Every app that it serves, each once."""
+        return tuple(dict.fromkeys(binding.app for binding in self.bindings))
+
 
 
 _KEYS: Final[dict[type, Callable[[Any], str]]] = {

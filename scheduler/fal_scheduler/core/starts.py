@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from fal_contract.ids import team_of
 from fal_scheduler.core.events import AppChanged
 from fal_scheduler.core.explain import model_awaited, why_pending
 from fal_scheduler.core.gpu_faults import generation_of
-from fal_scheduler.core.place import Placer
+from fal_scheduler.core.place import Ask, Placer
 from fal_scheduler.core.records import App, AssignmentRef, Binding, Residency, Revision, Runner, Spec
 from fal_scheduler.core.state import Pending
 from fal_scheduler.core.told import Backoff
@@ -80,15 +81,29 @@ def place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unpl
         state.pending.pop((app.id, revision.number), None)
 
 
-def placed(work: Work, placer: Placer, runner: Runner, revision: Revision) -> Runner | None:
-    """The runner on the best node, assigned; None where there is none, or a model may not be used."""
+def placed(
+    work: Work,
+    placer: Placer,
+    runner: Runner,
+    revision: Revision,
+    *,
+    urgent: bool = True,
+    avoid: frozenset[str] = frozenset(),
+) -> Runner | None:
+    """The runner on the best node, assigned; None where there is none, or a model may not be used.
+
+    `urgent`: somebody waits for it; else price decides before time. `avoid`: ids of nodes that will not do.
+    """
     state, spec = work.state, revision.spec
     if state.hold_all or not state.settled or model_awaited(state, spec):
         return None
-    found = placer.place(spec)
+    found = placer.place(spec, ask_of(work, runner.app, urgent=urgent, avoid=avoid))
     if found is None:
         return None
-    work.log("RUNNER_PLACED", runner.id, f"placed on {found.node_id}", node=found.node_id)
+    terms = {name: str(value) for name, value in found.why}
+    share = {"gpu_milli": str(found.gpu_milli)} if found.gpu_milli else {}
+    held = {"node": found.node_id, "gpus": ",".join(found.gpus), **share}
+    work.log("RUNNER_PLACED", runner.id, f"placed on {found.node_id}", **held, **terms)
     return replace(
         runner,
         node=found.node_id,
@@ -97,7 +112,15 @@ def placed(work: Work, placer: Placer, runner: Runner, revision: Revision) -> Ru
         residencies=_residencies(work, spec),
         memory_bytes=found.memory_bytes,
         cpu_milli=found.cpu_milli,
+        gpu_milli=found.gpu_milli,
+        priority=spec.priority,
     )
+
+
+def ask_of(work: Work, app_id: str, *, urgent: bool = True, avoid: frozenset[str] = frozenset()) -> Ask:
+    """Who asks for a place, as placement wants to know it."""
+    hold_s = work.state.lifetimes.get(app_id, 0)
+    return Ask(app_id, team_of(app_id), urgent, avoid, work.moment.now_s, hold_s)
 
 
 def note_pending(work: Work, runner: Runner, revision: Revision) -> None:
@@ -114,7 +137,7 @@ def note_pending(work: Work, runner: Runner, revision: Revision) -> None:
             work.emit(AppChanged(revision.app))
     elif state.explanations_left > 0:
         state.explanations_left -= 1
-        state.pending[key] = replace(why_pending(state, revision.spec), found_at_s=now_s)
+        state.pending[key] = replace(why_pending(state, revision.spec, ask_of(work, runner.app)), found_at_s=now_s)
         work.emit(AppChanged(revision.app))
     elif have is None:  # the next tick works it out
         state.pending[key] = Pending("no node can take it now", found_at_s=float("-inf"))

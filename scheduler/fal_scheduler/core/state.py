@@ -77,6 +77,7 @@ class State:
         self.failures: dict[str, RunnerStatus] = {}  # last words of runners that crashed and wait to be replaced
         self.pending: dict[tuple[str, int], Pending] = {}  # by app and revision with runners that have no node
         self.abandoned: dict[str, None] = {}  # runners of lost nodes that may be replaced
+        self.lifetimes: dict[str, int] = {}  # by app: seconds that its runners lived, the last ones most
         self.alarms: dict[tuple[str, str], Alarm] = {}
         self.build_failures: dict[tuple[str, str], BuildFailure] = {}  # by namespace and key, the newest last
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
@@ -144,7 +145,8 @@ class State:
         if before is not None:
             if before.node:
                 _discard(self.runners_by_node, before.node, before.id)
-                self.fleet.release(before.node, before.id, before.gpus, before.memory_bytes, before.cpu_milli)
+                held = before.gpus, before.memory_bytes, before.cpu_milli
+                self.fleet.release(before.node, before.id, *held, before.apps)
             if before.assignment is not None:
                 _discard(self.runners_by_assignment, before.assignment.id, before.id)
             if after is None:
@@ -158,7 +160,8 @@ class State:
             if after.node:
                 self._settle_orphan(after.node, after.id)
                 self.runners_by_node.setdefault(after.node, {})[after.id] = None
-                self.fleet.hold(after.node, after.id, after.gpus, after.memory_bytes, after.cpu_milli)
+                holds = after.gpus, after.memory_bytes, after.cpu_milli, after.gpu_milli
+                self.fleet.hold(after.node, after.id, *holds, after.apps)
         if before is not None and before.node and (after is None or after.node != before.node):
             self._return_orphan(before)
 
@@ -192,14 +195,15 @@ class State:
         self.forget_orphan(node_id, status.runner_id)
         self.live_of(node_id).orphans[status.runner_id] = status
         self.orphans[node_id, status.runner_id] = None
-        self.fleet.hold(node_id, status.runner_id, status.gpus, status.memory_bytes, status.cpu_milli)
+        holds = status.gpus, status.memory_bytes, status.cpu_milli, status.gpu_milli
+        self.fleet.hold(node_id, status.runner_id, *holds, (status.app,))
 
     def forget_orphan(self, node_id: str, runner_id: str) -> None:
         """The orphan is gone, or has a record now. Nothing happens where there is none."""
         if (node_id, runner_id) in self.orphans:
             del self.orphans[node_id, runner_id]
             status = self.live[node_id].orphans.pop(runner_id)
-            self.fleet.release(node_id, runner_id, status.gpus, status.memory_bytes, status.cpu_milli)
+            self.fleet.release(node_id, runner_id, status.gpus, status.memory_bytes, status.cpu_milli, (status.app,))
 
     def status_of(self, runner: Runner) -> RunnerStatus | None:
         """What the runner's node told of this assignment last."""
@@ -241,6 +245,9 @@ class State:
         """Models by id; read only."""
         return self.catalog.models
 
+                domain=self.domain_of(node_id),
+                gpu_hour_price_micros=pool.gpu_hour_price_micros if pool is not None else 0,
+                reclaim_per_hour_ppm=pool.reclaim_per_hour_ppm if pool is not None else 0,
     @property
     def models_by_artifact(self) -> dict[str, tuple[str, ...]]:
         """Ids of the models with an artifact."""

@@ -78,6 +78,7 @@ class Work:
         if before is not None and before.node and (after is None or after.node != before.node):
             self.emit(AssignmentChanged(before.node, runner.id))
             self.capacity_grew()
+            self._lived(before)
         if after is not None and after.node:
             self.emit(AssignmentChanged(after.node, runner.id))
         if after is None or after.node:
@@ -89,6 +90,16 @@ class Work:
 
     def capacity_grew(self) -> None:
         """Something became free or allowed: runners that wait for a node are tried again."""
+    def _lived(self, gone: Runner) -> None:
+        """A runner left its node: how long it was there counts for what its app's next ones are expected to cost."""
+        state = self.state
+        if gone.app not in state.apps:
+            return
+        status = state.status_of(gone)
+        began_s = status.started_at_s if status is not None and status.started_at_s else gone.created_at_s
+        lived_s = max(1, int(self.moment.wall_s - began_s))
+        state.lifetimes[gone.app] = (3 * state.lifetimes.get(gone.app, lived_s) + lived_s) // 4
+
         self.state.dirty.update(self.state.waiting)
         self.state.capacity_at_s = self.moment.now_s
 
