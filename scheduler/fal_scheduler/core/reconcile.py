@@ -189,5 +189,5 @@ def _delete(work: Work, app: App) -> None:
     state.pending.pop((app.id, app.revision), None)
     for table in (state.backoffs, state.refusals, state.waiting, state.stops_held, state.dirty, state.asked):
         table.pop(app.id, None)
-    work.log("APP_DELETED", app.id, "its runners are gone; the app is forgotten")
     state.lifetimes.pop(app.id, None)
+    work.log("APP_DELETED", app.id, "its runners are gone; the app is forgotten")

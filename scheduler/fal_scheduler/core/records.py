@@ -343,6 +343,11 @@ class Runner:
         return self.bindings[0].app
 
     @property
+    def apps(self) -> tuple[str, ...]:
+        """Every app that it serves, each once."""
+        return tuple(dict.fromkeys(binding.app for binding in self.bindings))
+
+    @property
     def revision(self) -> int:
         """Number of the revision that it serves."""
         return self.bindings[0].revision
@@ -355,11 +360,6 @@ META_KEY: Final = "meta"
 
 def _owned_key(kind: str) -> Callable[[Any], str]:
     return lambda record: f"team/{team_of(record.id)}/{kind}/{name_of(record.id)}"
-    @property
-    def apps(self) -> tuple[str, ...]:
-        """Every app that it serves, each once."""
-        return tuple(dict.fromkeys(binding.app for binding in self.bindings))
-
 
 
 _KEYS: Final[dict[type, Callable[[Any], str]]] = {

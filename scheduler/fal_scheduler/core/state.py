@@ -73,11 +73,11 @@ class State:
         self.live: dict[str, NodeLive] = {}
         self.orphans: dict[tuple[str, str], None] = {}  # (node id, runner id)
         self.backoffs: dict[str, Backoff] = {}  # by app
+        self.lifetimes: dict[str, int] = {}  # by app: seconds that its runners lived, the last ones most
         self.refusals: dict[str, int] = {}  # by app: how often in a row a node has turned a runner away
         self.failures: dict[str, RunnerStatus] = {}  # last words of runners that crashed and wait to be replaced
         self.pending: dict[tuple[str, int], Pending] = {}  # by app and revision with runners that have no node
         self.abandoned: dict[str, None] = {}  # runners of lost nodes that may be replaced
-        self.lifetimes: dict[str, int] = {}  # by app: seconds that its runners lived, the last ones most
         self.alarms: dict[tuple[str, str], Alarm] = {}
         self.build_failures: dict[tuple[str, str], BuildFailure] = {}  # by namespace and key, the newest last
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
@@ -235,6 +235,9 @@ class State:
                 host_network=pool is not None and pool.allow_host_network,
                 driver_version=inventory.driver_version,
                 cuda_version=inventory.cuda_version,
+                domain=self.domain_of(node_id),
+                gpu_hour_price_micros=pool.gpu_hour_price_micros if pool is not None else 0,
+                reclaim_per_hour_ppm=pool.reclaim_per_hour_ppm if pool is not None else 0,
             )
         )
 
@@ -245,9 +248,6 @@ class State:
         """Models by id; read only."""
         return self.catalog.models
 
-                domain=self.domain_of(node_id),
-                gpu_hour_price_micros=pool.gpu_hour_price_micros if pool is not None else 0,
-                reclaim_per_hour_ppm=pool.reclaim_per_hour_ppm if pool is not None else 0,
     @property
     def models_by_artifact(self) -> dict[str, tuple[str, ...]]:
         """Ids of the models with an artifact."""

@@ -88,8 +88,6 @@ class Work:
         state.dirty[runner.app] = None
         self.emit(RouteChanged(runner.id))
 
-    def capacity_grew(self) -> None:
-        """Something became free or allowed: runners that wait for a node are tried again."""
     def _lived(self, gone: Runner) -> None:
         """A runner left its node: how long it was there counts for what its app's next ones are expected to cost."""
         state = self.state
@@ -100,6 +98,8 @@ class Work:
         lived_s = max(1, int(self.moment.wall_s - began_s))
         state.lifetimes[gone.app] = (3 * state.lifetimes.get(gone.app, lived_s) + lived_s) // 4
 
+    def capacity_grew(self) -> None:
+        """Something became free or allowed: runners that wait for a node are tried again."""
         self.state.dirty.update(self.state.waiting)
         self.state.capacity_at_s = self.moment.now_s
 
