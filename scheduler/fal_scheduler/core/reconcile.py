@@ -49,7 +49,7 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
     share = targets(work, app, current, old, wanted)
     _replace_crashed(work, current)
     if share.keep_old:
-        _keep_old(work, placer, app, old, share.old)
+        _keep_old(work, placer, app, old, share.old, wanted)
     else:
         give_way(work, app, old, share.old, wanted)
     more = relieve(work, app, current, share.new)
@@ -68,20 +68,22 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
         finish(work, app, *_sort(work, app), wanted)
 
 
-def _keep_old(work: Work, placer: Placer, app: App, old: Runners, target: int) -> None:
+def _keep_old(work: Work, placer: Placer, app: App, old: Runners, target: int, wanted: int) -> None:
     """While a canary or a pause lasts, the revision that served is kept at its share like any other."""
     assert app.rollout is not None
     revision = work.state.revisions.get((app.id, app.rollout.from_revision))
     if revision is None:
-        give_way(work, app, old, target, target)
+        give_way(work, app, old, target, wanted)
         return
     for runner in list(old.unplaced):
         if runner.revision != revision.number:  # of one that never finished its own rollout
             stop(work, runner, Goal.STOP, "")
             old.unplaced.remove(runner)
     _replace_crashed(work, old)
-    if old.count > target:
-        shrink(work, app, old, target)
+    if old.count > wanted:
+        shrink(work, app, old, wanted)
+    elif old.count > target:
+        give_way(work, app, old, target, wanted)
     elif old.count < target:
         grow(work, placer, app, revision, target - old.count)
     place_waiting(work, placer, app, revision, old.unplaced)
@@ -187,6 +189,7 @@ def _delete(work: Work, app: App) -> None:
     work.drop(state.revision_of(app))
     work.drop(app)
     state.pending.pop((app.id, app.revision), None)
+    state.demand.forget_app(app.id)
     for table in (state.backoffs, state.refusals, state.waiting, state.stops_held, state.dirty, state.asked):
         table.pop(app.id, None)
     state.lifetimes.pop(app.id, None)
