@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fal_scheduler.core.build_events import BuildCommand, BuildEnded
+from fal_scheduler.core.cache_events import CacheTold
 from fal_scheduler.core.gpu_events import GpuCommand
 from fal_scheduler.core.model_events import (
     AddModel,
@@ -284,7 +285,7 @@ class Proceed:
     """A step left work behind (a big plan takes several); the engine sends it when it has nothing else."""
 
 
-News = NodeHello | NodeReport | NodeDisconnected | GatewayReach | Tick | Proceed
+News = NodeHello | NodeReport | NodeDisconnected | GatewayReach | Tick | Proceed | CacheTold
 Event = Command | News
 
 

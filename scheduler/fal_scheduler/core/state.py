@@ -13,9 +13,11 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from fal_scheduler.core.cache_facts import CacheFacts
 from fal_scheduler.core.catalog import Catalog
 from fal_scheduler.core.fleet import Fleet, NodeFacts
 from fal_scheduler.core.gpu_faults import as_placed
+from fal_scheduler.core.learning import Learning
 from fal_scheduler.core.records import (
     App,
     CacheEntry,
@@ -91,6 +93,8 @@ class State:
         self.asked: dict[str, None] = {}  # apps whose stops an operator's command asks for, until they are done
         self.stops_held: dict[str, None] = {}  # apps with stops that wait for a confirm
         self.stops_recent: deque[float] = deque()  # when this leader stopped runners by itself
+        self.cache_facts = CacheFacts()  # what nodes' weight caches hold, and rates, as far as placement looks
+        self.learning = Learning()  # how long parts of a start take
         # The leader's own.
         self.term = 0
         self.store_revision = 0

@@ -24,6 +24,7 @@ from fal_scheduler.core import (
     secrets,
 )
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry, FailBuild, PutCacheEntry, TrimCache
+from fal_scheduler.core.cache_events import CacheTold
 from fal_scheduler.core.confirm import confirm
 from fal_scheduler.core.events import (
     AcceptCluster,
@@ -143,6 +144,8 @@ def _take(work: Work, event: Event) -> Reply | None:
             news.disconnected(work, event)
         case GatewayReach():
             news.reach(work, event)
+        case CacheTold():
+            work.state.cache_facts.take(event)
         case Proceed():
             pass
         case _:

@@ -1,0 +1,164 @@
+"""Which node has how much of which artifact and how fast bytes reach it, as far as placement must know.
+
+Pure. A part of `State`, filled by `CacheTold` and by placements (`expect`), read by `ready_at`. What a node told with
+its last message stands until it tells otherwise or is forgotten. Kept as plain dicts, so that a snapshot holds it.
+
+Memory: about 0.2 kB for each (artifact, node); a node has at most CACHE_FACTS_PER_NODE_MAX, told by its edge.
+Invariants: `holders[a][n]` exists exactly when `nodes[n].held` has `a`; `under_way[a]` are the nodes that fetch `a` or
+were given a runner that needs it; nothing empty is kept. `log` names what changed, so that columns follow.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import median_low
+from typing import Final
+
+from fal_scheduler.core.cache_events import CachedFact, CacheTold
+
+LOG_MAX: Final = 8192  # changes that columns may lag behind before they are made anew
+SUM_SAMPLES_MAX: Final = 15
+UNDER_WAY_LOOKED_AT_MAX: Final = 64  # artifacts; beyond that a shared origin is busy anyway
+
+
+@dataclass(slots=True)
+class CacheNodeFacts:
+    """Of one node. `rates`: bytes per second by source; `expected`: bytes of artifacts that a placement needs there."""
+
+    rates: dict[str, int] = field(default_factory=dict)
+    fed_bytes_s: int = 0
+    held: dict[str, None] = field(default_factory=dict)
+    fetching: dict[str, None] = field(default_factory=dict)
+    expected: dict[str, int] = field(default_factory=dict)
+
+
+class CacheFacts:
+    """All nodes and artifacts. `version` counts changes; the last of them are in `log` as (node, artifact or "")."""
+
+    def __init__(self) -> None:
+        self.holders: dict[str, dict[str, CachedFact]] = {}
+        self.nodes: dict[str, CacheNodeFacts] = {}
+        self.under_way: dict[str, dict[str, None]] = {}
+        self.sums: dict[str, tuple[int, ...]] = {}  # source -> bytes per second that it gave several nodes together
+        self.best: dict[str, int] = {}  # source -> the most that it gave one node
+        self.version = 0
+        self.log: deque[tuple[str, str]] = deque(maxlen=LOG_MAX)
+
+    # --- told -------------------------------------------------------------------------------------------------------
+
+    def take(self, event: CacheTold) -> None:
+        """Bring the facts up to what a node told."""
+        if event.left:
+            self._forget(event.node_id)
+            return
+        node = self.nodes.setdefault(event.node_id, CacheNodeFacts())
+        for artifact in [i for i in node.held if i not in event.put] if event.whole else event.gone:
+            self._drop(event.node_id, node, artifact)
+        for artifact, fact in event.put.items():
+            self._put(event.node_id, node, artifact, fact)
+        if event.fed_bytes_s is not None:
+            node.fed_bytes_s = event.fed_bytes_s
+        for source, rate in event.rates.items():
+            node.rates[source] = rate
+            self.best[source] = max(self.best.get(source, 0), rate)
+        self._note(event.node_id, "")
+        for source in event.rates:
+            self._sum(source)
+
+    def expect(self, node_id: str, artifact: str, size: int) -> None:
+        """A runner was placed there that needs it: it will be fetched, if it is not there already."""
+        fact = self.holders.get(artifact, {}).get(node_id)
+        node = self.nodes.setdefault(node_id, CacheNodeFacts())
+        if fact is None and artifact not in node.expected:
+            node.expected[artifact] = size
+            self.under_way.setdefault(artifact, {})[node_id] = None
+            self._note(node_id, artifact)
+
+    def settle(self, node_id: str, artifact: str) -> None:
+        """Nothing is expected there any more: the runner is ready, or gone."""
+        node = self.nodes.get(node_id)
+        if node is not None and node.expected.pop(artifact, None) is not None:
+            self._under_way(node_id, node, artifact)
+            self._note(node_id, artifact)
+
+    def _put(self, node_id: str, node: CacheNodeFacts, artifact: str, fact: CachedFact) -> None:
+        self.holders.setdefault(artifact, {})[node_id] = fact
+        node.held[artifact] = None
+        node.expected.pop(artifact, None)
+        if fact.fetching:
+            node.fetching[artifact] = None
+        else:
+            node.fetching.pop(artifact, None)
+        self._under_way(node_id, node, artifact)
+        self._note(node_id, artifact)
+
+    def _drop(self, node_id: str, node: CacheNodeFacts, artifact: str) -> None:
+        if artifact not in node.held:
+            return
+        del node.held[artifact], self.holders[artifact][node_id]
+        if not self.holders[artifact]:
+            del self.holders[artifact]
+        node.fetching.pop(artifact, None)
+        self._under_way(node_id, node, artifact)
+        self._note(node_id, artifact)
+
+    def _under_way(self, node_id: str, node: CacheNodeFacts, artifact: str) -> None:
+        if artifact in node.fetching or artifact in node.expected:
+            self.under_way.setdefault(artifact, {})[node_id] = None
+        elif node_id in (there := self.under_way.get(artifact, {})):
+            del there[node_id]
+            if not there:
+                del self.under_way[artifact]
+
+    def _forget(self, node_id: str) -> None:
+        node = self.nodes.get(node_id)
+        if node is None:
+            return
+        for artifact in list(node.held):
+            self._drop(node_id, node, artifact)
+        for artifact in list(node.expected):
+            self.settle(node_id, artifact)
+        del self.nodes[node_id]
+        self._note(node_id, "")
+
+    def _note(self, node_id: str, artifact: str) -> None:
+        self.version += 1
+        self.log.append((node_id, artifact))
+
+    def _sum(self, source: str) -> None:
+        """What a source gives all nodes that fetch now; with one alone it is no more than that node's rate."""
+        rates: dict[str, int] = {}
+        for artifact in _some(self.under_way, UNDER_WAY_LOOKED_AT_MAX):
+            for node_id in _some(self.under_way[artifact], UNDER_WAY_LOOKED_AT_MAX):
+                node = self.nodes[node_id]
+                if node.fetching and (rate := node.rates.get(source, 0)):
+                    rates[node_id] = rate
+        if len(rates) > 1:
+            self.sums[source] = (*self.sums.get(source, ()), sum(rates.values()))[-SUM_SAMPLES_MAX:]
+
+    # --- asked ------------------------------------------------------------------------------------------------------
+
+    def capacity(self, source: str) -> int:
+        """Bytes per second that a source gives all nodes together, as far as was seen; 0: it was never measured.
+
+        The median of what several nodes had of it at once, as single sums are taken from rates of different moments.
+        """
+        seen = self.sums.get(source)
+        return max(median_low(seen) if seen else 0, self.best.get(source, 0))
+
+    def remaining(self, artifact: str, node_id: str) -> int:
+        """Bytes that are still to come to a node which fetches it or is expected to."""
+        fact = self.holders.get(artifact, {}).get(node_id)
+        if fact is not None:
+            return fact.bytes_left if fact.fetching else 0
+        node = self.nodes.get(node_id)
+        return node.expected.get(artifact, 0) if node is not None else 0
+
+
+def _some(things: Iterable[str], count: int) -> list[str]:
+    return [one for one, _ in zip(things, range(count), strict=False)]
+
+
+__all__ = ["CacheFacts", "CacheNodeFacts"]
