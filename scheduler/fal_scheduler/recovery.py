@@ -27,6 +27,7 @@ def recover(records: Mapping[str, bytes], *, term: int, revision: int, now_s: fl
     suspicion.resume(state)
     state.dirty.update(dict.fromkeys(state.apps))
     state.waiting.update(dict.fromkeys(runner.app for runner in state.runners.values() if not runner.node))
+    state.grace_over = not state.runners  # there is nothing that a new leader could take for unused
     state.settled = not any(not node.revoked for node in state.nodes.values())
     return state, [found for part in invariants.audit(state) for found in part]
 

@@ -11,7 +11,6 @@ from typing import Final
 
 from fal_contract.errors import Code, FalError, invalid, not_found
 from fal_contract.ids import team_of
-from fal_contract.limits import RUNNERS_PER_APP_MAX
 from fal_scheduler.core import tokens
 from fal_scheduler.core.events import (
     AcceptCluster,
@@ -42,9 +41,9 @@ from fal_scheduler.core.records import (
     Revocation,
     Runner,
     ScaleOverride,
-    Scaling,
 )
 from fal_scheduler.core.rollout import begun
+from fal_scheduler.core.scale_checks import check_scaling
 from fal_scheduler.core.secrets import check_secrets
 from fal_scheduler.core.state import State
 from fal_scheduler.core.stops import stop
@@ -87,7 +86,7 @@ def apply_app(work: Work, event: ApplyApp) -> Reply:
     check_secrets(state, team_of(event.id), event.spec)
     if have is not None and state.revision_of(have).digest == event.digest:
         return Reply("unchanged", event.id, have.generation)
-    _check_scaling(_scaled(event.spec.scaling, have.scale if have is not None else None))
+    check_scaling(have.scale.over(event.spec.scaling) if have is not None and have.scale else event.spec.scaling)
     number = 1 + max((kept for owner, kept in state.revisions if owner == event.id), default=0)
     work.put(Revision(event.id, number, event.spec, event.digest, work.moment.wall_s, event.actor), None)
     if have is None:
@@ -120,13 +119,8 @@ def scale_app(work: Work, event: ScaleApp) -> Reply:
     app = _app(state, event.id)
     _check_alive(state, event.id)
     base = ScaleOverride() if event.reset or app.scale is None else app.scale
-    asked = event.scale
-    scale = ScaleOverride(
-        asked.min_concurrency if asked.min_concurrency is not None else base.min_concurrency,
-        asked.max_concurrency if asked.max_concurrency is not None else base.max_concurrency,
-        asked.keep_alive_s if asked.keep_alive_s is not None else base.keep_alive_s,
-    )
-    _check_scaling(_scaled(state.revision_of(app).spec.scaling, scale))
+    scale = base.under(event.scale)
+    check_scaling(scale.over(state.revision_of(app).spec.scaling))
     kept = None if scale == ScaleOverride() else scale
     if kept == app.scale:
         return Reply("unchanged", app.id, app.generation)
@@ -135,26 +129,6 @@ def scale_app(work: Work, event: ScaleApp) -> Reply:
     _touch(work, app.id)
     work.log("APP_SCALED", app.id, f"scaling set to {kept}")
     return Reply("changed", app.id, after.generation)
-
-
-def _scaled(scaling: Scaling, scale: ScaleOverride | None) -> Scaling:
-    if scale is None:
-        return scaling
-    least = scale.min_concurrency if scale.min_concurrency is not None else scaling.min_concurrency
-    most = scale.max_concurrency if scale.max_concurrency is not None else scaling.max_concurrency
-    keep_alive_s = scale.keep_alive_s if scale.keep_alive_s is not None else scaling.keep_alive_s
-    return replace(scaling, min_concurrency=least, max_concurrency=most, keep_alive_s=keep_alive_s)
-
-
-def _check_scaling(scaling: Scaling) -> None:
-    if not 0 <= scaling.max_concurrency <= RUNNERS_PER_APP_MAX:
-        remedy = f"Use 0 to {RUNNERS_PER_APP_MAX}."
-        raise invalid("scaling.max_concurrency", scaling.max_concurrency, "is out of bounds", remedy=remedy)
-    if not 0 <= scaling.min_concurrency <= scaling.max_concurrency:
-        remedy = f"Use 0 to max_concurrency, which is {scaling.max_concurrency}, or raise that."
-        raise invalid("scaling.min_concurrency", scaling.min_concurrency, "is out of bounds", remedy=remedy)
-    if not scaling.keep_alive_s >= 0.0:
-        raise invalid("scaling.keep_alive", scaling.keep_alive_s, "is negative", remedy="Use 0 or more seconds.")
 
 
 def delete_app(work: Work, event: DeleteApp) -> Reply:

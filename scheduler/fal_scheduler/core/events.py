@@ -15,6 +15,7 @@ from typing import Protocol
 
 from fal_scheduler.core.build_events import BuildCommand, BuildEnded
 from fal_scheduler.core.cache_events import CacheTold
+from fal_scheduler.core.demand_events import DemandTold
 from fal_scheduler.core.gpu_events import GpuCommand
 from fal_scheduler.core.model_events import (
     AddModel,
@@ -285,7 +286,7 @@ class Proceed:
     """A step left work behind (a big plan takes several); the engine sends it when it has nothing else."""
 
 
-News = NodeHello | NodeReport | NodeDisconnected | GatewayReach | Tick | Proceed | CacheTold
+News = NodeHello | NodeReport | NodeDisconnected | GatewayReach | DemandTold | Tick | Proceed | CacheTold
 Event = Command | News
 
 

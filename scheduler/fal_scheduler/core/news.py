@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fal_contract.limits import CRASH_BACKOFF_MAX_S, CRASH_BACKOFF_STEP_S, GPU_REFUSALS_FREE_MAX
-from fal_scheduler.core import builds, gpu_faults, packs, suspicion
+from fal_scheduler.core import builds, demand_news, gpu_faults, packs, rollout, suspicion
 from fal_scheduler.core.events import (
     GatewayReach,
     HelloNeeded,
@@ -74,6 +74,7 @@ def _take(work: Work, live: NodeLive, status: RunnerStatus) -> RunnerStatus | No
     if runner is not None and runner.node == live.node_id:
         before = live.statuses.get(runner.id)
         live.statuses[runner.id] = status
+        demand_news.note_status(work, runner, before, status)
         if before is None or (before.state, before.max_multiplexing) != (status.state, status.max_multiplexing):
             work.emit(RouteChanged(runner.id))
         return before
@@ -215,6 +216,7 @@ def _ended(work: Work, runner: Runner, status: RunnerStatus) -> None:
     wait_s = max(0.0, backoff.until_s - work.moment.now_s)
     work.put(waiting, runner)
     work.state.failures[runner.id] = status
+    rollout.note_failure(work, runner, why)
     work.log("RUNNER_FAILED", runner.id, f"{why}; tried again in {wait_s:g} s", node=runner.node)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, Final
 
@@ -159,6 +159,19 @@ class ScaleOverride:
     scaling_delay_s: float | None = None
     request_timeout_s: float | None = None
     forecast_concurrency: int | None = None
+
+    def over(self, scaling: Scaling) -> Scaling:
+        """`scaling` with what is set here in place of its own."""
+        return replace(scaling, **self._set)
+
+    def under(self, asked: ScaleOverride) -> ScaleOverride:
+        """This, with what `asked` sets in place of its own."""
+        return replace(self, **asked._set)
+
+    @property
+    def _set(self) -> dict[str, Any]:
+        values = ((one.name, getattr(self, one.name)) for one in fields(self))
+        return {name: value for name, value in values if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from fal_scheduler.core.cache_facts import CacheFacts
 from fal_scheduler.core.catalog import Catalog
+from fal_scheduler.core.demand import Demand
 from fal_scheduler.core.fleet import Fleet, NodeFacts
 from fal_scheduler.core.gpu_faults import as_placed
 from fal_scheduler.core.learning import Learning
@@ -63,6 +64,7 @@ class State:
         self.revocations: dict[str, Revocation] = {}
         self.apps: dict[str, App] = {}
         self.revisions: dict[tuple[str, int], Revision] = {}
+        self.rolling: dict[str, None] = {}  # apps with a rollout under way
         self.catalog = Catalog()  # models, wishes, cache entries
         self.runners: dict[str, Runner] = {}
         self.secrets: dict[str, Secret] = {}
@@ -80,6 +82,7 @@ class State:
         self.failures: dict[str, RunnerStatus] = {}  # last words of runners that crashed and wait to be replaced
         self.pending: dict[tuple[str, int], Pending] = {}  # by app and revision with runners that have no node
         self.abandoned: dict[str, None] = {}  # runners of lost nodes that may be replaced
+        self.demand = Demand()  # what gateways ask for, how runners are used
         self.alarms: dict[tuple[str, str], Alarm] = {}
         self.build_failures: dict[tuple[str, str], BuildFailure] = {}  # by namespace and key, the newest last
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
@@ -121,6 +124,9 @@ class State:
                     self.refresh_node(node.id)
             case App() as app:
                 _set(self.apps, app.id, after)
+                self.rolling.pop(app.id, None)
+                if isinstance(after, App) and after.rollout is not None:
+                    self.rolling[app.id] = None
             case Revision() as revision:
                 _set(self.revisions, (revision.app, revision.number), after)
                 if revision.spec.build is not None:
@@ -289,16 +295,7 @@ class State:
     def scaling_of(self, app: App) -> Scaling:
         """Scaling in force: the revision's under the values set at run time."""
         scaling = self.revision_of(app).spec.scaling
-        over = app.scale
-        if over is None:
-            return scaling
-        if over.min_concurrency is not None:
-            scaling = replace(scaling, min_concurrency=over.min_concurrency)
-        if over.max_concurrency is not None:
-            scaling = replace(scaling, max_concurrency=over.max_concurrency)
-        if over.keep_alive_s is not None:
-            scaling = replace(scaling, keep_alive_s=over.keep_alive_s)
-        return scaling
+        return app.scale.over(scaling) if app.scale is not None else scaling
 
     def find_node(self, name: str) -> Node | None:
         """A node by id or, where exactly one has it, by name."""

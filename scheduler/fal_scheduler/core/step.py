@@ -15,17 +15,21 @@ from fal_contract.limits import FAILOVER_GRACE_S
 from fal_scheduler.core import (
     builds,
     commands,
+    demand_news,
     gpu_commands,
     invariants,
     liveness,
     model_commands,
     news,
     packs,
+    rollout,
+    scaling,
     secrets,
 )
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry, FailBuild, PutCacheEntry, TrimCache
 from fal_scheduler.core.cache_events import CacheTold
 from fal_scheduler.core.confirm import confirm
+from fal_scheduler.core.demand_events import DemandTold
 from fal_scheduler.core.events import (
     AcceptCluster,
     ApplyApp,
@@ -69,6 +73,7 @@ from fal_scheduler.core.pack_events import PackImage, PutImage, RemoveModel
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.reconcile import reconcile
 from fal_scheduler.core.records import Change
+from fal_scheduler.core.rollout_events import SetRevision, SetRollout
 from fal_scheduler.core.secret_events import SetSecret, UnsetSecret
 from fal_scheduler.core.state import EXPLANATIONS_PER_TICK_MAX, State
 from fal_scheduler.core.suspicion import judge_again
@@ -144,6 +149,8 @@ def _take(work: Work, event: Event) -> Reply | None:
             news.disconnected(work, event)
         case GatewayReach():
             news.reach(work, event)
+        case DemandTold():
+            demand_news.told(work, event)
         case CacheTold():
             work.state.cache_facts.take(event)
         case Proceed():
@@ -207,6 +214,8 @@ def _model_command(work: Work, event: Command) -> Reply:
             return builds.command(work, event)
         case PackImage() | PutImage() | RemoveModel():
             return packs.command(work, event)
+        case SetRollout() | SetRevision():
+            return rollout.command(work, event)
         case SetSecret() | UnsetSecret():
             return secrets.command(work, event)
         case QuarantineGpu() | ReleaseGpu():
@@ -221,7 +230,9 @@ def _tick(work: Work, event: Tick) -> None:
     if event.recheck:
         news.recheck(work)
     liveness.tick(work)
+    scaling.tick(work)
     builds.tick(work)
+    rollout.tick(work)
     _settle(work)
     for app_id, backoff in state.backoffs.items():
         if backoff.until_s <= now_s and app_id in state.waiting:

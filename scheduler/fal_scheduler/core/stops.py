@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from fal_contract.limits import FAILOVER_GRACE_S, MASS_STOP_RUNNERS_MIN, MASS_STOP_SHARE
+from fal_contract.limits import MASS_STOP_RUNNERS_MIN, MASS_STOP_SHARE
 from fal_scheduler.core.gpu_faults import dead, faulty
 from fal_scheduler.core.records import App, Goal, Runner
 from fal_scheduler.core.runner_groups import Runners
+from fal_scheduler.core.scaling import in_grace, kept_until_s
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Health
 from fal_scheduler.core.work import Work
@@ -21,7 +22,11 @@ STOPS_WINDOW_S: Final = 60.0
 
 
 def shrink(work: Work, app: App, current: Runners, wanted: int) -> None:
-    """Too many of the current revision: first those without a node, then those that start, then the youngest."""
+    """Too many of one revision: first those without a node, then those that nobody uses, then those that start.
+
+    Of idle ones the longest idle goes first; one with requests under way goes last, and drains. A runner that goes
+    because its node says that nobody used it for the time that the app itself sets needs no confirm, however many.
+    """
     surplus = current.count - wanted
     for runner in _youngest_first(current.unplaced)[:surplus]:
         if work.full:
@@ -29,12 +34,37 @@ def shrink(work: Work, app: App, current: Runners, wanted: int) -> None:
         work.drop(runner)
         current.unplaced.remove(runner)
         surplus -= 1
-    victims = [(runner, Goal.STOP) for runner in _youngest_first(current.starting)]
-    victims += [(runner, Goal.DRAIN) for runner in _youngest_first(current.ready)]
-    victims = victims[:surplus]
+    unused, others = _by_use(work, app, current)
+    for runner, why in unused[:surplus]:
+        stop(work, runner, Goal.DRAIN, why)
+    victims = others[: max(0, surplus - len(unused))]
     if victims and may_stop(work, app, len(victims)):
         for runner, goal in victims:
             stop(work, runner, goal, f"{app.id} should have {wanted} runner{'' if wanted == 1 else 's'} now")
+
+
+def _by_use(work: Work, app: App, current: Runners) -> tuple[list[tuple[Runner, str]], list[tuple[Runner, Goal]]]:
+    """Runners that nobody used for long enough, with why they go; the others, with how they would."""
+    state, now_s = work.state, work.moment.now_s
+    scaling = state.scaling_of(app)
+    idle, busy, unused = [], [], []
+    for runner in current.ready:
+        status, usage = state.status_of(runner), state.demand.usage_of(runner.id, now_s)
+        if kept_until_s(state, scaling, runner, now_s) <= now_s and app.id not in state.asked:
+            unused.append((usage.idle_since_s, runner.id, runner, usage.unused))
+        elif status is not None and not status.in_flight:
+            since_s = -runner.created_at_s if usage.unused else usage.used_at_s
+            idle.append((not usage.unused, since_s, runner.id, runner))
+        else:
+            busy.append(runner)
+    gone = [
+        (runner, f"no request came in {now_s - since_s:.0f} s" if never else f"idle for {now_s - since_s:.0f} s")
+        for since_s, _, runner, never in sorted(unused, key=lambda one: one[:2])
+    ]
+    others = [(runner, Goal.STOP) for runner in _youngest_first(current.starting)]
+    others += [(runner, Goal.DRAIN) for *_, runner in sorted(idle, key=lambda one: one[:3])]
+    others += [(runner, Goal.DRAIN) for runner in _youngest_first(busy)]
+    return gone, others
 
 
 def relieve(work: Work, app: App, current: Runners, wanted: int) -> int:
@@ -97,7 +127,7 @@ def may_stop(work: Work, app: App, count: int, *, grace: bool = True) -> bool:
     if app.id in state.asked:
         state.stops_held.pop(app.id, None)
         return True
-    if grace and now_s - state.term_began_s < FAILOVER_GRACE_S:
+    if grace and in_grace(state, now_s):
         return False  # the tick that ends the grace makes every app dirty
     recent = state.stops_recent
     while recent and now_s - recent[0] > STOPS_WINDOW_S:

@@ -97,6 +97,8 @@ def wanted(state: State, app: App) -> int:
     """Runners that should be there."""
     if app.deleting:
         return 0
+    if (found := state.demand.wanted.get(app.id)) is not None:
+        return found
     scaling = state.scaling_of(app)
     return min(scaling.min_concurrency, scaling.max_concurrency)
 

@@ -85,6 +85,8 @@ class Work:
             state.failures.pop(runner.id, None)
         if after is None:
             state.abandoned.pop(runner.id, None)
+        if after is None or not after.node:
+            state.demand.forget_runner(runner.id)
         state.dirty[runner.app] = None
         self.emit(RouteChanged(runner.id))
 

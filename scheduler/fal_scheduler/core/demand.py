@@ -1,0 +1,135 @@
+"""Demand as the core knows it: what gateways ask for, and how runners are used, by what their nodes tell.
+
+Pure. One `Demand` is `State.demand`: never stored, told again after a failover by gateways (what waits) and by nodes
+(requests under way and served, the last one's age). Changed by `core.demand_news` and `core.scaling` only. Times are
+monotonic readings of the engine's clock, in seconds.
+
+A request is counted once: as waiting while its gateway has no slot for it, then as under way. Gateways tell the slots
+that they hold, nodes the requests. A slot may lie idle, and a node may tell of a request while its gateway's word of
+the shorter queue is still on its way: so of both numbers the smaller counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from fal_scheduler.core.forecast import Arrivals
+from fal_scheduler.core.told import RunnerStatus
+
+NEVER: Final = -1.0
+
+
+@dataclass(slots=True)
+class GatewayLoad:
+    """One gateway's demand for one app. `since_s`: when the oldest request that waits came."""
+
+    slots: int = 0
+    queued: int = 0
+    since_s: float = 0.0
+    priority: int = 0
+
+
+@dataclass(slots=True)
+class Usage:
+    """How a runner is used. `ready_at_s`: seen ready first by this leader; `used_at_s`: last request, -1: none yet."""
+
+    ready_at_s: float
+    used_at_s: float = NEVER
+
+    @property
+    def unused(self) -> bool:
+        """Whether it never had a request."""
+        return self.used_at_s == NEVER
+
+    @property
+    def idle_since_s(self) -> float:
+        """When its last request ended; of one that never had any, when it was ready."""
+        return self.ready_at_s if self.unused else self.used_at_s
+
+
+class Demand:
+    """See the module. Tables hold apps, gateways and runners that exist, and nothing else."""
+
+    def __init__(self) -> None:
+        self.loads: dict[str, dict[str, GatewayLoad]] = {}  # app -> gateway
+        self.apps_of: dict[str, dict[str, None]] = {}  # gateway -> apps
+        self.usage: dict[str, Usage] = {}  # runner
+        self.arrivals: dict[str, Arrivals] = {}  # app
+        self.request_ms: dict[str, int] = {}  # app -> mean time of one request, where it is known
+        self.bring_back_ms: dict[str, int] = {}  # app -> how long its last runners took from their making to ready
+        self.wanted: dict[str, int] = {}  # app -> runners that should be there, as reconcile found last
+        self.look_at_s: dict[str, float] = {}  # app -> when time alone may change what it should have
+        self.gave_way: dict[str, str] = {}  # runner that ends early -> app that waits for its place
+
+    def set_load(self, app_id: str, gateway_id: str, load: GatewayLoad | None) -> bool:
+        """Replace one gateway's demand for one app; None: nothing any more. True where it changed."""
+        before = self.loads.get(app_id, {}).get(gateway_id)
+        if before == load:
+            return False
+        if load is None:
+            del self.loads[app_id][gateway_id]
+            if not self.loads[app_id]:
+                del self.loads[app_id]
+            self._leave(gateway_id, app_id)
+            return True
+        self.loads.setdefault(app_id, {})[gateway_id] = load
+        self.apps_of.setdefault(gateway_id, {})[app_id] = None
+        return True
+
+    def _leave(self, gateway_id: str, app_id: str) -> None:
+        apps = self.apps_of[gateway_id]
+        del apps[app_id]
+        if not apps:
+            del self.apps_of[gateway_id]
+
+    def note_status(self, status: RunnerStatus, now_s: float) -> Usage | None:
+        """Take in how a runner is used; None where it does not serve. What was used once is never unused again."""
+        have = self.usage.get(status.runner_id)
+        if not status.serves:
+            return have
+        if have is None:
+            have = self.usage[status.runner_id] = Usage(now_s)
+        if status.in_flight:
+            have.used_at_s = now_s
+        elif status.last_used_age_s >= 0.0:
+            have.used_at_s = max(have.used_at_s, now_s - status.last_used_age_s)
+        elif status.served and have.unused:
+            have.used_at_s = now_s
+        return have
+
+    def usage_of(self, runner_id: str, now_s: float) -> Usage:
+        """A runner's usage; one of which nothing is known is taken for ready just now."""
+        have = self.usage.get(runner_id)
+        if have is None:
+            have = self.usage[runner_id] = Usage(now_s)
+        return have
+
+    def queued(self, app_id: str) -> int:
+        """Requests that wait for a slot."""
+        return sum(load.queued for load in self.loads.get(app_id, {}).values())
+
+    def slots(self, app_id: str) -> int:
+        """Slots that gateways hold."""
+        return sum(load.slots for load in self.loads.get(app_id, {}).values())
+
+    def look(self, app_id: str, at_s: float) -> None:
+        """Look at an app again then, or before."""
+        have = self.look_at_s.get(app_id)
+        if have is None or at_s < have:
+            self.look_at_s[app_id] = at_s
+
+    def forget_app(self, app_id: str) -> None:
+        """The app is gone."""
+        for gateway_id in list(self.loads.get(app_id, ())):
+            self.set_load(app_id, gateway_id, None)
+        for table in (self.arrivals, self.request_ms, self.bring_back_ms, self.wanted, self.look_at_s):
+            table.pop(app_id, None)
+
+    def forget_runner(self, runner_id: str) -> None:
+        """The runner is gone, or begins anew."""
+        self.usage.pop(runner_id, None)
+        self.gave_way.pop(runner_id, None)
+
+
+__all__ = ["NEVER", "Demand", "GatewayLoad", "Usage"]
