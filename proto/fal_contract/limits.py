@@ -76,7 +76,7 @@ FAILOVER_GRACE_S: Final = 300.0
 # Rollouts.
 DISTURBED_PERC: Final = 25  # of an app's runners at once, where the app does not say
 ROLLOUT_DEADLINE_S: Final = 3600.0
-CANARY_FAILURES_MAX: Final = 2
+ROLLOUT_FAILURES_MAX: Final = 2  # ends of runners of a new revision; then it is rolled back
 
 # Identity.
 CERTIFICATE_TTL_S: Final = 24 * 3600.0
