@@ -86,10 +86,11 @@ class DecisionLog:
 
     # --- Recorder ---------------------------------------------------------------------------------------------------
 
-    def began(self, state: State, loaded: Loaded) -> None:
+    def began(self, state: State, loaded: Loaded | None) -> None:
         """See Recorder."""
-        self._state, self._now_s = state, loaded.now_s
-        self._epoch, self._term = state.meta.epoch if state.meta is not None else 1, loaded.term
+        self._state, self._term = state, state.term
+        self._epoch = state.meta.epoch if state.meta is not None else 1
+        self._now_s = loaded.now_s if loaded is not None else state.term_began_s
         self._open(loaded)
 
     def stepped(
@@ -137,6 +138,10 @@ class DecisionLog:
         if file is not None and not file.close(CLOSE_S):
             _log.warning("decision log not closed", path=str(file.path), remedy="Look at the disk.")
         self._retry_s = None
+
+    def wait_for_disk(self, timeout_s: float) -> bool:
+        """Until nothing waits for the disk; False where it took longer. For tests and for who copies a log."""
+        return self._file is None or self._file.wait(timeout_s)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -204,6 +209,7 @@ class DecisionLog:
     def _give_up(self, why: str) -> None:
         """No log until a segment is tried again. Told once a failure."""
         self.failures += 1
+        self._number += 1  # a number that no entry has: readers see the gap
         if self._file is not None:
             self._file.finish()
         self._file, self._buffer = None, bytearray()
@@ -248,6 +254,10 @@ class _SegmentFile:
     def close(self, timeout_s: float) -> bool:
         """`finish`, and wait for it; False where it took too long."""
         self.finish()
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until nothing waits; False where it took too long."""
         thread = self._thread
         if thread is not None:
             thread.join(timeout_s)

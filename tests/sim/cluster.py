@@ -26,7 +26,9 @@ from fal_contract.v1 import agent_pb2
 from fal_scheduler.core import tokens
 from fal_scheduler.core.events import ApplyPool, Command, CreateToken, RedeemToken, Reply
 from fal_scheduler.core.records import Pool
+from fal_scheduler.decision_files import segments
 from fal_scheduler.leadership import Leadership
+from fal_scheduler.sim.replay import replay
 from fal_scheduler.store.memory import MemoryBackend
 from sim.checker import Checker
 from sim.host import Host
@@ -322,6 +324,7 @@ class Played:
     messages: int
     counts: dict[str, int] = field(default_factory=dict)
     virtual_s: float = 0.0
+    replayed: int = 0  # decisions that came out the same from the schedulers' logs
 
 
 def play(seed: int, root: Path, profile: Profile = Profile()) -> Played:
@@ -347,7 +350,23 @@ def play(seed: int, root: Path, profile: Profile = Profile()) -> Played:
             await cluster.close()
         return Played(seed, cluster.checker.messages, cluster.checker.counts, asyncio.get_running_loop().time())
 
-    return run_virtually(main())
+    played = run_virtually(main())
+    played.replayed = _replay(seed, root / f"seed-{seed}", profile)
+    return played
+
+
+def _replay(seed: int, folder: Path, profile: Profile) -> int:
+    """Do every term of every scheduler again from its decision log; how many decisions came out the same."""
+    decisions = 0
+    for log in sorted(folder.glob("*/decisions")):
+        report = replay(segments(log))
+        decisions += sum(run.decisions for run in report.runs)
+        for run in report.runs:
+            if run.difference is not None:
+                raise Found(
+                    f"seed {seed} ({profile}): a replay of {run.segment.path} differs: {run.view['difference']}"
+                )
+    return decisions
 
 
 def quiet() -> None:

@@ -25,8 +25,10 @@ def test_random_histories_break_no_rule(base_seed: int, scale: Callable[[int], i
         played = play(base_seed + at, tmp_path, LARGE if at % 5 == 4 else Profile())
         seen.update(played.counts)
         seen["messages"] += played.messages
+        seen["decisions replayed"] += played.replayed
     # A simulation in which nothing happens proves nothing.
-    for what in ("messages", "starts", "stops", "terms", "partition", "bad_weather", "kill_agent"):
+    faults = ("starts", "stops", "terms", "partition", "bad_weather", "kill_agent")
+    for what in ("messages", "decisions replayed", *faults):
         assert seen[what] > 0, f"no {what} in any play: {dict(seen)}"
 
 

@@ -17,8 +17,7 @@ them does, too. Sets have no order and are refused; a frozenset is written in or
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
@@ -31,7 +30,6 @@ import msgpack
 import numpy as np
 
 from fal_contract.errors import Code, FalError
-from fal_scheduler import core
 
 Build = Callable[[list[Any]], Any]
 
@@ -39,6 +37,7 @@ RENAMED: Final[Mapping[str, str]] = {}  # class in older logs -> class of today
 DROPPED: Final[Mapping[str, frozenset[str]]] = {}  # class -> fields that older logs have and nobody needs
 ITEM_BYTES_MAX: Final = 1 << 30  # of one value read back: a snapshot of the largest cluster is well below
 
+_PREFIX: Final = "fal_scheduler.core."
 _TUPLE: Final = 0
 _EMPTY: Final = {None: [_TUPLE]}
 _OBJECT, _ENUM, _PLAIN, _FROZENSET, _DEQUE, _ARRAY = "object", "enum", "plain", "frozenset", "deque", "array"
@@ -48,13 +47,17 @@ class UnknownType(TypeError):
     """A value of a type that the log cannot hold."""
 
 
-@cache
 def known_classes() -> Mapping[str, type]:
-    """Every class that is defined in the core, by name; names that stand for two are left out."""
+    """Every class of the core's modules that are loaded, by name; names that stand for two are left out."""
+    return _classes_of(tuple(sorted(name for name in sys.modules if name.startswith(_PREFIX))))
+
+
+@cache
+def _classes_of(modules: tuple[str, ...]) -> Mapping[str, type]:
     found: dict[str, type] = {}
     double: dict[str, None] = {}
-    for module in sorted(one.name for one in pkgutil.walk_packages(core.__path__, f"{core.__name__}.")):
-        for name, value in vars(importlib.import_module(module)).items():
+    for module in modules:
+        for name, value in vars(sys.modules[module]).items():
             if isinstance(value, type) and value.__module__ == module and value.__name__ == name:
                 if name in found:
                     double[name] = None

@@ -128,8 +128,8 @@ Entry = Loaded | Whole | Founded | Suspected | Stepped | Beats | Committed | Fai
 class Recorder(Protocol):
     """What the engine tells of all that changes its State. No call raises or waits."""
 
-    def began(self, state: State, loaded: Loaded) -> None:
-        """A term begins on `state`, which is what `loaded` says."""
+    def began(self, state: State, loaded: Loaded | None) -> None:
+        """A term begins on `state`, which is what `loaded` says; None: it is taken down as it is."""
         ...
 
     def stepped(
@@ -150,7 +150,7 @@ class Recorder(Protocol):
 class NoRecorder:
     """Records nothing."""
 
-    def began(self, state: State, loaded: Loaded) -> None:
+    def began(self, state: State, loaded: Loaded | None) -> None:
         """See Recorder."""
 
     def stepped(
