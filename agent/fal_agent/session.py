@@ -18,9 +18,9 @@ from fal_agent.execs import Execs
 from fal_agent.node import Node
 from fal_agent.wire import complete_of, cut, delta_of, leader_of
 from fal_contract.errors import Code, FalError
+from fal_contract.leader_search import pause_max_s, seeker_of
 from fal_contract.limits import (
     HEARTBEAT_INTERVAL_S,
-    RECONNECT_BASE_S,
     RECONNECT_CAP_S,
     REPORT_WINDOW_S,
     RPC_TIMEOUT_S,
@@ -64,6 +64,7 @@ class Session:
     def __init__(self, node: Node, dial: Dialer, rng: Random, *, on_state: OnState = lambda state, why: None) -> None:
         self._node = node
         self._dial = dial
+        self._seeker = seeker_of(dial)
         self._rng = rng
         self._on_state = on_state
         self.connected = False
@@ -85,7 +86,7 @@ class Session:
                 self._on_state("disconnected", exc)
                 attempt = 0 if loop.time() - began_s > _SETTLED_AFTER_S else attempt + 1
                 cap_s = _REFUSED_CAP_S if exc.code in _REFUSED else RECONNECT_CAP_S
-                await asyncio.sleep(self._rng.uniform(0, min(cap_s, RECONNECT_BASE_S * 2.0 ** min(attempt, 16))))
+                await asyncio.sleep(self._rng.uniform(0, pause_max_s(self._seeker, exc, attempt, cap_s=cap_s)))
 
     async def _once(self) -> None:
         """One session; always ends with a FalError."""
@@ -110,6 +111,7 @@ class Session:
 
     def _established(self) -> None:
         self.connected = True
+        self._seeker.connected()
         self._on_state("connected", None)
 
 

@@ -19,7 +19,8 @@ from fal_contract import rpc
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity
-from fal_contract.limits import RECONNECT_BASE_S, RECONNECT_CAP_S, REPORT_WINDOW_S, RPC_TIMEOUT_S
+from fal_contract.leader_search import LeaderSearch, pause_max_s
+from fal_contract.limits import RECONNECT_CAP_S, REPORT_WINDOW_S, RPC_TIMEOUT_S
 from fal_contract.telemetry import get_logger
 from fal_contract.v1 import state_pb2, weights_pb2, weights_pb2_grpc
 from fal_contract.versions import agree
@@ -54,7 +55,7 @@ class CacheSide(Protocol):
 
 
 class Link:
-    """Keeps a stream for as long as `run` runs, to the next address of the list after each failure."""
+    """Keeps a stream for as long as `run` runs, to the scheduler that leads."""
 
     def __init__(
         self,
@@ -65,12 +66,11 @@ class Link:
         clock: Clock,
         rng: Random,
     ) -> None:
-        self._addresses = tuple(addresses)
+        self._search = LeaderSearch(addresses)
         self._identity = identity
         self._side = side
         self._clock = clock
         self._rng = rng
-        self._next = 0
         self._channel: grpc.aio.Channel | None = None
         self.connected = False
 
@@ -96,7 +96,7 @@ class Link:
             attempt = 0 if loop.time() - began_s > _SETTLED_AFTER_S else attempt + 1
             refused = isinstance(error, FalError) and error.code in _REFUSED
             cap_s = _REFUSED_CAP_S if refused else RECONNECT_CAP_S
-            await asyncio.sleep(self._rng.uniform(0, min(cap_s, RECONNECT_BASE_S * 2.0 ** min(attempt, 16))))
+            await asyncio.sleep(self._rng.uniform(0, pause_max_s(self._search, error, attempt, cap_s=cap_s)))
 
     async def manifest(self, id_: str) -> state_pb2.ModelManifest:
         """GetManifest over the channel that stands. UNAVAILABLE without one, NOT_FOUND …"""
@@ -108,16 +108,17 @@ class Link:
 
     @property
     def _address(self) -> str:
-        return self._addresses[(self._next - 1) % len(self._addresses)]
+        return self._search.dialled
 
     async def _once(self) -> None:
         """One session; always ends with a FalError."""
         identity = self._identity()
         identity.check(now_s=self._clock.wall_s())
-        self._next += 1
-        self._channel = channel = rpc.channel(self._address, identity)
+        dial = self._search.next()
+        self._channel = channel = rpc.channel(dial.address, identity)
         try:
-            call: Any = weights_pb2_grpc.CacheServiceStub(channel).Session()  # type: ignore[call-arg]  # written to
+            session: Any = weights_pb2_grpc.CacheServiceStub(channel).Session  # the stubs want an iterator
+            call = session(metadata=dial.metadata)
             try:
                 await self._talk(call)
             finally:
@@ -139,6 +140,7 @@ class Link:
             raise FalError(Code.INVALID, "the scheduler did not begin with a welcome", remedy="Upgrade it.")
         agree("the scheduler", first.welcome.version, first.welcome.version)
         self.connected = True
+        self._search.connected()
         self._side.welcome(first.welcome)
         _log.info("connected", scheduler=self._address)
         jobs = [

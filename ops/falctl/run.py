@@ -95,7 +95,7 @@ async def serving_client() -> AsyncIterator[DispatchClient]:
     from fal_contract.clock import SystemClock
     from fal_contract.datapath import DirectConnections, TlsIdentity
     from fal_contract.dispatch import DispatchClient
-    from fal_contract.dispatch_grpc import grpc_dialer
+    from fal_contract.dispatch_grpc import GrpcDispatchDialer
     from fal_contract.identity import Identity
     from fal_contract.ids import random_suffix
     from fal_contract.node_paths import NodePaths
@@ -106,7 +106,7 @@ async def serving_client() -> AsyncIterator[DispatchClient]:
     identity.check(now_s=clock.wall_s())
     tls = TlsIdentity(identity, clock)
     client = DispatchClient(
-        dial=grpc_dialer(profile.servers, lambda: identity),
+        dial=GrpcDispatchDialer(profile.servers, lambda: identity),
         gateway_id=f"falctl-{random_suffix(rng)}",
         paths=lambda on_change: NodePaths(DirectConnections(tls), None, rng=rng, on_change=on_change),
         rng=rng,

@@ -25,7 +25,8 @@ from fal_contract.datapath import NOT_RUN, Address
 from fal_contract.dispatch_table import DispatchTable, RouteEntry, Slot
 from fal_contract.errors import Code, FalError
 from fal_contract.http_client import Body, HttpResponse, NotSent
-from fal_contract.limits import BUSY_RETRY_MAX, RECONNECT_BASE_S, RECONNECT_CAP_S, RPC_TIMEOUT_S, WANT_WINDOW_S
+from fal_contract.leader_search import pause_max_s, seeker_of
+from fal_contract.limits import BUSY_RETRY_MAX, RPC_TIMEOUT_S, WANT_WINDOW_S
 from fal_contract.node_paths import NodePath, NodePaths
 from fal_contract.v1 import serving_pb2
 
@@ -83,6 +84,7 @@ class DispatchClient:
     ) -> None:
         """`paths` makes the NodePaths, given the callback for changes."""
         self._dial = dial
+        self._seeker = seeker_of(dial)
         self._gateway_id = gateway_id
         self._rng = rng
         self._tunnel_endpoints = tuple(tunnel_endpoints)
@@ -309,6 +311,7 @@ class DispatchClient:
     async def _stay_connected(self) -> None:
         attempt = 0
         while True:
+            broke: Exception | None = None
             try:
                 link = await self._dial()
                 try:
@@ -316,14 +319,13 @@ class DispatchClient:
                 finally:
                     await link.close()
             except (FalError, OSError) as error:
-                self._last_error = error
-            if self._connected:
-                attempt = 0
+                self._last_error = broke = error
+            attempt = 0 if self._connected else attempt
+            cap_s = pause_max_s(self._seeker, broke, attempt)
             self._connected = False
             self._told = ()
             self._table.stream_broke()
             self._wake_all()  # what is held may now be used freely
-            cap_s = min(RECONNECT_CAP_S, RECONNECT_BASE_S * 2 ** min(attempt, 10))
             attempt += 1
             await asyncio.sleep(self._rng.uniform(0, cap_s))
 
@@ -342,6 +344,7 @@ class DispatchClient:
         if welcome.WhichOneof("kind") != "welcome" or welcome.welcome.version != dispatch_wire.WIRE_VERSION:
             raise FalError(Code.VERSION_MISMATCH, "the scheduler's welcome is not understood", remedy="Upgrade.")
         self._connected = True
+        self._seeker.connected()
         self._wants_told = False
         self._to_send.set()
         sending = asyncio.create_task(self._send_changes(link), name="dispatch-send")

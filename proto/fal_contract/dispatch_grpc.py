@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import grpc.aio
 
-from fal_contract.dispatch import DispatchLink
 from fal_contract.errors import Code, FalError
 from fal_contract.identity import Identity
+from fal_contract.leader_search import LeaderSearch
 from fal_contract.rpc import channel, fal_errors
 from fal_contract.v1 import serving_pb2, serving_pb2_grpc
 
@@ -22,10 +21,10 @@ _CLOSE_S: Final = 1.0
 class GrpcLink:
     """One stream on a channel of its own."""
 
-    def __init__(self, made: grpc.aio.Channel) -> None:
+    def __init__(self, made: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...] = ()) -> None:
         self._channel = made
         dispatch: Any = serving_pb2_grpc.ServingStub(made).Dispatch  # the stubs know no stream without an iterator
-        self._call = dispatch()
+        self._call = dispatch(metadata=metadata)
         self._reading: asyncio.Future[Any] | None = None
         self._writing: asyncio.Future[None] | None = None
 
@@ -84,16 +83,25 @@ class GrpcLink:
                 self._reading = None
 
 
-def grpc_dialer(addresses: Sequence[str], identity: Callable[[], Identity]) -> Callable[[], Awaitable[DispatchLink]]:
-    """Dials the schedulers' `addresses` (host:port) in turn; `identity` is asked each time, so that renewals count."""
-    if not addresses:
-        raise FalError(Code.INVALID, "there is no scheduler address", remedy="Give at least one host:port.")
-    turn = itertools.cycle(addresses)
+class GrpcDispatchDialer:
+    """Dials the scheduler that leads; `identity` is asked each time, so that renewals count."""
 
-    async def dial() -> DispatchLink:
-        return GrpcLink(channel(next(turn), identity()))
+    def __init__(self, addresses: Sequence[str], identity: Callable[[], Identity]) -> None:
+        """`addresses`: host:port of every scheduler. Raises INVALID where there is none."""
+        self._search = LeaderSearch(addresses)
+        self._identity = identity
 
-    return dial
+    async def __call__(self) -> GrpcLink:
+        dial = self._search.next()
+        return GrpcLink(channel(dial.address, self._identity()), dial.metadata)
+
+    def connected(self) -> None:
+        """What was dialled last leads."""
+        self._search.connected()
+
+    def failed(self, error: FalError) -> bool:
+        """True: there is somewhere to dial at once."""
+        return self._search.failed(error)
 
 
 def _ended() -> FalError:

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 from fal_contract.errors import Code, FalError
+from fal_contract.limits import ELECTION_RETRY_CAP_S, RECONNECT_BASE_S, RECONNECT_CAP_S
 
 WAIT_KEY: Final = "fal-wait"  # metadata of a call that a standby may hold
 HINTS_MAX: Final = 4
@@ -95,4 +96,44 @@ class LeaderSearch:
         return bool(self._hints)
 
 
-__all__ = ["WAIT_KEY", "Dial", "LeaderSearch"]
+@runtime_checkable
+class Seeker(Protocol):
+    """Who chooses where to dial, told how it went: a dialer that holds a LeaderSearch."""
+
+    def connected(self) -> None: ...
+
+    def failed(self, error: FalError) -> bool:
+        """True: there is somewhere to dial at once."""
+        ...
+
+
+class NoSeeker:
+    """There is one place to dial, as in simulations."""
+
+    def connected(self) -> None:
+        """Nothing to learn."""
+
+    def failed(self, error: FalError) -> bool:
+        """Nowhere else to go."""
+        return False
+
+
+def seeker_of(dial: object) -> Seeker:
+    """A dialer's own, if it is one."""
+    return dial if isinstance(dial, Seeker) else NoSeeker()
+
+
+def pause_max_s(seeker: Seeker, error: Exception | None, attempt: int, *, cap_s: float = RECONNECT_CAP_S) -> float:
+    """The longest pause before the next dial, of which a random part is waited; `attempt`: failures in a row.
+
+    While nobody leads, standbys hold who asks: there is no herd to be kept off by long pauses.
+    """
+    if isinstance(error, FalError):
+        if seeker.failed(error):
+            return RECONNECT_BASE_S
+        if error.code is Code.NOT_LEADER:
+            cap_s = ELECTION_RETRY_CAP_S
+    return min(cap_s, RECONNECT_BASE_S * 2.0 ** min(attempt, 16))
+
+
+__all__ = ["WAIT_KEY", "Dial", "LeaderSearch", "NoSeeker", "Seeker", "pause_max_s", "seeker_of"]

@@ -22,7 +22,7 @@ from fal_contract.clock import Clock, SystemClock
 from fal_contract.config import load_config
 from fal_contract.datapath import Address, DirectConnections, TlsIdentity, TunnelListener
 from fal_contract.dispatch import DispatchClient
-from fal_contract.dispatch_grpc import grpc_dialer
+from fal_contract.dispatch_grpc import GrpcDispatchDialer
 from fal_contract.errors import Code, FalError, invalid
 from fal_contract.identity import Identity, write_durably
 from fal_contract.node_paths import NodePaths
@@ -72,7 +72,7 @@ async def gateway(options: GatewayOptions, *, clock: Clock, rng: Random) -> Asyn
             stack.push_async_callback(tunnels.close)
         advertised = _advertised(options, tunnel_port)
         client = DispatchClient(
-            dial=grpc_dialer(options.schedulers, lambda: Identity.load(options.identity)),
+            dial=GrpcDispatchDialer(options.schedulers, lambda: Identity.load(options.identity)),
             gateway_id=identity.peer.name,
             paths=lambda changed: NodePaths(DirectConnections(tls), tunnels, rng=rng, on_change=changed),
             rng=rng,

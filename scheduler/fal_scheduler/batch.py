@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fal_contract.errors import Code, FalError
 from fal_contract.limits import COMMIT_BYTES_MAX, COMMIT_OPERATIONS_MAX
 from fal_scheduler.codec import encode
 from fal_scheduler.core.events import Effect, Reply
@@ -88,3 +89,18 @@ def were_on(batches: Sequence[Batch], node_id: str) -> list[str]:
 
 def _size(key: str, value: bytes | None) -> int:
     return len(key.encode()) + (len(value) if value is not None else 0)
+
+
+def outcome_unknown(why: FalError) -> FalError:
+    """What the commit in flight is answered with when leadership ends for another reason than that commit."""
+    if why.code is not Code.NOT_LEADER:
+        return why
+    what = f"it is not known whether the change was stored: {why.what}"
+    return FalError(Code.STORE_UNKNOWN, what, remedy="Look whether it was, then try again.")
+
+
+def did_nothing(why: FalError) -> FalError:
+    """What everything behind it is answered with: it surely never happens, so the next leader may be asked."""
+    if why.code is not Code.STORE_UNKNOWN:
+        return why
+    return FalError(Code.NOT_LEADER, f"leadership was lost: {why.what}", remedy="Try again; ask the new leader.")

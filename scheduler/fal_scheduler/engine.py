@@ -21,7 +21,7 @@ from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.ids import random_suffix
 from fal_scheduler.auditor import Auditor
-from fal_scheduler.batch import Batch, durable_runner, encode_changes, were_on
+from fal_scheduler.batch import Batch, did_nothing, durable_runner, encode_changes, outcome_unknown, were_on
 from fal_scheduler.core import log_entries as entries
 from fal_scheduler.core.events import (
     Command,
@@ -154,13 +154,16 @@ class Engine:
         await self._lost.wait()
         return self._lost_why
 
-    def _lose(self, why: FalError) -> None:
-        """Stop leading: everything not acknowledged is refused with a retryable error."""
+    def _lose(self, why: FalError, *, in_flight_known: bool = False) -> None:
+        """Stop leading: everything not acknowledged is refused; NOT_LEADER says that it surely never happens."""
         if self._lost.is_set():
             return
         self._lost_why = why
         self._lost.set()
-        for batch in ([self._in_flight] if self._in_flight is not None else []) + list(self._ready):
+        if self._in_flight is not None:
+            self._in_flight.fail(why if in_flight_known else outcome_unknown(why))
+        why = did_nothing(why)
+        for batch in self._ready:
             batch.fail(why)
         while self._inbox:
             _, future = self._inbox.popleft()
@@ -182,7 +185,7 @@ class Engine:
     async def submit(self, event: Command | NodeHello) -> Reply:
         """See EnginePort."""
         if self._lost.is_set() or self._guard is None:
-            raise self._lost_why
+            raise did_nothing(self._lost_why)
         if len(self._inbox) >= INBOX_EVENTS_MAX:
             raise FalError(
                 Code.BUSY, f"{len(self._inbox)} events wait for the store", remedy="Try again in a few seconds."
@@ -362,7 +365,7 @@ class Engine:
         """The commit in flight did not happen, or nobody knows."""
         self._counts["failed"] += 1
         if error.code in (Code.STORE_UNKNOWN, Code.NOT_LEADER):
-            self._lose(error)
+            self._lose(error, in_flight_known=True)
             return
         batches = self._batches()
         undone = [change for batch in batches for change in batch.changes]
