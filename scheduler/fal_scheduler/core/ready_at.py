@@ -11,7 +11,7 @@ share the node's line with what is under way there, and an origin's or peer's li
     weights = learnt( max( (missing + ahead) / supply of this node, (missing + others) / capacity of the sources ) )
 
 Every part is learnt (`learning`); what is assumed says so. A node that nothing leads to gets NEVER_MS. `ready_ms` is
-the same arithmetic on columns (`ready_columns`), integers throughout: both give the same numbers, on every machine.
+the same formula on columns (`ready_views`), integers throughout: both give the same numbers, on every machine.
 Form: design, section 4; here the container starts once unstreamed weights are whole, as our agent does (ADR 0023).
 
 Pure. Read by placement, `expectations`, views. Must change nothing; its columns follow from the State.
@@ -27,9 +27,22 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from fal_contract.origin_source import origin_source
-from fal_scheduler.core.fleet import Bools
-from fal_scheduler.core.learning import MILLI, Learning, default_line
-from fal_scheduler.core.ready_columns import ArtifactColumns, Columns, Ints
+from fal_scheduler.core.ready_columns import Columns, Ints
+from fal_scheduler.core.ready_needs import SharedLine, artifact_of, compile_missing, first_bytes, needed, shared_line
+from fal_scheduler.core.ready_views import (
+    DISK,
+    LOADED_FROM,
+    MEMORY,
+    ORIGIN,
+    PEER,
+    TIERS,
+    Held,
+    ManyNodes,
+    NodesView,
+    Number,
+    OneNode,
+    ahead,
+)
 from fal_scheduler.core.records import HOST_IMAGE, Model, ModelState, Spec
 from fal_scheduler.core.state import State
 
@@ -37,13 +50,11 @@ NEVER_MS: Final = 1 << 40  # 35 years: after everything that can be reached
 ASSUMED_BYTES_S: Final = 25_000_000  # where nobody has measured: on the slow side, so that a measured way goes first
 ATTEST_MS: Final = 1000
 PEERS_AT_ONCE_MAX: Final = 8
-IMAGE_FIRST_PERC: Final = 25  # of an image whose first pieces nobody has recorded
-UNDER_WAY_MAX: Final = 64
+TAIL_PERC: Final = 5  # of the setup, after the last byte of streamed weights
+PATCHED_ROWS_MAX: Final = 512  # more that changed: everything is computed anew
+TOTALS_KEPT_MAX: Final = 64
 _KIB: Final = 10
 _MS: Final = 1000
-MEMORY, DISK, PEER, ORIGIN = range(4)
-TIERS: Final = ("memory", "disk", "peer", "origin")
-_LOADED_FROM: Final = ("memory", "disk", "arrived", "arrived")  # what has just come lies in the page cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +86,15 @@ class Prediction:
 
 
 def predict(state: State, node_id: str, spec: Spec, *, now_s: float = 0.0, app: str = "") -> Prediction:
-    """For one node, with reasons. `app`: what it is placed for, whose own times count."""
+    """For one node that is in the fleet, with reasons. `app`: what it is placed for, whose own times count.
+
+    `now_s` is not looked at today: what is told stands until it is told otherwise.
+    """
     return predictor(state).predict(node_id, spec, app=app)
 
 
 def ready_ms(state: State, spec: Spec, node_ids: Sequence[str], *, app: str = "") -> Ints:
-    """Milliseconds for each of these nodes; the same list object again costs no look-ups. Shape (n,), int64."""
+    """Milliseconds for each of these nodes, int64 of shape (n,); the same list object again costs no look-ups."""
     return predictor(state).ready_ms(spec, node_ids, app=app)
 
 
@@ -97,22 +111,41 @@ def predictor(state: State) -> Predictor:
 
 @dataclass(slots=True)
 class _Weights:
-    """All artifacts of a spec, a value each row. `raw`: before what was learnt; `tier`: index into TIERS."""
+    """All artifacts of a spec. `raw`: milliseconds before what was learnt; `tier`: index into TIERS."""
 
-    missing: Ints
-    raw: Ints
-    tier: Ints
-    unmeasured: Ints
-    bytes_total: int
+    missing: Number
+    raw: Number
+    tier: Number
+    unmeasured: Number
+    bytes_total: int = 0
 
 
 @dataclass(slots=True)
 class _Parts:
-    """A value each row."""
-
-    total: Ints
+    total: Number
     weights: _Weights
-    by_name: dict[str, Ints]
+    by_name: dict[str, Number]
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What a spec needs, worked out once for all nodes."""
+
+    spec: Spec
+    app: str
+    artifacts: tuple[tuple[Model, SharedLine], ...]
+    image: tuple[Model, SharedLine] | None
+    compiles: bool
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Totals of all rows, and what they were computed from."""
+
+    needs: _Needs
+    stamp: tuple[object, ...]
+    facts_seen: int
+    values: Ints
 
 
 class Predictor:
@@ -122,296 +155,199 @@ class Predictor:
         self._columns = Columns(state)
         self._asked: Sequence[str] = ()
         self._rows: Ints = np.zeros(0, np.int64)
-        self._rows_of: object = None
+        self._row_of: object = None
+        self._totals: dict[tuple[int, str], _Totals] = {}
 
     def ready_ms(self, spec: Spec, node_ids: Sequence[str], *, app: str = "") -> Ints:
         """See the function."""
         columns = self._columns.fresh()
-        totals = self._compute(columns, spec, app).total
-        if node_ids is columns.node_ids:
-            return totals
-        if node_ids is not self._asked or self._rows_of is not columns.row_of or len(node_ids) != len(self._rows):
+        totals = self._all(columns, _needs_of(columns.state, spec, app))
+        if node_ids is not self._asked or self._row_of is not columns.row_of or len(node_ids) != len(self._rows):
             row_of = columns.row_of
             self._rows = np.fromiter((row_of[node_id] for node_id in node_ids), np.int64, len(node_ids))
-            self._asked, self._rows_of = node_ids, row_of
-        return totals[self._rows]
+            self._asked, self._row_of = node_ids, row_of
+        found: Ints = totals[self._rows]
+        return found
 
     def predict(self, node_id: str, spec: Spec, *, app: str = "") -> Prediction:
         """See the function."""
         columns = self._columns.fresh()
-        row = columns.row_of[node_id]
-        parts = self._compute(columns, spec, app)
-        learning = columns.state.learning
-        tier = int(parts.weights.tier[row])
-        inputs = tuple(self._inputs(columns, spec, parts, row))
-        families = dict(inputs)
-        terms = []
-        for name, values in parts.by_name.items():
-            ms = int(values[row])
-            family = next((one for one in families if one.partition("/")[0] == name), "")
-            if ms or family:
-                terms.append(Term(name, ms, self._because(columns, learning, name, family, parts, row)))
-        return Prediction(int(parts.total[row]), tuple(terms), node_id, TIERS[tier], inputs)
+        view = OneNode(columns, columns.row_of[node_id])
+        needs = _needs_of(columns.state, spec, app)
+        parts = _compute(view, needs)
+        inputs = _inputs(view, needs, parts.weights)
+        families = {family.partition("/")[0]: family for family, _ in inputs}
+        terms = [
+            Term(name, ms, _because(view, name, families.get(name, ""), parts.weights))
+            for name, ms in parts.by_name.items()
+            if ms or name in families
+        ]
+        return Prediction(parts.total, tuple(terms), node_id, TIERS[parts.weights.tier], inputs)
 
-    # --- parts ------------------------------------------------------------------------------------------------------
-
-    def _compute(self, columns: Columns, spec: Spec, app: str) -> _Parts:
-        state, rows = columns.state, len(columns.node_ids)
-        weights = self._weights(columns, spec)
-        families = _Families(columns, spec, weights.tier)
-        app_subject = f"app/{app}" if app else ""
-        weights_ms = families.at("weights", weights.raw, "")
-        weights_ms = np.where((weights.missing > 0) & (weights.raw < NEVER_MS), weights_ms, weights.raw)
-        by_name = {
-            "rest": families.at("rest", 0, ""),
-            "image": self._image(columns, spec),
-            "make": families.at("make", 0, f"image/{spec.image}"),
-            "weights": weights_ms,
-            "start": families.at("start", 0, f"image/{spec.image}"),
-            "setup": families.at("setup", weights.bytes_total >> _KIB, app_subject),
-            "compile": np.zeros(rows, np.int64),
-        }
-        if compile_missing(state, spec):
-            by_name["compile"] = families.at("compile", 0, app_subject)
-        up = by_name["image"] + by_name["make"]
-        if spec.stream_weights:
-            by_name["tail"] = np.where(weights.missing > 0, by_name["setup"] // 20, 0)
-            both = np.maximum(up + by_name["start"] + by_name["setup"], weights_ms + by_name["tail"])
-        else:
-            both = np.maximum(up, weights_ms) + by_name["start"] + by_name["setup"]
-        total = np.minimum(by_name["rest"] + both + by_name["compile"], NEVER_MS)
-        return _Parts(total, weights, by_name)
-
-    def _weights(self, columns: Columns, spec: Spec) -> _Weights:
-        """All models, LoRAs and entries: their bytes come over one line."""
-        state, rows = columns.state, len(columns.node_ids)
-        zeros: Ints = np.zeros(rows, np.int64)
-        found = _Weights(zeros, zeros, zeros, zeros, 0)
-        for at, model in enumerate(_artifacts(state, spec)):
-            size = model.bytes
-            found.bytes_total += size if model.kind != "cache" else 0
-            have = columns.artifact(model.artifact_id or model.manifest_digest)
-            ready = have.ready > 0
-            missing = np.where(ready, 0, np.maximum(size - have.here, 0))
-            here = np.where(have.memory >= max(size, 1), MEMORY, DISK)
-            fetch, tier, unmeasured = self._fetch(columns, model, have, missing, first=at == 0)
-            attest = 0 if model.state is ModelState.ATTESTED else ATTEST_MS
-            raw = np.where(missing > 0, fetch + attest, np.where(ready, 0, attest))
-            found.raw = np.minimum(found.raw + raw, NEVER_MS)
-            found.tier = np.maximum(found.tier, np.where(missing > 0, tier, here))
-            found.missing = found.missing + missing
-            found.unmeasured = found.unmeasured | ((missing > 0) & (unmeasured > 0))
-        return found
-
-    def _fetch(
-        self, columns: Columns, model: Model, have: ArtifactColumns, missing: Ints, *, first: bool
-    ) -> tuple[Ints, Ints, Ints]:
-        """Milliseconds for what is missing, the tier that most of it comes from, where no rate was ever measured."""
-        source = origin_source(model.resolved_uri or model.uri)
-        origin = columns.origin(source)
-        peers = np.clip(columns.holders(have), 0, PEERS_AT_ONCE_MAX)
-        from_peers = peers * np.maximum(columns.peer(), 0)
-        from_origin = np.maximum(origin, 0)
-        unmeasured = (((origin < 0) | (origin == 0) & (peers > 0)) & (from_peers == 0)).astype(np.int64)
-        supply = from_origin + from_peers
-        several = (from_peers > 0) & ((from_origin > 0) | (peers > 1)) & (columns.fed > 0)
-        single = np.maximum(from_origin, np.maximum(columns.peer(), 0))
-        supply = np.where(several, np.minimum(supply, np.maximum(columns.fed, single)), supply)
-        supply = np.where(unmeasured > 0, ASSUMED_BYTES_S, supply)
-        ahead = columns.ahead(model.bytes) if first else 0
-        own = have.known * np.minimum(columns.ahead_bytes, missing)  # its own fetch is part of what is under way
-        node_ms = _ceil_ms(missing + np.maximum(ahead - own, 0), supply)
-        shared_ms = self._shared(columns, model, source, missing, from_origin > 0, peers > 0)
-        arriving = (have.rate > 0) & (missing > 0)
-        ms = np.where(arriving, _ceil_ms(missing, have.rate), np.maximum(node_ms, shared_ms))
-        ms = np.where((supply == 0) & ~arriving, NEVER_MS, ms)
-        tier = np.where(from_peers > from_origin, PEER, np.where((peers > 0) & (origin <= 0), PEER, ORIGIN))
-        return ms, tier, unmeasured
-
-    def _shared(
-        self, columns: Columns, model: Model, source: str, missing: Ints, by_origin: Bools, by_peers: Bools
-    ) -> Ints:
-        """Milliseconds until the sources, which others use too, have given it: they share evenly."""
-        facts = columns.state.cache_facts
-        artifact = model.artifact_id or model.manifest_digest
-        peers = [f"peer:{node_id}" for node_id, _ in zip(facts.holders.get(artifact, ()), range(8), strict=False)]
-        at_origin, at_peers = _others(columns.state, artifact, source, [name[5:] for name in peers], model.bytes)
-        capacity_origin = facts.capacity(source)
-        capacity_peers = sum(facts.capacity(name) for name in peers)
-        capacity = np.where(by_origin, capacity_origin, 0) + np.where(by_peers, capacity_peers, 0)
-        others = np.where(by_origin, at_origin, 0) + np.where(by_peers, at_peers, 0)
-        return np.where((capacity > 0) & (others > 0), _ceil_ms(missing + others, capacity), 0)
-
-    def _image(self, columns: Columns, spec: Spec) -> Ints:
-        """Milliseconds until what a start reads of its image is there."""
-        rows = len(columns.node_ids)
-        model = columns.state.models.get(spec.image) if spec.image != HOST_IMAGE else None
-        if model is None:
-            return np.zeros(rows, np.int64)
-        have = columns.artifact(model.artifact_id or model.manifest_digest)
-        first = first_bytes(model)
-        missing = np.where(have.ready > 0, 0, np.maximum(model.bytes - have.here, 0))
-        missing = np.minimum(missing, np.maximum(first - have.here, 0))
-        fetch, _, _ = self._fetch(columns, model, have, missing, first=False)
-        return np.where(missing > 0, fetch, 0)
-
-    # --- reasons ----------------------------------------------------------------------------------------------------
-
-    def _inputs(self, columns: Columns, spec: Spec, parts: _Parts, row: int) -> list[tuple[str, int]]:
-        """What is learnt of this placement once it is ready: (family, x)."""
-        driver, gpu = columns.drivers[int(columns.driver[row])], columns.gpus[int(columns.gpu[row])]
-        tier = int(parts.weights.tier[row])
-        gpu = gpu if spec.num_gpus else ""
-        found = [("rest", 0), (f"make/{driver}", 0), (f"start/{driver}", 0)]
-        found.append((f"setup/{_LOADED_FROM[tier]}/{gpu}", parts.weights.bytes_total >> _KIB))
-        raw = int(parts.weights.raw[row])
-        if int(parts.weights.missing[row]) and raw < NEVER_MS:
-            found.append((f"weights/{TIERS[tier]}", raw))
-        if compile_missing(columns.state, spec):
-            found.append((f"compile/{gpu}", 0))
-        return found
-
-    def _because(self, columns: Columns, learning: Learning, name: str, family: str, parts: _Parts, row: int) -> str:
-        weights = parts.weights
-        if name == "weights":
-            return self._weights_because(columns, weights, row, learning.known(family) if family else 0)
-        if not family:
-            return "what a start reads of it first, at measured rates" if name == "image" else "of the setup"
-        known = learning.known(family)
-        subjects = f"{known} starts" if known != 1 else "1 start"
-        text = f"learnt from {subjects}" if known else "assumed, nothing learnt yet"
-        if name == "setup":
-            return f"{weights.bytes_total / 1e9:.2f} GB to load from {family.split('/')[1]}, {text}"
-        return text
-
-    def _weights_because(self, columns: Columns, weights: _Weights, row: int, known: int) -> str:
-        missing, tier = int(weights.missing[row]), TIERS[int(weights.tier[row])]
-        if not missing:
-            return f"all {weights.bytes_total / 1e9:.2f} GB are there, in tier {tier}"
-        if int(weights.raw[row]) >= NEVER_MS:
-            return "no route to any holder and the origin does not answer"
-        ahead = int(columns.ahead_bytes[row])
-        text = f"{missing / 1e9:.2f} GB from {tier}"
-        if int(weights.unmeasured[row]):
-            text += f" at an assumed {ASSUMED_BYTES_S / 1e6:.0f} MB/s, no rate towards this node was ever measured"
-        if ahead:
-            text += f", beside {ahead / 1e9:.2f} GB under way to the node"
-        return f"{text}; learnt from {known} fetches" if known else f"{text}; nothing learnt yet"
+    def _all(self, columns: Columns, needs: _Needs) -> Ints:
+        """Totals of all rows: those of the last time, and computed anew where something changed."""
+        key = (id(needs.spec), needs.app)
+        have = self._totals.pop(key, None)
+        artifacts = [artifact_of(model) for model, _ in needs.artifacts]
+        if needs.image is not None:
+            artifacts.append(artifact_of(needs.image[0]))
+        sources = [origin_source(model.resolved_uri or model.uri) for model, _ in needs.artifacts]
+        stamp = columns.stamp(artifacts, sources)
+        rows = columns.changed_since(have.facts_seen) if have is not None else None
+        if have is None or have.needs != needs or have.stamp != stamp or rows is None or len(rows) > PATCHED_ROWS_MAX:
+            values = _compute(ManyNodes(columns), needs).total
+            stamp = columns.stamp(artifacts, sources)
+            have = _Totals(needs, stamp, columns.facts_seen, values)
+        elif len(rows):
+            have.values[rows] = _compute(ManyNodes(columns, rows), needs).total
+        have.facts_seen = columns.facts_seen
+        self._totals[key] = have
+        if len(self._totals) > TOTALS_KEPT_MAX:
+            del self._totals[next(iter(self._totals))]
+        return have.values
 
 
-class _Families:
-    """Learnt lines on columns: each family's line and ratios where its rows are."""
-
-    def __init__(self, columns: Columns, spec: Spec, tier: Ints) -> None:
-        self._columns, self._spec, self._tier = columns, spec, tier
-
-    def at(self, name: str, x: Ints | int, subject: str) -> Ints:
-        """The learnt time of a part, each row by its own driver, GPU and tier. `subject`: the app or image."""
-        columns = self._columns
-        if name == "rest":
-            return self._of("rest", x, subject)
-        if name in ("make", "start"):
-            return self._chosen(columns.driver, [f"{name}/{driver}" for driver in columns.drivers], x, subject)
-        if name == "weights":
-            return self._chosen(self._tier, [f"weights/{tier}" for tier in TIERS], x, subject, only=(PEER, ORIGIN))
-        gpus = columns.gpus if self._spec.num_gpus else [""]
-        gpu = columns.gpu if self._spec.num_gpus else np.zeros(len(columns.node_ids), np.int64)
-        if name == "compile":
-            return self._chosen(gpu, [f"compile/{one}" for one in gpus], x, subject)
-        names = [f"setup/{tier}/{one}" for one in gpus for tier in _LOADED_FROM]
-        return self._chosen(gpu * len(TIERS) + self._tier, names, x, subject)
-
-    def _chosen(
-        self, index: Ints, names: list[str], x: Ints | int, subject: str, *, only: tuple[int, ...] | None = None
-    ) -> Ints:
-        """`names[index]` of each row."""
-        found: Ints = np.zeros(len(index), np.int64)
-        made: dict[str, Ints] = {}
-        for at in np.unique(index).tolist():
-            if only is not None and at not in only:
-                continue
-            name = names[at]
-            if name not in made:
-                made[name] = self._of(name, x, subject)
-            found = np.where(index == at, made[name], found)
-        return found
-
-    def _of(self, family: str, x: Ints | int, subject: str) -> Ints:
-        columns = self._columns
-        learning = columns.state.learning
-        line = learning.line(family) if learning.known(family) else default_line(family)
-        bounded = np.minimum(x, NEVER_MS // MILLI)
-        y: Ints = line.base + bounded * np.int64(line.slope_ppm) // 1_000_000
-        if subject:
-            y = y * learning.ratio_milli(family, subject) // MILLI
-        for ratio in columns.ratios(family):
-            y = y * ratio // MILLI
-        return np.broadcast_to(y, len(columns.node_ids))
+# --- the formula ----------------------------------------------------------------------------------------------------
 
 
-def _artifacts(state: State, spec: Spec) -> list[Model]:
-    """Models, LoRAs and entries of the compile cache that a runner needs; those nobody registered are left out."""
-    found = [state.models[name] for name in spec.models if name in state.models]
-    for key in spec.compile_caches:
-        entry = next((one for (_, k), one in state.catalog.cache_entries.items() if k == key), None)
-        if entry is not None and entry.model in state.models:
-            found.append(state.models[entry.model])
+def _needs_of(state: State, spec: Spec, app: str) -> _Needs:
+    image = state.models.get(spec.image) if spec.image != HOST_IMAGE else None
+    return _Needs(
+        spec,
+        app,
+        tuple((model, shared_line(state, model)) for model in needed(state, spec)),
+        (image, shared_line(state, image)) if image is not None else None,
+        compile_missing(state, spec),
+    )
+
+
+def _compute(view: NodesView, needs: _Needs) -> _Parts:
+    spec, gpus = needs.spec, needs.spec.num_gpus > 0
+    app, image = f"app/{needs.app}" if needs.app else "", f"image/{spec.image}"
+    weights = _weights(view, needs)
+    learnt = view.by_tier("weights", weights.raw, weights.tier)
+    fetched = view.pick((weights.missing > 0) & (weights.raw < NEVER_MS), learnt, weights.raw)
+    rest, make, start = view.everywhere("rest"), view.by_driver("make", 0, image), view.by_driver("start", 0, image)
+    setup = view.by_gpu("setup", weights.bytes_total >> _KIB, app, gpus, weights.tier)
+    compile_ = view.by_gpu("compile", 0, app, gpus, None) if needs.compiles else view.zero
+    first = _image(view, needs)
+    by_name = {
+        "rest": rest, "image": first, "make": make, "weights": fetched, "start": start, "setup": setup,
+        "compile": compile_,
+    }  # fmt: skip
+    if spec.stream_weights:
+        tail = by_name["tail"] = view.pick(weights.missing > 0, setup * TAIL_PERC // 100, view.zero)
+        both = view.most(first + make + start + setup, fetched + tail)
+    else:
+        both = view.most(first + make, fetched) + start + setup
+    return _Parts(view.least(rest + both + compile_, NEVER_MS), weights, by_name)
+
+
+def _weights(view: NodesView, needs: _Needs) -> _Weights:
+    """All models, LoRAs and entries: their bytes come over one line, one after the other or beside each other."""
+    zero = view.zero
+    found = _Weights(zero, zero, zero + MEMORY, zero > 0)
+    if not needs.artifacts:
+        found.tier = zero + DISK
+    for at, (model, line) in enumerate(needs.artifacts):
+        have, size = view.held(artifact_of(model)), model.bytes
+        found.bytes_total += size if model.kind != "cache" else 0
+        missing = view.pick(have.ready > 0, zero, view.most(size - have.here, 0))
+        ms, tier, unmeasured = _fetch(view, model, line, have, missing, first=at == 0)
+        here = view.pick(have.memory >= max(size, 1), zero + MEMORY, zero + DISK)
+        attest = 0 if model.state is ModelState.ATTESTED else ATTEST_MS
+        done = view.pick(have.ready > 0, zero, zero + attest)
+        fetches = missing > 0
+        found.raw = view.least(found.raw + view.pick(fetches, ms + attest, done), NEVER_MS)
+        found.tier = view.most(found.tier, view.pick(fetches, tier, here))
+        found.missing = found.missing + missing
+        found.unmeasured = found.unmeasured | (fetches & unmeasured)
     return found
 
 
-def compile_missing(state: State, spec: Spec) -> bool:
-    """Whether an entry that it names is in no namespace, so that it compiles for itself."""
-    have = {key for _, key in state.catalog.cache_entries}
-    return any(key not in have for key in spec.compile_caches)
+def _fetch(
+    view: NodesView, model: Model, line: SharedLine, have: Held, missing: Number, *, first: bool
+) -> tuple[Number, Number, Number]:
+    """Milliseconds for what is missing; the tier that most of it comes from; whether no rate was ever measured."""
+    zero = view.zero
+    origin, peer = view.origin(origin_source(model.resolved_uri or model.uri)), view.most(view.peer, 0)
+    peers = view.least(view.most(have.others, 0), PEERS_AT_ONCE_MAX)
+    from_origin, from_peers = view.most(origin, 0), peers * peer
+    supply = from_origin + from_peers
+    unmeasured = (supply == 0) & ((origin < 0) | (peers > 0))
+    together = (from_peers > 0) & ((from_origin > 0) | (peers > 1)) & (view.fed > 0)
+    bound = view.most(view.fed, view.most(from_origin, peer))
+    supply = view.pick(together, view.least(supply, bound), supply)
+    supply = view.pick(unmeasured, zero + ASSUMED_BYTES_S, supply)
+    beside = ahead(view, model.bytes) if first else zero
+    mine = have.known * view.least(view.ahead_bytes, missing)  # its own fetch is part of what is under way
+    node_ms = _ceil_ms(view, missing + view.most(beside - mine, 0), supply)
+    by_origin, by_peers = from_origin > 0, peers > 0
+    capacity = view.pick(by_origin, zero + line.origin_bytes_s, zero)
+    capacity = capacity + view.pick(by_peers, zero + line.peers_bytes_s, zero)
+    others = view.pick(by_origin, zero + line.origin_bytes, zero)
+    others = others + view.pick(by_peers, zero + line.peers_bytes, zero)
+    shared_ms = view.pick((capacity > 0) & (others > 0), _ceil_ms(view, missing + others, capacity), zero)
+    arriving = have.rate > 0
+    ms = view.pick(arriving, _ceil_ms(view, missing, have.rate), view.most(node_ms, shared_ms))
+    ms = view.pick((supply == 0) & (have.rate == 0), zero + NEVER_MS, ms)
+    swarm = (from_peers > from_origin) | ((peers > 0) & (origin <= 0))
+    return view.least(ms, NEVER_MS), view.pick(swarm, zero + PEER, zero + ORIGIN), unmeasured
 
 
-def first_bytes(image: Model) -> int:
-    """Bytes of an image that its start reads: as recorded, else a share of it."""
-    facts = image.image
-    if facts is None or not facts.first_pieces:
-        return image.bytes * IMAGE_FIRST_PERC // 100
-    return min(image.bytes, len(facts.first_pieces) * piece_bytes(image))
+def _image(view: NodesView, needs: _Needs) -> Number:
+    """Milliseconds until what a start reads of its image is there."""
+    if needs.image is None:
+        return view.zero
+    model, line = needs.image
+    have = view.held(artifact_of(model))
+    missing = view.pick(have.ready > 0, view.zero, view.most(first_bytes(model) - have.here, 0))
+    ms, _, _ = _fetch(view, model, line, have, missing, first=False)
+    return view.pick(missing > 0, ms, view.zero)
 
 
-def piece_bytes(image: Model) -> int:
-    """Of an image: 256 KiB, larger ones above 16 GiB."""
-    size = 256 << 10
-    while image.bytes > size << 16:
-        size <<= 1
-    return size
+def _ceil_ms(view: NodesView, size: Number, rate: Number) -> Number:
+    return -(-size * _MS // view.most(rate, 1))
 
 
-def _others(state: State, artifact: str, source: str, peers: list[str], size: int) -> tuple[int, int]:
-    """Bytes that an origin, and that these peers, send of other artifacts meanwhile; each no more than `size`."""
-    facts = state.cache_facts
-    at_origin = at_peers = 0
-    for other, _ in zip(facts.under_way, range(UNDER_WAY_MAX), strict=False):
-        if other == artifact:
-            continue
-        fetchers = [node_id for node_id, _ in zip(facts.under_way[other], range(UNDER_WAY_MAX), strict=False)]
-        left = min(size, max(facts.remaining(other, node_id) for node_id in fetchers))
-        holders = facts.holders.get(other, {})
-        if any(peer in holders and holders[peer].ready for peer in peers):
-            at_peers += left
-        elif _source_of(state, other) == source:
-            at_origin += left
-    return at_origin, at_peers
+# --- reasons --------------------------------------------------------------------------------------------------------
 
 
-def _source_of(state: State, artifact: str) -> str:
-    names = state.models_by_artifact.get(artifact) or state.models_by_digest.get(artifact)
-    if not names:
-        return ""
-    model = state.models[names[0]]
-    return origin_source(model.resolved_uri or model.uri)
+def _inputs(view: OneNode, needs: _Needs, weights: _Weights) -> tuple[tuple[str, int], ...]:
+    """What is learnt of this placement once it is ready: (family, x)."""
+    gpu, driver = view.gpu if needs.spec.num_gpus else "", view.driver
+    found = [("rest", 0), (f"make/{driver}", 0), (f"start/{driver}", 0)]
+    found.append((f"setup/{LOADED_FROM[weights.tier]}/{gpu}", weights.bytes_total >> _KIB))
+    if weights.missing and weights.raw < NEVER_MS:
+        found.append((f"weights/{TIERS[weights.tier]}", weights.raw))
+    if needs.compiles:
+        found.append((f"compile/{gpu}", 0))
+    return tuple(found)
 
 
-def _ceil_ms(size: Ints | int, rate: Ints | int) -> Ints:
-    found: Ints = -(-np.asarray(size, np.int64) * _MS // np.maximum(rate, 1))
-    return found
+def _because(view: OneNode, name: str, family: str, weights: _Weights) -> str:
+    known = view.columns.state.learning.known(family) if family else 0
+    if name == "weights":
+        return _weights_because(view, weights, known)
+    if not family:
+        return "what a start reads of it first, at measured rates" if name == "image" else "a share of the setup"
+    text = f"learnt from {known} {'start' if known == 1 else 'starts'}" if known else "assumed, nothing learnt yet"
+    if name == "setup":
+        return f"{weights.bytes_total / 1e9:.2f} GB to load from {family.split('/')[1]}, {text}"
+    return text
 
 
-__all__ = [
-    "ASSUMED_BYTES_S", "NEVER_MS", "Prediction", "Predictor", "Term", "compile_missing", "first_bytes", "predict",
-    "predictor", "ready_ms",
-]  # fmt: skip
+def _weights_because(view: OneNode, weights: _Weights, known: int) -> str:
+    if not weights.missing:
+        return f"all {weights.bytes_total / 1e9:.2f} GB are there, in tier {TIERS[weights.tier]}"
+    if weights.raw >= NEVER_MS:
+        return "no route to any holder and the origin does not answer"
+    text = f"{weights.missing / 1e9:.2f} GB from {TIERS[weights.tier]}"
+    if weights.unmeasured:
+        text += f" at an assumed {ASSUMED_BYTES_S / 1e6:.0f} MB/s, no rate towards this node was ever measured"
+    if view.ahead_bytes:
+        text += f", beside {view.ahead_bytes / 1e9:.2f} GB under way to the node"
+    return f"{text}; learnt from {known} fetches" if known else f"{text}; nothing learnt yet"
+
+
+__all__ = ["ASSUMED_BYTES_S", "NEVER_MS", "Prediction", "Predictor", "Term", "predict", "predictor", "ready_ms"]

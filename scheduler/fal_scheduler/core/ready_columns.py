@@ -6,7 +6,7 @@ snapshot decides as the leader did. Read by `ready_at` only. Rates in bytes per 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median_low
 from typing import Final
 from weakref import ref
@@ -14,7 +14,6 @@ from weakref import ref
 import numpy as np
 from numpy.typing import NDArray
 
-from fal_contract.limits import SMALL_ARTIFACT_BYTES
 from fal_scheduler.core.cache_facts import CacheFacts
 from fal_scheduler.core.learning import MILLI, Learning
 from fal_scheduler.core.records import Pool
@@ -24,8 +23,6 @@ Ints = NDArray[np.int64]
 ARTIFACTS_KEPT_MAX: Final = 64  # with columns of their own: 40 bytes for each node
 SOURCES_KEPT_MAX: Final = 64
 FAMILIES_KEPT_MAX: Final = 128
-LARGE_AT_ONCE: Final = 3  # a cache's lanes (fal_fsd.lanes)
-SMALL_AT_ONCE: Final = 8
 
 
 class ArtifactColumns:
@@ -46,9 +43,10 @@ class Columns:
     def __init__(self, state: State) -> None:
         self._state = ref(state)  # who holds the columns by the state would else keep it for ever
         self._fleet_version = -1
+        self._made = 0
         self._facts: CacheFacts | None = None
         self._learning: Learning | None = None
-        self._facts_seen = self._learning_seen = 0
+        self.facts_seen = self._learning_seen = 0
         self._rebuild()
 
     @property
@@ -63,7 +61,7 @@ class Columns:
     def fresh(self) -> Columns:
         """Bring everything that was made up to the state."""
         state = self.state
-        behind = state.cache_facts.version - self._facts_seen
+        behind = state.cache_facts.version - self.facts_seen
         if (
             self._fleet_version != state.fleet.version
             or self._facts is not state.cache_facts
@@ -74,11 +72,30 @@ class Columns:
             return self
         if behind:
             self._follow_facts([state.cache_facts.log[-at] for at in range(behind, 0, -1)])
-            self._facts_seen = state.cache_facts.version
+            self.facts_seen = state.cache_facts.version
         self._follow_learning()
         return self
 
+    def stamp(self, artifacts: Sequence[str], sources: Sequence[str]) -> tuple[object, ...]:
+        """Equal to an earlier one: nothing changed for rows but for those that `changed_since` names."""
+        self.peer()
+        for source in sources:
+            self.origin(source)
+        gaps = tuple(self._gaps.get(source) for source in ("", *sources))
+        holders = tuple(self.artifact(artifact).at_pool.tobytes() for artifact in artifacts)
+        return self._made, self.state.learning.version, gaps, holders
+
+    def changed_since(self, facts_version: int) -> Ints | None:
+        """Rows of nodes with news since then, in order; None where that is not known any more."""
+        facts = self.state.cache_facts
+        behind = facts.version - facts_version
+        if behind > len(facts.log):
+            return None
+        nodes = {facts.log[-at][0]: None for at in range(behind, 0, -1)}
+        return np.array(sorted(self.row_of[one] for one in nodes if one in self.row_of), np.int64)
+
     def _rebuild(self) -> None:
+        self._made += 1
         state = self.state
         fleet = state.fleet
         self.node_ids = sorted(fleet.facts)
@@ -104,9 +121,10 @@ class Columns:
         self._artifacts: dict[str, ArtifactColumns] = {}
         self._sources: dict[str, Ints] = {}
         self._filled: dict[str, Ints] = {}  # sources' columns where gaps are filled
+        self._gaps: dict[str, bytes] = {}  # what gaps were filled with, by source
         self._ratios: dict[str, tuple[Ints, Ints]] = {}
         self._fleet_version = fleet.version
-        self._facts, self._facts_seen = state.cache_facts, state.cache_facts.version
+        self._facts, self.facts_seen = state.cache_facts, state.cache_facts.version
         self._learning, self._learning_seen = state.learning, state.learning.version
         for node_id in state.cache_facts.nodes:
             self._follow_node(node_id)
@@ -212,18 +230,20 @@ class Columns:
             del self._sources[oldest]
             self._filled.pop(oldest, None)
         if source not in self._filled:
-            self._filled[source] = np.where(own < 0, 0, own) if source == "origin:file" else self._fill(own)
+            no_gaps = source == "origin:file"
+            self._filled[source] = np.where(own < 0, 0, own) if no_gaps else self._fill(source, own)
         return self._filled[source]
 
     def peer(self) -> Ints:
         """What one peer usually sends to each node: the median of those measured there, else of its pool …; -1."""
         if "" not in self._filled:
-            self._filled[""] = self._fill(self.usual)
+            self._filled[""] = self._fill("", self.usual)
         return self._filled[""]
 
-    def _fill(self, own: Ints) -> Ints:
+    def _fill(self, source: str, own: Ints) -> Ints:
         """Gaps take the lower median of measured rates of their pool, else their region, else of all."""
         measured = own > 0
+        self._gaps[source] = b""
         if not measured.any():
             return own
         everybody = _median_low(own[measured])
@@ -235,6 +255,7 @@ class Columns:
                 if rows.any():
                     by_pool[at] = _median_low(own[rows])
                     break
+        self._gaps[source] = by_pool.tobytes()
         return np.where(own < 0, by_pool[self.pool], own)
 
     def _region(self, pool: str) -> str:
@@ -242,34 +263,25 @@ class Columns:
         return record.region if record is not None else ""
 
     def holders(self, columns: ArtifactColumns) -> Ints:
-        """How many other nodes with some of it each node's pool has a network to."""
+        """How many nodes with some of it each pool has a network to."""
         counts: Ints = self._reach @ columns.at_pool
-        return counts[self.pool] - columns.known
+        return counts
 
-    def ahead(self, size: int) -> Ints:
-        """Bytes that come to each node before or beside `size` more of them.
-
-        Fetches under way share the line evenly, so that each takes as much of it as the new one until one is done;
-        beyond a cache's lanes the new one waits.
-        """
-        lanes = SMALL_AT_ONCE if size < SMALL_ARTIFACT_BYTES else LARGE_AT_ONCE
-        shared = np.minimum(self.ahead_bytes, self.ahead_count * size)
-        return np.where(self.ahead_count < lanes, shared, self.ahead_bytes)
-
-    def ratios(self, family: str) -> Ints:
-        """Thousandths: pool's and node's, in two rows of one array, one column a node."""
+    def ratios(self, family: str) -> tuple[Ints | None, Ints | None]:
+        """Thousandths of each pool and of each node; None where nothing of that kind was learnt."""
+        have = self.state.learning.families.get(family)
+        if have is None or not have.ratios:
+            return None, None
         if family not in self._ratios:
-            learning = self.state.learning
-            of_pool = np.full(len(self.pools), MILLI, np.int64)
-            of_node = np.full(len(self.node_ids), MILLI, np.int64)
-            self._ratios[family] = of_pool, of_node
-            have = learning.families.get(family)
-            for subject in (have.ratios or ()) if have is not None else ():
+            self._ratios[family] = (
+                np.full(len(self.pools), MILLI, np.int64),
+                np.full(len(self.node_ids), MILLI, np.int64),
+            )
+            for subject in have.ratios:
                 self._follow_ratio(family, subject)
             if len(self._ratios) > FAMILIES_KEPT_MAX:
                 del self._ratios[next(iter(self._ratios))]
-        of_pool, of_node = self._ratios[family]
-        return np.stack((of_pool[self.pool], of_node))
+        return self._ratios[family]
 
 
 def _median_low(values: Ints) -> int:

@@ -1,8 +1,8 @@
 """A line through a few measured points that outliers do not bend: y = base + slope · x. Pure; integers only.
 
 Theil–Sen: the median of the slopes of all pairs, then the median of what is left (Sen 1968, "Estimates of the
-regression coefficient based on Kendall's tau"); it stands up to 29 % of arbitrary points. Where all x are about the same, no slope
-can be seen: then a line of a given shape is scaled to the points.
+regression coefficient based on Kendall's tau"); it stands up to 29 % of arbitrary points. Where all x are about the
+same, no slope can be seen: then a line of a given shape is scaled to the points.
 """
 
 from __future__ import annotations
