@@ -39,6 +39,9 @@ def apply(
         int | None,
         typer.Option("--expected-generation", help="Refuse unless the app is at this generation; 0: it is new.", min=0),
     ] = None,
+    reset_scale: Annotated[
+        bool, typer.Option("--reset-scale", help="Forget scaling values set at run time; the manifest's hold.")
+    ] = False,
     wait: WaitOption = True,
     wait_timeout_s: WaitTimeout = 600.0,
     json: JsonFlag = False,
@@ -47,7 +50,9 @@ def apply(
     from falctl.output import console, print_json, to_json
     from falctl.waiting import wait_until_ready
 
-    reply = unary("ApplyApp", _request(file, expected=expected))
+    request = _request(file, expected=expected)
+    request.reset_scale = reset_scale
+    reply = unary("ApplyApp", request)
     view = reply.app
     if not json:
         console().print(f"app {view.app.id} {reply.outcome}: revision {view.app.revision}")
@@ -165,7 +170,7 @@ def show(name: str, json: JsonFlag = False) -> None:
             ("model", spec.model),
             ("LoRAs", ", ".join(spec.loras)),
             ("GPUs", f"{spec.num_gpus} × {' or '.join(spec.machine_type) or 'any'}"),
-            ("runners", f"{scaling.min_concurrency} to {scaling.max_concurrency}"),
+            ("runners", runners_text(scaling)),
             ("requests", f"{scaling.max_multiplexing} at once, {scaling.request_timeout_s:g} s each"),
         ]
     )
@@ -182,6 +187,17 @@ def show(name: str, json: JsonFlag = False) -> None:
     )  # fmt: skip
 
 
+def runners_text(scaling: Any) -> str:
+    """`0 to 4, idle ones stay 60 s, 2 or 10 % spare, after 5 s of waiting, 1 by forecast`."""
+    spare = [str(scaling.concurrency_buffer)] if scaling.concurrency_buffer else []
+    spare += [f"{scaling.concurrency_buffer_perc} %"] if scaling.concurrency_buffer_perc else []
+    words = [f"{scaling.min_concurrency} to {scaling.max_concurrency}, idle ones stay {scaling.keep_alive_s:g} s"]
+    words += [f"{' or '.join(spare)} spare"] if spare else []
+    words += [f"after {scaling.scaling_delay_s:g} s of waiting"] if scaling.scaling_delay_s else []
+    words += [f"{scaling.forecast_concurrency} by forecast"] if scaling.forecast_concurrency else []
+    return ", ".join(words)
+
+
 @group.command("scale")
 def scale(
     name: str,
@@ -189,6 +205,20 @@ def scale(
     max_concurrency: Annotated[int | None, typer.Option("--max", help="Runners never exceeded.", min=0)] = None,
     keep_alive_s: Annotated[
         float | None, typer.Option("--keep-alive", help="Seconds an idle one stays.", min=0)
+    ] = None,
+    buffer: Annotated[int | None, typer.Option("--buffer", help="Spare runners above demand.", min=0)] = None,
+    buffer_perc: Annotated[
+        int | None,
+        typer.Option("--buffer-perc", help="Spare runners in percent of requests; the larger counts.", min=0),
+    ] = None,
+    scaling_delay_s: Annotated[
+        float | None, typer.Option("--scaling-delay", help="Seconds a request waits before a runner starts.", min=0)
+    ] = None,
+    request_timeout_s: Annotated[
+        float | None, typer.Option("--request-timeout", help="Seconds one request may take; of new runners.", min=0)
+    ] = None,
+    forecast: Annotated[
+        int | None, typer.Option("--forecast", help="Runners that the forecast may start ahead of need.", min=0)
     ] = None,
     reset: Annotated[bool, typer.Option("--reset-scale", help="Forget values set at run time first.")] = False,
     wait: WaitOption = True,
@@ -201,16 +231,23 @@ def scale(
     from falctl.output import console, print_json, to_json
     from falctl.waiting import wait_until_ready
 
-    if not reset and min_concurrency is None and max_concurrency is None and keep_alive_s is None:
+    override = state_pb2.ScaleOverride(
+        min_concurrency=min_concurrency,
+        max_concurrency=max_concurrency,
+        keep_alive_s=keep_alive_s,
+        concurrency_buffer=buffer,
+        concurrency_buffer_perc=buffer_perc,
+        scaling_delay_s=scaling_delay_s,
+        request_timeout_s=request_timeout_s,
+        forecast_concurrency=forecast,
+    )
+    if not reset and not override.ListFields():
         raise invalid(
             "scale", name, "is given nothing to set", remedy="Add --min, --max, --keep-alive or --reset-scale."
         )
-    override = state_pb2.ScaleOverride(
-        min_concurrency=min_concurrency, max_concurrency=max_concurrency, keep_alive_s=keep_alive_s
-    )
     view = unary("ScaleApp", pb.ScaleAppRequest(id=owned(name, field="NAME"), scale=override, reset=reset))
     if not json:
-        console().print(f"app {view.app.id}: {view.scaling.min_concurrency} to {view.scaling.max_concurrency} runners")
+        console().print(f"app {view.app.id}: {runners_text(view.scaling)}")
     if wait:
         view = wait_until_ready(view.app.id, timeout_s=wait_timeout_s, quiet=json)
     if json:

@@ -53,11 +53,14 @@ class AssignmentBuilder:
             share_group=runner.share_group,
             gpus=runner.gpus,
             inventory_generation=runner.assignment.inventory_generation,
+            gpu_milli=runner.gpu_milli,
         )
         revision = state.revisions.get((runner.app, runner.revision))
         if revision is None:  # an adopted orphan of a forgotten revision: it can be stopped, not started
             return message
         message.spec.CopyFrom(self._spec(state, runner))
+        if (scaling := state.scaling_for(runner)) is not None:  # may be set at run time
+            message.spec.scaling.request_timeout_s = scaling.request_timeout_s
         if runner.goal is Goal.RUN:
             for name in revision.spec.artifacts:
                 message.artifacts.append(self._artifact(state, name, revision.spec))

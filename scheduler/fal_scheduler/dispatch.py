@@ -24,6 +24,7 @@ from fal_contract.versions import agree
 from fal_scheduler.core.events import AppChanged, Effect, GatewayReach, NodeChanged, RouteChanged
 from fal_scheduler.core.serving import why_not_serving
 from fal_scheduler.core.slots import Held, Lease, SlotBook, Want
+from fal_scheduler.demand_teller import DemandTeller
 from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.leading_edge import LeadingEdge
 from fal_scheduler.routes import RouteTable
@@ -79,6 +80,7 @@ class Dispatcher:
         self._gateways: dict[str, _Gateway] = {}
         self._served = self._failed = 0  # requests, as gateways tell
         self.book = SlotBook(engine.view.term)
+        self._demand = DemandTeller(self.book, engine.offer, clock)
         self._table = RouteTable()
         self.tunnels = TunnelBook(push, now_s=clock.monotonic_s())
         for runner_id in list(engine.view.runners):
@@ -145,6 +147,7 @@ class Dispatcher:
         if self._gateways.get(gateway.id) is gateway:
             del self._gateways[gateway.id]
             self.book.close(gateway.id)
+            self._demand.leave(gateway.id)
             self.tunnels.leave(gateway.id, self._clock.monotonic_s())
             self._engine.offer(GatewayReach(gateway.id, {}, self._clock.monotonic_s()))
 
@@ -171,6 +174,7 @@ class Dispatcher:
         for want in mine:
             gateway.refused.pop(want.app, None)  # a want is answered each time it is told
         self._grant()
+        self._demand.wants(gateway.id, [want for want in wants.wants if gateway.wants(want.app)])
         if any(not self.book.runners(want.app) for want in mine):
             gateway.check_refusals = True
             gateway.signal.set()
@@ -179,8 +183,11 @@ class Dispatcher:
         for update in updates.updates:
             self._served += update.served
             self._failed += update.failed
+            if (ended := update.served + update.failed) and (app := self.book.app_of(update.lease_id)):
+                self._demand.ended(gateway.id, app, ended)
             if update.returned:
                 self.book.give_back(gateway.id, update.lease_id, update.returned)
+                self._demand.slots_changed(gateway.id)
             if update.renew:
                 lease = self.book.renew(gateway.id, update.lease_id, now_s)
                 self._tell(gateway, [lease] if lease else [], [] if lease else [update.lease_id])
@@ -294,6 +301,8 @@ class Dispatcher:
             gateway.leases.pop(lease_id, None)
             gateway.revoked[lease_id] = None
         if leases or revoked:
+            apps = [runner.app for lease in leases if (runner := self.book.runner(lease.runner_id))]
+            self._demand.slots_changed(gateway.id, apps)
             gateway.signal.set()
 
     async def expire(self, interval_s: float = EXPIRY_INTERVAL_S) -> None:
@@ -301,7 +310,11 @@ class Dispatcher:
         while True:
             await asyncio.sleep(interval_s)
             now_s = self._clock.monotonic_s()
-            if self.book.expire(now_s):
+            expired = self.book.expire(now_s)
+            for gateway_id in dict.fromkeys(lease.gateway for lease in expired):
+                if gateway_id in self._gateways:
+                    self._demand.slots_changed(gateway_id)
+            if expired:
                 self._grant()
             self.tunnels.tick(now_s)
 
@@ -348,6 +361,7 @@ class Dispatcher:
     def close(self, error: FalError) -> None:
         """End all streams: the leader is one no longer."""
         self._unsubscribe()
+        self._demand.close()
         for gateway in list(self._gateways.values()):
             if not gateway.closed.done():
                 gateway.closed.set_result(error)

@@ -58,7 +58,7 @@ def _route(state: State, runner: Runner) -> serving_pb2.Route:
     live = state.live[runner.node]
     status = live.statuses[runner.id]
     revision = state.revisions.get((runner.app, runner.revision))
-    scaling = revision.spec.scaling if revision is not None else None
+    scaling = state.scaling_for(runner)
     # IDLE and RUNNING alternate with every request; a gateway has no use for the difference.
     silent = live.health in (Health.UNKNOWN, Health.LOST)
     phase = RunnerState.UNKNOWN if silent else RunnerState.IDLE

@@ -1632,10 +1632,13 @@ class ApplyAppRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    RESET_SCALE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`team/name`."""
     expected_generation: _builtins.int
     """Generation that the caller has seen; 0: the app must not exist yet; unset: whatever is there."""
+    reset_scale: _builtins.bool
+    """True: scaling values set at run time are forgotten; the spec's hold."""
     @_builtins.property
     def spec(self) -> _state_pb2.AppSpec:
         """What should run."""
@@ -1646,10 +1649,11 @@ class ApplyAppRequest(_message.Message):
         id: _builtins.str = ...,
         spec: _state_pb2.AppSpec | None = ...,
         expected_generation: _builtins.int | None = ...,
+        reset_scale: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation", "id", b"id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation", "id", b"id", "reset_scale", b"reset_scale", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
     _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015

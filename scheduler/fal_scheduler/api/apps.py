@@ -27,7 +27,9 @@ async def apply_app(leader: Leadership, request: cluster_pb2.ApplyAppRequest, ac
     spec = spec_from_pb(message)
     before = _current(leader.view, request.id)
     expected = request.expected_generation if request.HasField("expected_generation") else None
-    reply = await leader.engine.submit(ApplyApp(request.id, spec, spec_digest(message), expected, actor))
+    reply = await leader.engine.submit(
+        ApplyApp(request.id, spec, spec_digest(message), expected, actor, request.reset_scale)
+    )
     return _reply(leader.view, request.id, spec, before, reply.outcome)
 
 
@@ -75,16 +77,18 @@ def _reply(state: State, app_id: str, spec: Spec, before: Spec | None, outcome: 
 
 def _warnings(state: State, app: App | None, spec: Spec, feasible: int, reason: str) -> Iterator[str]:
     scaling = state.scaling_of(app) if app is not None else spec.scaling
-    if not min(scaling.min_concurrency, scaling.max_concurrency):
-        yield "min_concurrency is 0: no runner starts until it is raised (`falctl app scale`)"
-    elif not feasible:
+    if not scaling.max_concurrency:
+        yield "max_concurrency is 0: no runner starts until it is raised (`falctl app scale`)"
+    elif not max(scaling.min_concurrency, scaling.concurrency_buffer):
+        yield "min_concurrency is 0: the first request starts a runner, and waits for it"
+    if scaling.max_concurrency and not feasible:
         yield f"no runner can be placed now: {reason}"
     for name in (spec.model, *spec.loras):
         model = state.models.get(name)
         if model is not None and model.state is ModelState.REGISTERED:
             yield f"nobody has attested model {name} yet: runners stage it and start once its content is known"
     if app is not None and app.scale is not None:
-        yield "scaling values set at run time stay in force; `falctl app scale --reset` forgets them"
+        yield "scaling values set at run time stay in force; `falctl app apply --reset-scale` forgets them"
 
 
 def _changes(before: Spec | None, after: Spec) -> list[cluster_pb2.FieldChange]:

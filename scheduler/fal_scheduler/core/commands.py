@@ -85,14 +85,17 @@ def apply_app(work: Work, event: ApplyApp) -> Reply:
     check_image(state, event.spec)
     check_secrets(state, team_of(event.id), event.spec)
     if have is not None and state.revision_of(have).digest == event.digest:
-        return Reply("unchanged", event.id, have.generation)
-    check_scaling(have.scale.over(event.spec.scaling) if have is not None and have.scale else event.spec.scaling)
+        if not event.reset_scale or have.scale is None:
+            return Reply("unchanged", event.id, have.generation)
+        return scale_app(work, ScaleApp(event.id, ScaleOverride(), reset=True, actor=event.actor))
+    scale = have.scale if have is not None and not event.reset_scale else None
+    check_scaling(scale.over(event.spec.scaling) if scale is not None else event.spec.scaling)
     number = 1 + max((kept for owner, kept in state.revisions if owner == event.id), default=0)
     work.put(Revision(event.id, number, event.spec, event.digest, work.moment.wall_s, event.actor), None)
     if have is None:
         app = App(event.id, number, created_at_s=work.moment.wall_s)
     else:
-        app = begun(work, replace(have, revision=number, generation=have.generation + 1), have)
+        app = begun(work, replace(have, revision=number, scale=scale, generation=have.generation + 1), have)
     work.put(app, have)
     state.backoffs.pop(event.id, None)  # the new revision may be what mends it
     _touch(work, event.id)

@@ -75,6 +75,7 @@ class ApplyApp:
     digest: str
     expected_generation: int | None = None
     actor: str = ""
+    reset_scale: bool = False  # forget scaling values set at run time
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,9 @@ def why_not_serving(state: State, app_id: str) -> str:
     if reason:
         return reason
     if not state.runners_by_app.get(app_id):
-        return "it is scaled to 0 runners; raise min_concurrency (`falctl app scale`)"
+        if not state.scaling_of(app).max_concurrency:
+            return "it is scaled to 0 runners at most; raise max_concurrency (`falctl app scale --max`)"
+        return "it is scaled to 0 runners; this request starts one"
     return "its runners are not ready yet"
 
 

@@ -120,6 +120,16 @@ class SlotBook:
         """How many runners of the app requests may be sent to."""
         return self._count.get(app, 0)
 
+    def held(self, app: str, gateway: str) -> int:
+        """Slots of an app that a gateway holds."""
+        return self._held.get((app, gateway), 0)
+
+    def app_of(self, lease_id: str) -> str:
+        """The app of a lease; empty where the book knows neither."""
+        lease = self._leases.get(lease_id)
+        runner = self._runners.get(lease.runner_id) if lease is not None else None
+        return runner.app if runner is not None else ""
+
     # -- gateways
 
     def take_over(self, gateway: str, held: Iterable[Held], now_s: float) -> tuple[list[Lease], list[str]]:

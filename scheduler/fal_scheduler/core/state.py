@@ -297,6 +297,13 @@ class State:
         scaling = self.revision_of(app).spec.scaling
         return app.scale.over(scaling) if app.scale is not None else scaling
 
+    def scaling_for(self, runner: Runner) -> Scaling | None:
+        """Scaling in force for a runner: its own revision's under the values set at run time."""
+        app, revision = self.apps.get(runner.app), self.revisions.get((runner.app, runner.revision))
+        if app is None or app.scale is None or revision is None:
+            return revision.spec.scaling if revision is not None else None
+        return app.scale.over(revision.spec.scaling)
+
     def find_node(self, name: str) -> Node | None:
         """A node by id or, where exactly one has it, by name."""
         node = self.nodes.get(name)
