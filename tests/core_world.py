@@ -45,12 +45,14 @@ from fal_scheduler.core.model_events import (
     RevokeModel,
     StageModel,
 )
+from fal_scheduler.core.node_events import CancelDrain, DeclareLost, DrainNode, LabelNode, NodeNotice
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.records import (
     Change,
     Goal,
     Meta,
     Model,
+    PlacementRules,
     Pool,
     Resources,
     RolloutPolicy,
@@ -70,6 +72,14 @@ from fal_scheduler.core.told import Gpu, GpuLink, Inventory, RunnerStatus
 from fal_scheduler.core.views import runner_phase
 
 GIB = 1 << 30
+# Where apps of random histories want to be.
+RULES = (
+    *(PlacementRules() for _ in range(5)),
+    PlacementRules(spread="node", anti_affinity=("other/app1",)),
+    PlacementRules(spread="domain", labels_preferred={"disk": "nvme"}),
+    PlacementRules(anti_affinity=("default/app0",), gpu_topology="nvlink"),
+    PlacementRules(affinity_preferred=("default/app1",), wait_value_micros_s=5000),
+)
 MODELS = ("default/m0", "default/m1", "default/m2")
 _FORWARD = {
     RunnerState.STAGING: RunnerState.SETUP,
@@ -105,7 +115,15 @@ def sim_gpus(node: str, count: int, model: str, gib: int, *, paired: bool = Fals
 
 
 def spec_of(
-    *, gpus: int = 1, model: str = "", least: int = 1, most: int = 8, memory_gib: int = 1, tag: str = ""
+    *,
+    gpus: int = 1,
+    model: str = "",
+    least: int = 1,
+    most: int = 8,
+    memory_gib: int = 1,
+    tag: str = "",
+    gpu_milli: int = 0,
+    placement: PlacementRules | None = None,
 ) -> tuple[Spec, str]:
     """A spec and a digest that tells it from others."""
     spec = Spec(
@@ -115,6 +133,8 @@ def spec_of(
         machine_type=(model,) if model else (),
         resources=Resources(1000, memory_gib * GIB),
         scaling=Scaling(min_concurrency=least, max_concurrency=most),
+        gpu_milli=gpu_milli if gpus == 1 else 0,
+        placement=placement or PlacementRules(),
     )
     return spec, f"digest of {spec!r}"
 
@@ -127,6 +147,7 @@ class SimNode:
     inventory: Inventory
     session: int = 0
     connected: bool = False
+    boot_id: str = ""
     term_seen: int = 0
     containers: dict[str, RunnerStatus] = field(default_factory=dict)
     changed: dict[str, None] = field(default_factory=dict)
@@ -164,8 +185,8 @@ class SimNode:
 
     def _admit(self, runner: Runner) -> None:
         assert runner.assignment is not None
-        held = {gpu for one in self.containers.values() if not one.ended for gpu in one.gpus}
-        overlap = held.intersection(runner.gpus)
+        there = [one for one in self.containers.values() if not one.ended]
+        overlap = {gpu for gpu in runner.gpus if not _fits_beside(runner, [one for one in there if gpu in one.gpus])}
         status = RunnerStatus(
             runner.id,
             RunnerState.STAGING,
@@ -177,6 +198,7 @@ class SimNode:
             share_group=runner.share_group,
             memory_bytes=runner.memory_bytes,
             cpu_milli=runner.cpu_milli,
+            gpu_milli=runner.gpu_milli,
         )
         if overlap:
             self.doubled += sorted(overlap)
@@ -216,7 +238,7 @@ class SimNode:
         return NodeHello(
             self.id,
             f"{self.id}-s{self.session}",
-            f"boot-{self.id}",
+            self.boot_id or f"boot-{self.id}",
             now_s,
             cluster_id=meta.cluster_id,
             epoch_seen=meta.epoch,
@@ -233,6 +255,15 @@ class SimNode:
         self.changed.clear()
         self.gone.clear()
         return told
+
+
+def _fits_beside(runner: Runner, holders: list[RunnerStatus]) -> bool:
+    """Whether a GPU with these holders may be given to the runner as well."""
+    if not holders:
+        return True
+    teams = {one.runner_id.split("/")[0] for one in holders} | {runner.id.split("/")[0]}
+    shares = [runner.gpu_milli, *(one.gpu_milli for one in holders)]
+    return all(shares) and sum(shares) <= 1000 and len(teams) == 1
 
 
 class World:
@@ -254,7 +285,8 @@ class World:
 
     def _found(self, nodes: int) -> None:
         for pool, zone in (("east", "z1"), ("west", "z2")):
-            self.step(ApplyPool(Pool(pool, zone=zone)))
+            price, reclaim_ppm = (3_000_000, 0) if pool == "east" else (2_000_000, 20_000)
+            self.step(ApplyPool(Pool(pool, zone=zone, gpu_hour_price_micros=price, reclaim_per_hour_ppm=reclaim_ppm)))
             token = tokens.create(
                 f"t-{pool}", "secret", pool=pool, ttl_s=86400.0, uses=1000, created_by="op", now_s=self.wall_s
             )
@@ -353,6 +385,8 @@ class World:
                 self.hello(node_id)
         for what in ("node", "store", "stop", "stops"):
             self.step(Confirm(what))
+        for node_id in self.nodes:
+            self.step(CancelDrain(node_id))
         for app_id in list(self.state.rolling):
             for action in ("resume", "promote"):
                 self.step(SetRollout(app_id, action))
@@ -395,12 +429,17 @@ class World:
 
 def _check_promises(world: World) -> None:
     """By the records and the machines alone: a GPU is promised to one runner, and exists."""
-    promised: dict[str, str] = {}
+    promised: dict[str, list[Runner]] = {}
     for runner in world.state.runners.values():
         for gpu in runner.gpus:
-            assert gpu not in promised, f"{gpu} is promised to {promised[gpu]} and {runner.id}"
-            promised[gpu] = runner.id
+            promised.setdefault(gpu, []).append(runner)
             assert gpu in {one.id for one in world.nodes[runner.node].inventory.gpus}
+    for gpu, runners in promised.items():
+        ids = [runner.id for runner in runners]
+        whole = len(ids) == 1 or all(runner.gpu_milli for runner in runners)
+        assert whole, f"{gpu} is promised to {ids}"
+        assert sum(runner.gpu_milli for runner in runners) <= 1000, f"{gpu} is promised to {ids}"
+        assert len({id_.split("/")[0] for id_ in ids}) == 1, f"{gpu} is shared by teams: {ids}"
     for node in world.nodes.values():
         memory = sum(one.memory_bytes for one in world.state.runners.values() if one.node == node.id)
         assert memory <= node.inventory.memory_bytes
@@ -463,7 +502,7 @@ def random_step(world: World) -> None:
     rng, state = world.rng, world.state
     node_id = rng.choice(sorted(world.nodes))
     node = world.nodes[node_id]
-    app_id = f"default/app{rng.randrange(4)}"
+    app_id = rng.choice(("default/app0", "default/app1", "default/app2", "default/app3", "other/app0", "other/app1"))
     match rng.randrange(26):
         case 0 | 1:
             spec, digest = spec_of(
@@ -472,6 +511,8 @@ def random_step(world: World) -> None:
                 least=rng.randrange(4),
                 memory_gib=rng.choice((1, 8, 30)),
                 tag=str(rng.randrange(3)),
+                gpu_milli=rng.choice((0, 0, 0, 300, 500)),
+                placement=rng.choice(RULES),
             )
             if rng.randrange(2) == 0:
                 spec, digest = replace(spec, model=rng.choice(MODELS)), f"{digest} with a model"
@@ -521,6 +562,8 @@ def random_step(world: World) -> None:
             running = sorted(id_ for id_, one in node.containers.items() if one.serves)
             if running:
                 node.wound(rng.choice(running))
+        case 23:
+            _random_node_step(world, node_id)
         case 24 if rng.randrange(2):
             world.step(SetRollout(app_id, rng.choice(("pause", "resume", "promote", "abort"))))
         case 24:
@@ -533,6 +576,26 @@ def random_step(world: World) -> None:
                 if rng.randrange(10) < 7:
                     node.advance(runner_id)
             world.report(node_id)
+
+
+def _random_node_step(world: World, node_id: str) -> None:
+    """A drain, its end, a notice, a label: what becomes of nodes that are there."""
+    rng, live = world.rng, world.state.live.get(node_id)
+    match rng.randrange(5):
+        case 0:
+            kind, deadline_s = rng.choice(("drain", "maintenance", "reboot")), rng.choice((None, 30.0))
+            world.step(
+                DrainNode(node_id, kind, deadline_s, force=rng.randrange(6) == 0, uncordon=rng.randrange(2) == 0)
+            )
+        case 1:
+            world.step(CancelDrain(node_id))
+        case 2 if live is not None:
+            kind = rng.choice(("spot", "notice", ""))
+            world.step(NodeNotice(node_id, live.session_id, kind, 60.0, "told by the cloud", world.now_s))
+        case 3:
+            world.step(LabelNode(node_id, {"rack": str(rng.randrange(3))}))
+        case _:
+            world.step(DeclareLost(rng.choice(("east", "west"))))
 
 
 def _random_model_step(world: World) -> None:

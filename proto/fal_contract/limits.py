@@ -73,6 +73,9 @@ MASS_STOP_SHARE: Final = 0.1
 MASS_STOP_RUNNERS_MIN: Final = 3
 FAILOVER_GRACE_S: Final = 300.0
 
+# Drains.
+NOTICE_MARGIN_S: Final = 20.0  # before a cloud takes a node back, what is left there is stopped
+
 # Rollouts.
 DISTURBED_PERC: Final = 25  # of an app's runners at once, where the app does not say
 ROLLOUT_DEADLINE_S: Final = 3600.0

@@ -7,7 +7,7 @@ ask nobody, but what they took counts: a second disturbance waits until the app 
 
 from __future__ import annotations
 
-from fal_scheduler.core.records import Goal
+from fal_scheduler.core.records import Goal, Runner
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Health
 
@@ -34,3 +34,11 @@ def allowed(state: State, app_id: str, wanted: int) -> int:
         return 0
     perc = state.revision_of(app).spec.rollout.disturbed_perc
     return max(0, max(1, wanted * perc // 100) - disturbed(state, app_id))
+
+
+def leaving(state: State, runner: Runner) -> str:
+    """Why another should take a runner's place: its node is drained. Empty: none should."""
+    node = state.nodes.get(runner.node)
+    if node is None or node.drain is None:
+        return ""
+    return f"{node.name} is drained ({node.drain.reason or node.drain.kind})"

@@ -27,6 +27,7 @@ from fal_scheduler.core.model_events import (
     StageModel,
     UnstageModel,
 )
+from fal_scheduler.core.node_events import NodeCommand, NodeNotice
 from fal_scheduler.core.pack_events import AccessTold, PackCommand
 from fal_scheduler.core.records import Change, Pool, ScaleOverride, Spec
 from fal_scheduler.core.rollout_events import RolloutCommand
@@ -207,6 +208,7 @@ Command = (
     | PackCommand
     | SecretCommand
     | RolloutCommand
+    | NodeCommand
     | GpuCommand
 )
 
@@ -287,7 +289,7 @@ class Proceed:
     """A step left work behind (a big plan takes several); the engine sends it when it has nothing else."""
 
 
-News = NodeHello | NodeReport | NodeDisconnected | GatewayReach | DemandTold | Tick | Proceed | CacheTold
+News = NodeHello | NodeReport | NodeDisconnected | GatewayReach | DemandTold | NodeNotice | Tick | Proceed | CacheTold
 Event = Command | News
 
 

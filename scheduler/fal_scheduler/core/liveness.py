@@ -26,12 +26,16 @@ REPLACED_PER_TICK_MAX: Final = 20  # runners of lost nodes; a tick comes once a 
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """One node as the judge sees it. `reached`: a gateway has reached it within LOST_AFTER_S."""
+    """One node as the judge sees it. `reached`: a gateway has reached it within LOST_AFTER_S.
+
+    `declared`: an operator has declared its pool lost while it was silent.
+    """
 
     node_id: str
     domain: str
     age_s: float
     reached: bool = False
+    declared: bool = False
 
 
 def judge(nodes: Iterable[Silence]) -> Mapping[str, Health]:
@@ -46,7 +50,7 @@ def judge(nodes: Iterable[Silence]) -> Mapping[str, Health]:
     for node in nodes:
         if node.node_id not in silent:
             health[node.node_id] = Health.READY
-        elif node.age_s > LOST_AFTER_S and not node.reached and speaking:
+        elif node.declared or (node.age_s > LOST_AFTER_S and not node.reached and speaking):
             health[node.node_id] = Health.LOST
         else:
             health[node.node_id] = Health.UNKNOWN
@@ -95,7 +99,10 @@ def _silence(work: Work, live: NodeLive) -> Silence:
     stalled_s = state.stall_total_s - live.stall_at_heard_s
     age_s = now_s - max(live.heard_at_s, state.term_began_s) - stalled_s
     reached = any(now_s - at_s - stalled_s <= LOST_AFTER_S for _, at_s in live.reached.values())
-    return Silence(live.node_id, state.domain_of(live.node_id), age_s, reached)
+    node = state.nodes[live.node_id]
+    pool = state.pools.get(node.pool)
+    declared = pool is not None and work.moment.wall_s - age_s <= pool.lost_declared_at_s
+    return Silence(live.node_id, state.domain_of(live.node_id), age_s, reached, declared)
 
 
 def _changed(work: Work, live: NodeLive, health: Health) -> None:

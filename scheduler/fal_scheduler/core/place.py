@@ -80,7 +80,7 @@ class Placer:
         found: list[Ranking] = []
         for mask in self._masks_of(spec):
             rows = np.flatnonzero(open_rows & mask)
-            if spec.placement.gpu_topology and spec.num_gpus > 1:
+            if rows.size and spec.placement.gpu_topology and spec.num_gpus > 1:
                 rows = self._joined(rows, spec)
             if not rows.size:
                 continue
@@ -122,7 +122,7 @@ class Placer:
             fleet.boards[row].choose(np.flatnonzero(fleet.teams[row] == NOBODY).tolist(), spec.num_gpus, rule)
             for row in rows[first]
         ]
-        joined: Rows = rows[np.array([found is not None for found in fits])[kind.ravel()]]
+        joined: Rows = rows[np.array([found is not None for found in fits], np.bool_)[kind.ravel()]]
         return joined
 
     def _placement(self, spec: Spec, ask: Ask, ranking: Ranking, at: int, equal: int) -> Placement:

@@ -3,8 +3,9 @@
 Pure. `reconcile` looks at one app, does at most what one step may change, and leaves the app dirty when there is more.
 Rules it keeps:
 - How a new revision takes over is `rollout`'s; a revision that cannot be placed never takes down the one that serves.
-- A runner whose container's monitor died is replaced first and drained then: one more than wanted is made, at most one
-  at a time for each app, and only where a place for it is free. Where fewer are wanted it is the first to go.
+- A runner whose container's monitor died, or that must leave its GPU or node, is replaced first and drained then: one
+  more than wanted is made, more of them only for a drain, and only where a place is free. Where fewer are wanted it is
+  the first to go.
 - Stops that no operator asked for wait in a leader's first minutes, and wait for a confirm when they are many.
 - Nothing is started or stopped by itself while the store is suspected, or on objects that broke an invariant.
 Called by `step` only.
@@ -62,8 +63,9 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
     if not work.full:
         state.asked.pop(app_id, None)
     place_waiting(work, placer, app, revision, current.unplaced)
-    if more and current.count <= share.new:
-        _replace_wounded(work, placer, app, revision)
+    for _ in range(share.new + more - max(share.new, current.count)):
+        if not _replace_ahead(work, placer, app, revision):
+            break
     if app.rollout is not None:
         finish(work, app, *_sort(work, app), wanted)
 
@@ -80,12 +82,16 @@ def _keep_old(work: Work, placer: Placer, app: App, old: Runners, target: int, w
             stop(work, runner, Goal.STOP, "")
             old.unplaced.remove(runner)
     _replace_crashed(work, old)
+    more = relieve(work, app, old, target)
     if old.count > wanted:
         shrink(work, app, old, wanted)
-    elif old.count > target:
-        give_way(work, app, old, target, wanted)
+    elif old.count > target + more:
+        give_way(work, app, old, target + more, wanted)
     elif old.count < target:
         grow(work, placer, app, revision, target - old.count)
+    for _ in range(target + more - max(target, old.count)):
+        if not _replace_ahead(work, placer, app, revision):
+            break
     place_waiting(work, placer, app, revision, old.unplaced)
 
 
@@ -156,18 +162,19 @@ def _replace_crashed(work: Work, current: Runners) -> None:
             current.unplaced.remove(runner)
 
 
-def _replace_wounded(work: Work, placer: Placer, app: App, revision: Revision) -> None:
+def _replace_ahead(work: Work, placer: Placer, app: App, revision: Revision) -> bool:
     """One runner more than wanted, where a place is free; without one, nothing waits for it but this app."""
     state = work.state
     unplaced = any(not state.runners[id_].node for id_ in state.runners_by_app.get(app.id, ()))
     if work.full or unplaced or backoff_of(work, app.id, revision.number) is not None:
-        return
+        return False
     runner = new_runner(work, app, revision)
     assigned = placed(work, placer, runner, revision)
     if assigned is None:
         state.waiting[app.id] = None  # looked at again when something becomes free
-    else:
-        work.put(assigned, None)
+        return False
+    work.put(assigned, None)
+    return True
 
 
 def _delete(work: Work, app: App) -> None:

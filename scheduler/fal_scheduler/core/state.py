@@ -10,7 +10,7 @@ Invariant: every index (runners by node and app, GPU occupancy, the fleet's colu
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from fal_scheduler.core.cache_facts import CacheFacts
@@ -64,6 +64,8 @@ class State:
         self.revocations: dict[str, Revocation] = {}
         self.apps: dict[str, App] = {}
         self.revisions: dict[tuple[str, int], Revision] = {}
+        self.draining: dict[str, None] = {}  # nodes with a drain under way
+        self.reboots: dict[str, str] = {}  # nodes that were told to reboot, with their boot id before
         self.rolling: dict[str, None] = {}  # apps with a rollout under way
         self.catalog = Catalog()  # models, wishes, cache entries
         self.runners: dict[str, Runner] = {}
@@ -117,6 +119,9 @@ class State:
                 self._set_runner(before, after)
             case Node() as node:
                 _set(self.nodes, node.id, after)
+                self.draining.pop(node.id, None)
+                if isinstance(after, Node) and after.drain is not None:
+                    self.draining[node.id] = None
                 self.refresh_node(node.id)
             case Pool() as pool:
                 _set(self.pools, pool.name, after)

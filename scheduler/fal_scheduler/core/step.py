@@ -16,6 +16,7 @@ from fal_scheduler.core import (
     builds,
     commands,
     demand_news,
+    drain,
     gpu_commands,
     invariants,
     liveness,
@@ -69,6 +70,7 @@ from fal_scheduler.core.model_events import (
     StageModel,
     UnstageModel,
 )
+from fal_scheduler.core.node_events import CancelDrain, DeclareLost, DrainNode, LabelNode, NodeNotice, RemoveNode
 from fal_scheduler.core.pack_events import PackImage, PutImage, RemoveModel
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.reconcile import reconcile
@@ -110,6 +112,7 @@ class Core:
             raise
         if violations:
             work.undo()
+            self.state.fleet.distrust()  # what placement looked at may be what was wrong
             raise BrokenInvariant(violations)
         return Outcome(tuple(work.changes), tuple(work.effects.values()), reply)
 
@@ -145,6 +148,8 @@ def _take(work: Work, event: Event) -> Reply | None:
             news.hello(work, event)
             _settle(work)
             return Reply("done", event.node_id)
+        case NodeNotice():
+            drain.notice(work, event)
         case NodeDisconnected():
             news.disconnected(work, event)
         case GatewayReach():
@@ -214,6 +219,8 @@ def _model_command(work: Work, event: Command) -> Reply:
             return builds.command(work, event)
         case PackImage() | PutImage() | RemoveModel():
             return packs.command(work, event)
+        case DrainNode() | CancelDrain() | LabelNode() | RemoveNode() | DeclareLost():
+            return drain.command(work, event)
         case SetRollout() | SetRevision():
             return rollout.command(work, event)
         case SetSecret() | UnsetSecret():
@@ -233,6 +240,7 @@ def _tick(work: Work, event: Tick) -> None:
     scaling.tick(work)
     builds.tick(work)
     rollout.tick(work)
+    drain.tick(work)
     _settle(work)
     for app_id, backoff in state.backoffs.items():
         if backoff.until_s <= now_s and app_id in state.waiting:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from fal_contract.limits import MASS_STOP_RUNNERS_MIN, MASS_STOP_SHARE
+from fal_scheduler.core.disruption import allowed, leaving
 from fal_scheduler.core.gpu_faults import dead, faulty
 from fal_scheduler.core.records import App, Goal, Runner
 from fal_scheduler.core.runner_groups import Runners
@@ -68,24 +69,30 @@ def _by_use(work: Work, app: App, current: Runners) -> tuple[list[tuple[Runner, 
 
 
 def relieve(work: Work, app: App, current: Runners, wanted: int) -> int:
-    """Drain wounded runners that are not needed any more; how many more than wanted there may be for those that are.
+    """Drain runners whose place others have taken; how many more than wanted there may be for those that must go yet.
 
-    Wounded is also one on a quarantined GPU. Runners on silent nodes count as little: a replacement that nobody can
-    reach replaces nobody.
+    They must go because they are wounded (one at a time), hold a quarantined GPU, or leave a node that is drained (as
+    many at once as the app's disturbed share allows). Runners on silent nodes count as little: a replacement that
+    nobody can reach replaces nobody.
     """
     state = work.state
     _stop_useless(work, app, current)
-    wounded = [runner for runner in current.ready if _wounded(state, runner)]
-    if not wounded:
+    going = {runner.id: why for runner in current.ready if (why := leaving(state, runner) or _wounded(state, runner))}
+    if not going:
         return 0
-    sound = sum(1 for runner in current.ready if runner not in wounded and state.health_of(runner.node) is Health.READY)
-    needed = max(0, wanted - sound)
-    victims = wounded[needed:]
-    if victims and may_stop(work, app, len(victims)):
-        for runner in victims:
-            stop(work, runner, Goal.DRAIN, f"replaced: {_wounded(state, runner)}")
-        current.ready = [runner for runner in current.ready if state.runners[runner.id].goal is Goal.RUN]
-    return int(any(runner in current.ready for runner in wounded))
+    sound = sum(1 for one in current.ready if one.id not in going and state.health_of(one.node) is Health.READY)
+    replaced = [runner for runner in current.ready if runner.id in going][max(0, wanted - sound) :]
+    drained = [runner for runner in replaced if leaving(state, runner)]
+    for runner in drained[: allowed(state, app.id, wanted)]:  # an operator or the cloud asked
+        stop(work, runner, Goal.DRAIN, f"replaced: {going[runner.id]}")
+    others = [runner for runner in replaced if not leaving(state, runner)]
+    if others and may_stop(work, app, len(others)):
+        for runner in others:
+            stop(work, runner, Goal.DRAIN, f"replaced: {going[runner.id]}")
+    current.ready = [runner for runner in current.ready if state.runners[runner.id].goal is Goal.RUN]
+    left = [runner for runner in current.ready if runner.id in going]
+    drains = sum(1 for runner in left if leaving(state, runner))
+    return max(min(1, len(left)), min(drains, allowed(state, app.id, wanted)))
 
 
 def _wounded(state: State, runner: Runner) -> str:
@@ -104,6 +111,9 @@ def _stop_useless(work: Work, app: App, current: Runners) -> None:
     A node's word about its own hardware is no guess of a new leader's, so it does not wait for the end of its grace.
     """
     state = work.state
+    for runner in [one for one in current.starting if leaving(state, one)]:
+        stop(work, runner, Goal.STOP, f"started elsewhere: {leaving(state, runner)}")
+    current.starting = [runner for runner in current.starting if state.runners[runner.id].goal is Goal.RUN]
     useless = [runner for runner in current.starting if faulty(state, runner)]
     useless += [runner for runner in current.ready if dead(state, runner)]
     if not useless or not may_stop(work, app, len(useless), grace=False):

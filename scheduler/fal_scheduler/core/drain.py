@@ -1,0 +1,257 @@
+"""Runners leave a node: replaced first, drained then, stopped at the deadline. Pure.
+
+A drain is in the node's record, so that a new leader goes on with it. Each app brings its own runners away
+(`stops.relieve`): one that leaves goes on serving until another serves in its place, so many at once as the app's
+disturbed share allows (`disruption`). Placement finds the place, and prefers one that is warm for the model. Where
+there is none, the runner stays until the deadline; then it is stopped, and this is said.
+
+When the node is empty, its drain is over: it stays cordoned, is used again, is rebooted or is forgotten, as asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from fal_contract.errors import Code, FalError, invalid, not_found
+from fal_contract.limits import LABEL_CHARS_MAX, LABELS_MAX, NOTICE_MARGIN_S
+from fal_scheduler.core.events import NodeChanged, Reply, Revoked
+from fal_scheduler.core.node_events import (
+    CancelDrain,
+    DeclareLost,
+    DrainNode,
+    LabelNode,
+    NodeCommand,
+    NodeNotice,
+    RemoveNode,
+)
+from fal_scheduler.core.records import Drain, Goal, Node, Revocation
+from fal_scheduler.core.state import State
+from fal_scheduler.core.stops import stop
+from fal_scheduler.core.told import Health
+from fal_scheduler.core.work import Work
+
+DRAIN: Final = "drain"
+MAINTENANCE: Final = "maintenance"
+REBOOT: Final = "reboot"
+REMOVE: Final = "remove"
+SPOT: Final = "spot"
+NOTICE: Final = "notice"
+ASKED: Final = (DRAIN, MAINTENANCE, REBOOT, REMOVE)
+NOTICED: Final = (SPOT, NOTICE)
+
+
+def command(work: Work, event: NodeCommand) -> Reply:
+    """Carry out an operator's command. Raises NOT_FOUND, INVALID, FAILED_PRECONDITION."""
+    match event:
+        case DrainNode():
+            return _drain(work, event)
+        case CancelDrain():
+            return _cancel(work, event)
+        case LabelNode():
+            return _label(work, event)
+        case RemoveNode():
+            return _remove(work, event)
+        case DeclareLost():
+            return _declare_lost(work, event)
+
+
+def _node(state: State, name: str) -> Node:
+    node = state.find_node(name)
+    if node is None:
+        raise not_found("node", name, remedy="List them with `falctl node list`; use the id where names repeat.")
+    if node.revoked:
+        raise FalError(
+            Code.FAILED_PRECONDITION, f"node {node.name} is revoked", remedy="It never comes back; `falctl node rm`."
+        )
+    return node
+
+
+def _drain(work: Work, event: DrainNode) -> Reply:
+    node = _node(work.state, event.node)
+    if event.kind not in ASKED:
+        raise invalid("kind", event.kind, "is no kind of drain", remedy=f"Use one of {', '.join(ASKED)}.")
+    if event.deadline_s is not None and not event.deadline_s > 0.0:
+        raise invalid("deadline", event.deadline_s, "is not in the future", remedy="Use a positive time, or --force.")
+    wall_s = work.moment.wall_s
+    drain = Drain(
+        event.kind,
+        event.reason,
+        wall_s,
+        wall_s + event.deadline_s if event.deadline_s is not None else 0.0,
+        event.force,
+        not event.uncordon,
+        event.actor,
+    )
+    begin(work, node, drain)
+    runners = len(work.state.runners_by_node.get(node.id, ()))
+    return Reply("changed", node.id, lines=(f"{runners} runners",))
+
+
+def begin(work: Work, node: Node, drain: Drain) -> None:
+    """Cordon the node and let its runners leave."""
+    reason = drain.reason or {SPOT: "the cloud takes it back", NOTICE: "its cloud works on it"}.get(drain.kind, "")
+    work.put(replace(node, cordoned=True, cordon_reason=reason or f"{drain.kind} by an operator", drain=drain), node)
+    work.state.refresh_node(node.id)
+    work.log("NODE_DRAINING", node.id, f"{drain.kind}: {reason or 'by an operator'}")
+    for runner_id in work.state.runners_by_node.get(node.id, ()):
+        work.state.dirty[work.state.runners[runner_id].app] = None
+    if drain.force:
+        _stop_all(work, node, f"{node.name} is drained by force")
+    _finish(work, work.state.nodes[node.id])
+
+
+def _cancel(work: Work, event: CancelDrain) -> Reply:
+    node = _node(work.state, event.node)
+    if node.drain is None and not node.cordoned:
+        return Reply("unchanged", node.id)
+    work.put(replace(node, drain=None, cordoned=False, cordon_reason=""), node)
+    work.state.refresh_node(node.id)
+    work.capacity_grew()
+    for runner_id in work.state.runners_by_node.get(node.id, ()):
+        work.state.dirty[work.state.runners[runner_id].app] = None  # replacements on their way are not needed
+    work.log("NODE_DRAIN_CANCELLED", node.id, "it may be used again")
+    return Reply("changed", node.id)
+
+
+def _label(work: Work, event: LabelNode) -> Reply:
+    node = _node(work.state, event.node)
+    for name, value in event.put.items():
+        if not name or max(len(name), len(value)) > LABEL_CHARS_MAX:
+            raise invalid("labels", f"{name}={value}", "is no label", remedy=f"Use 1 to {LABEL_CHARS_MAX} characters.")
+    labels = {name: value for name, value in node.labels.items() if name not in event.drop} | dict(event.put)
+    if len(labels) > LABELS_MAX:
+        raise invalid("labels", len(labels), "are too many", remedy=f"A node has at most {LABELS_MAX}.")
+    if labels == node.labels:
+        return Reply("unchanged", node.id)
+    work.put(replace(node, labels=labels), node)
+    work.capacity_grew()
+    work.log("NODE_LABELLED", node.id, ", ".join(f"{name}={value}" for name, value in sorted(labels.items())))
+    return Reply("changed", node.id)
+
+
+def _remove(work: Work, event: RemoveNode) -> Reply:
+    state = work.state
+    node = state.find_node(event.node)
+    if node is None:
+        raise not_found("node", event.node, remedy="List them with `falctl node list`; use the id where names repeat.")
+    runners = list(state.runners_by_node.get(node.id, ()))
+    gone = node.revoked or state.health_of(node.id) in (Health.LOST, Health.JOINED)
+    if runners and not event.force:
+        what = f"node {node.name} has {len(runners)} runners"
+        remedy = f"`falctl node drain {node.name}` first; --force gives them up."
+        raise FalError(Code.FAILED_PRECONDITION, what, remedy=remedy)
+    if not gone and not node.cordoned and not event.force:
+        what = f"node {node.name} is in use: neither cordoned nor lost"
+        raise FalError(Code.FAILED_PRECONDITION, what, remedy=f"`falctl node drain {node.name}` first, or --force.")
+    _forget(work, node)
+    return Reply("done", node.id, lines=(f"{len(runners)} runners given up",))
+
+
+def _forget(work: Work, node: Node) -> None:
+    """The node's certificates are refused from now on; its record and those of its runners go."""
+    state = work.state
+    live = state.live.get(node.id)
+    if live is not None:
+        for runner_id in list(live.orphans):
+            state.forget_orphan(node.id, runner_id)
+        live.statuses.clear()
+    for runner_id in list(state.runners_by_node.get(node.id, ())):
+        work.drop(state.runners[runner_id])
+    subject = f"node/{node.id}"
+    before = state.revocations.get(node.id)
+    work.put(Revocation(node.id, subject, work.moment.wall_s, "removed"), before)
+    work.drop(state.nodes[node.id])
+    state.live.pop(node.id, None)
+    work.emit(Revoked(subject))
+    work.emit(NodeChanged(node.id))
+    work.log("NODE_REMOVED", node.id, f"{node.name} is forgotten")
+
+
+def _declare_lost(work: Work, event: DeclareLost) -> Reply:
+    state = work.state
+    pool = state.pools.get(event.pool)
+    if pool is None:
+        raise not_found("pool", event.pool, remedy="List them with `falctl pool list`.")
+    silent = [
+        node.id
+        for node in state.nodes.values()
+        if node.pool == pool.name and state.health_of(node.id) in (Health.UNKNOWN, Health.LOST)
+    ]
+    if not silent:
+        what = f"no node of pool {pool.name} is silent"
+        raise FalError(Code.FAILED_PRECONDITION, what, remedy="See `falctl node list`.")
+    after = replace(pool, lost_declared_at_s=work.moment.wall_s, generation=pool.generation + 1)
+    work.put(after, pool)
+    work.log("POOL_DECLARED_LOST", pool.name, f"{len(silent)} silent nodes are lost: their runners are replaced")
+    return Reply("changed", pool.name, after.generation, (f"{len(silent)} nodes",))
+
+
+# --- by itself ------------------------------------------------------------------------------------------------------
+
+
+def notice(work: Work, event: NodeNotice) -> None:
+    """A cloud's word about a node, which the node passed on. An operator's own drain stands above it."""
+    state = work.state
+    node, live = state.nodes.get(event.node_id), state.live.get(event.node_id)
+    if node is None or live is None or live.session_id != event.session_id:
+        return
+    have = node.drain
+    if not event.kind:
+        if have is not None and have.kind in NOTICED:
+            _cancel(work, CancelDrain(node.id))
+        return
+    if event.kind not in NOTICED or (have is not None and have.kind not in NOTICED):
+        return
+    deadline_s = work.moment.wall_s + max(0.0, event.within_s)
+    if have is not None and have.kind == event.kind and abs(have.deadline_at_s - deadline_s) < NOTICE_MARGIN_S:
+        return
+    begin(work, node, Drain(event.kind, event.reason, work.moment.wall_s, deadline_s, keep_cordoned=True))
+
+
+def tick(work: Work) -> None:
+    """Deadlines that are over, and nodes that are empty."""
+    state, wall_s = work.state, work.moment.wall_s
+    for node_id in list(state.draining):
+        node = state.nodes[node_id]
+        drain = node.drain
+        assert drain is not None
+        # What the cloud takes back must have ended before it does.
+        margin_s = NOTICE_MARGIN_S if drain.kind == SPOT else 0.0
+        if drain.force or 0.0 < drain.deadline_at_s <= wall_s + margin_s:
+            _stop_all(work, node, f"the {drain.kind} of {node.name} has reached its deadline")
+        _finish(work, node)
+
+
+def _stop_all(work: Work, node: Node, why: str) -> None:
+    for runner_id in list(work.state.runners_by_node.get(node.id, ())):
+        runner = work.state.runners[runner_id]
+        if runner.goal < Goal.STOP and not work.full:  # the next tick goes on
+            stop(work, runner, Goal.STOP, why)
+
+
+def _finish(work: Work, node: Node) -> None:
+    """An empty node's drain is over; one that was noticed stays until the machine goes, or the notice does."""
+    state, drain = work.state, node.drain
+    live = state.live.get(node.id)
+    held = bool(state.runners_by_node.get(node.id)) or (live is not None and bool(live.orphans))
+    if drain is None or held or drain.kind in NOTICED or work.full:
+        return
+    if drain.kind == REMOVE:
+        _forget(work, node)
+        return
+    if drain.kind == REBOOT and not state.reboots.get(node.id):
+        state.reboots[node.id] = live.boot_id if live is not None else ""
+        work.emit(NodeChanged(node.id))
+        work.log("NODE_REBOOTING", node.id, "it is empty")
+        return
+    if drain.kind == REBOOT and (live is None or not live.boot_id or live.boot_id == state.reboots[node.id]):
+        return  # until it is back under another boot id
+    state.reboots.pop(node.id, None)
+    keep = drain.keep_cordoned and drain.kind != REBOOT
+    reason = f"drained: {drain.reason or drain.kind}" if keep else ""
+    work.put(replace(node, drain=None, cordoned=keep, cordon_reason=reason), node)
+    state.refresh_node(node.id)
+    if not keep:
+        work.capacity_grew()
+    work.log("NODE_DRAINED", node.id, "nothing runs on it any more")

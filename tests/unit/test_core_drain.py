@@ -1,0 +1,235 @@
+"""Runners leave a node: replaced first, in the app's share, stopped at the deadline; nodes labelled, removed, lost."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from core_world import World, spec_of
+from fal_contract.errors import Code, FalError
+from fal_scheduler.core.events import ApplyApp, Event, Moment
+from fal_scheduler.core.node_events import CancelDrain, DeclareLost, DrainNode, LabelNode, NodeNotice, RemoveNode
+from fal_scheduler.core.records import Goal, Node, Runner, RunnerState
+from fal_scheduler.core.told import Health
+
+APP = "default/a"
+
+
+class Fleet:
+    """Nodes with 2, 4, 2 … GPUs and one app whose runners are ready."""
+
+    def __init__(self, least: int, *, nodes: int = 4) -> None:
+        self.world = World(Random(1), nodes=nodes)
+        spec, digest = spec_of(gpus=1, least=least)
+        self.world.step(ApplyApp(APP, spec, digest))
+        self.rounds(8)
+        assert self.serving() == least
+
+    def do(self, event: Event) -> None:
+        assert self.world.step(event) is not None
+
+    def node(self, node_id: str) -> Node:
+        return self.world.state.nodes[node_id]
+
+    def runners(self, node_id: str = "") -> list[Runner]:
+        return [one for one in self.world.state.runners.values() if node_id in ("", one.node)]
+
+    def busiest(self) -> str:
+        return max(self.world.nodes, key=lambda node_id: (len(self.runners(node_id)), node_id))
+
+    def serving(self) -> int:
+        state = self.world.state
+        running = [one for one in self.runners() if one.goal is Goal.RUN]
+        return sum(1 for one in running if (status := state.status_of(one)) is not None and status.serves)
+
+    def rounds(self, count: int, *, least: int = 0, silent: tuple[str, ...] = ()) -> None:
+        world = self.world
+        for _ in range(count):
+            world.settle()
+            for node_id, node in world.nodes.items():
+                if node_id in silent or not node.connected:
+                    continue
+                world.deliver(node_id)
+                for runner_id in list(node.containers):
+                    if node.containers[runner_id].state is not RunnerState.IDLE:
+                        node.advance(runner_id)
+                world.report(node_id)
+            world.tick(1.0)
+            assert self.serving() >= least, [(one.id, one.node, one.goal) for one in self.runners()]
+
+
+def test_a_drained_node_is_left_and_never_fewer_serve() -> None:
+    fleet = Fleet(4)
+    node = fleet.busiest()
+    assert len(fleet.runners(node)) > 1
+    fleet.do(DrainNode(node, reason="fan", actor="ada"))
+    assert fleet.node(node).cordoned
+    fleet.rounds(40, least=4)
+    assert not fleet.runners(node)
+    assert (fleet.node(node).drain, fleet.node(node).cordon_reason) == (None, "drained: fan")
+    assert not fleet.world.state.draining
+
+
+def test_no_more_leave_at_once_than_the_app_allows() -> None:
+    fleet = Fleet(8, nodes=8)
+    fleet.do(DrainNode(fleet.busiest()))
+    for _ in range(40):
+        fleet.rounds(1, least=8)
+        assert sum(1 for one in fleet.runners() if one.goal is Goal.DRAIN) <= 2, "a quarter of eight"
+
+
+def test_without_another_place_they_stay_until_the_deadline() -> None:
+    fleet = Fleet(2, nodes=1)
+    fleet.do(DrainNode("n-0", deadline_s=60.0))
+    fleet.rounds(50, least=2)
+    fleet.rounds(30)
+    assert not fleet.runners("n-0")
+    assert fleet.node("n-0").drain is None
+    assert fleet.serving() == 0
+
+
+def test_without_a_deadline_they_stay_for_ever_and_a_new_place_frees_them() -> None:
+    fleet = Fleet(2, nodes=2)
+    for node_id in ("n-0", "n-1"):
+        fleet.do(DrainNode(node_id))
+    fleet.rounds(120, least=2)
+    fleet.do(CancelDrain("n-1"))
+    fleet.rounds(40, least=2)
+    assert not fleet.runners("n-0")
+
+
+def test_force_stops_at_once() -> None:
+    fleet = Fleet(3)
+    node = fleet.busiest()
+    fleet.do(DrainNode(node, force=True))
+    assert {one.goal for one in fleet.runners(node)} == {Goal.STOP}
+    fleet.rounds(20)
+    assert fleet.serving() == 3
+
+
+def test_used_again_when_it_is_empty_where_that_was_asked() -> None:
+    fleet = Fleet(1)
+    node = fleet.busiest()
+    fleet.do(DrainNode(node, uncordon=True))
+    fleet.rounds(30, least=1)
+    assert not fleet.node(node).cordoned
+
+
+def test_a_cancelled_drain_takes_back_what_it_started() -> None:
+    fleet = Fleet(4)
+    node = fleet.busiest()
+    fleet.do(DrainNode(node))
+    fleet.do(CancelDrain(node))
+    fleet.rounds(40, least=4)
+    assert (fleet.node(node).cordoned, fleet.node(node).drain) == (False, None)
+    assert len(fleet.runners()) == 4
+
+
+def test_a_reboot_waits_until_the_machine_is_back() -> None:
+    fleet = Fleet(1)
+    node = fleet.busiest()
+    fleet.do(DrainNode(node, kind="reboot"))
+    fleet.rounds(30, least=1)
+    assert list(fleet.world.state.reboots) == [node]
+    assert fleet.node(node).cordoned
+    fleet.world.nodes[node].boot_id = "after"
+    fleet.world.hello(node)
+    fleet.rounds(5, least=1)
+    assert (fleet.node(node).cordoned, fleet.node(node).drain) == (False, None)
+
+
+def test_a_removed_node_is_forgotten_when_it_is_empty() -> None:
+    fleet = Fleet(2)
+    node = fleet.busiest()
+    fleet.do(DrainNode(node, kind="remove"))
+    fleet.rounds(40, least=2)
+    assert node not in fleet.world.state.nodes
+
+
+def test_spot_notices_leave_before_the_machine_goes_and_can_be_withdrawn() -> None:
+    fleet = Fleet(2, nodes=3)
+    node = fleet.busiest()
+    session = fleet.world.state.live[node].session_id
+    fleet.do(NodeNotice(node, session, "spot", 120.0, "", fleet.world.now_s))
+    fleet.rounds(60, least=2)
+    assert not fleet.runners(node)
+    assert fleet.node(node).drain is not None, "the machine is still to go"
+    fleet.do(NodeNotice(node, session, "", 0.0, "", fleet.world.now_s))
+    assert (fleet.node(node).cordoned, fleet.node(node).drain) == (False, None)
+
+
+def test_what_cannot_go_elsewhere_is_stopped_before_the_cloud_takes_the_machine() -> None:
+    fleet = Fleet(2, nodes=1)
+    session = fleet.world.state.live["n-0"].session_id
+    fleet.do(NodeNotice("n-0", session, "spot", 60.0, "", fleet.world.now_s))
+    fleet.rounds(30, least=2)
+    fleet.rounds(25)
+    assert not fleet.runners("n-0")
+
+
+def test_an_operators_drain_stands_above_a_notice_and_news_of_an_old_session_count_nothing() -> None:
+    fleet = Fleet(1)
+    node = fleet.busiest()
+    session = fleet.world.state.live[node].session_id
+    fleet.do(NodeNotice(node, "an older one", "spot", 120.0, "", fleet.world.now_s))
+    assert fleet.node(node).drain is None
+    fleet.do(DrainNode(node, deadline_s=3600.0))
+    drain = fleet.node(node).drain
+    fleet.do(NodeNotice(node, session, "notice", 120.0, "", fleet.world.now_s))
+    assert fleet.node(node).drain == drain
+
+
+def test_labels_are_set_and_removed_and_placement_sees_them() -> None:
+    fleet = Fleet(0)
+    fleet.do(LabelNode("n-0", {"disk": "nvme", "rack": "1"}))
+    fleet.do(LabelNode("n-0", {"rack": "2"}, ("disk",)))
+    assert fleet.node("n-0").labels == {"rack": "2"}
+    assert fleet.world.state.fleet.facts["n-0"].labels["rack"] == "2"
+
+
+def test_a_silent_pool_is_declared_lost_though_nobody_else_speaks() -> None:
+    fleet = Fleet(2, nodes=4)
+    everything = tuple(fleet.world.nodes)
+    west = tuple(node_id for node_id in everything if fleet.node(node_id).pool == "west")
+    for node_id in everything:
+        fleet.world.cut(node_id)
+    fleet.rounds(90)
+    state = fleet.world.state
+    assert {state.health_of(node_id) for node_id in everything} == {Health.UNKNOWN}, "it is we who are cut off"
+    fleet.do(DeclareLost("west"))
+    fleet.rounds(2)
+    assert {state.health_of(node_id) for node_id in west} == {Health.LOST}
+    assert {state.health_of(node_id) for node_id in everything if node_id not in west} == {Health.UNKNOWN}
+    for node_id in west:
+        fleet.world.hello(node_id)
+    assert {state.health_of(node_id) for node_id in west} == {Health.READY}
+    for node_id in west:
+        fleet.world.cut(node_id)
+    fleet.rounds(70)
+    assert {state.health_of(node_id) for node_id in west} == {Health.UNKNOWN}, "that word was about another silence"
+
+
+@pytest.mark.parametrize(
+    ("event", "code", "field"),
+    [
+        (DrainNode("none"), Code.NOT_FOUND, ""),
+        (DrainNode("n-0", kind="explode"), Code.INVALID, "kind"),
+        (DrainNode("n-0", deadline_s=0.0), Code.INVALID, "deadline"),
+        (CancelDrain("none"), Code.NOT_FOUND, ""),
+        (LabelNode("n-0", {"": "x"}), Code.INVALID, "labels"),
+        (LabelNode("n-0", {f"l{at}": "x" for at in range(65)}), Code.INVALID, "labels"),
+        (RemoveNode("n-0"), Code.FAILED_PRECONDITION, ""),
+        (RemoveNode("none"), Code.NOT_FOUND, ""),
+        (DeclareLost("none"), Code.NOT_FOUND, ""),
+        (DeclareLost("west"), Code.FAILED_PRECONDITION, ""),
+    ],
+)
+def test_wrong_commands_are_refused(event: Event, code: Code, field: str) -> None:
+    world = Fleet(1).world
+    before = dict(world.state.nodes)
+    with pytest.raises(FalError) as refused:
+        world.core.step(event, Moment(world.now_s, world.wall_s))
+    assert (refused.value.code, refused.value.field or "") == (code, field)
+    assert refused.value.remedy
+    assert world.state.nodes == before
