@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
 from typing import Final
 
 from fal_agent.core.admission import in_use
+from fal_agent.core.assignments import Assignment
 from fal_agent.core.tasks import Exit
 from fal_agent.ports import Machine
 from fal_contract.clock import Clock
@@ -38,10 +38,13 @@ async def log_tail(driver: Driver, container: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
-async def gpu_in_use(machine: Machine, gpus: Sequence[str]) -> str | None:
-    """Why one of these GPUs is not free yet, or None when all are."""
-    if not gpus:
+async def gpu_in_use(machine: Machine, ended: Assignment) -> str | None:
+    """Why one of the GPUs of a runner that has ended is not free yet, or None when all are.
+
+    The memory of a share cannot be told from that of those beside it: such a GPU is looked at when nobody holds it.
+    """
+    if not ended.gpus or ended.gpu_milli:
         return None
     view = await machine.look()
-    reasons = (in_use(view.gpus[gpu]) for gpu in gpus if gpu in view.gpus)
+    reasons = (in_use(view.gpus[gpu]) for gpu in ended.gpus if gpu in view.gpus)
     return next((reason for reason in reasons if reason), None)

@@ -177,6 +177,8 @@ def _env(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec) -> 
     if message.spec.resources.cpu_milli:
         # Math libraries start a thread for each core of the machine; more than the container may use is very slow.
         env["OMP_NUM_THREADS"] = str(max(1, message.spec.resources.cpu_milli // 1000))
+    if message.gpu_milli:  # nothing but the program itself can keep to it
+        env["FAL_GPU_MEMORY_FRACTION"] = f"{message.gpu_milli / 1000:g}"
     env |= dict(message.spec.env)
     env |= {
         "FAL_RUNNER_ID": message.runner_id,

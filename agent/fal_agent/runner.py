@@ -413,7 +413,7 @@ class Runner:
     async def _release(self) -> None:
         """A GPU is free again only when its container is gone and its memory is."""
         until_s = self._now_s() + GPU_RELEASE_TIMEOUT_S
-        while (busy := await gpu_in_use(self._tools.machine, self.task.assignment.gpus)) is not None:
+        while (busy := await gpu_in_use(self._tools.machine, self.task.assignment)) is not None:
             if self._now_s() >= until_s:
                 self._tools.on_event("GPU_NOT_RELEASED", self.id, f"{busy}; quarantined until it is free")
                 break

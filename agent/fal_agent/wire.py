@@ -59,6 +59,8 @@ def assignment_of(message: agent_pb2.Assignment) -> Assignment:
         image=message.spec.image or "host",
         network=message.spec.network or "none",
         build=message.spec.HasField("build"),
+        inventory_generation=message.inventory_generation,
+        gpu_milli=message.gpu_milli,
         wire=message.SerializeToString(),
     )
 
@@ -152,6 +154,7 @@ def status_of(task: Task, usage: Usage, *, now_wall_s: float) -> agent_pb2.Runne
         share_group=assignment.share_group,
         memory_bytes=assignment.memory_bytes,
         cpu_milli=assignment.cpu_milli,
+        gpu_milli=assignment.gpu_milli,
     )
     if task.exit is not None:
         status.oom_killed = task.exit.oom_killed

@@ -173,6 +173,7 @@ def status_of(status: agent_pb2.RunnerStatus) -> RunnerStatus:
         share_group=status.share_group,
         memory_bytes=status.memory_bytes,
         cpu_milli=status.cpu_milli,
+        gpu_milli=status.gpu_milli,
         refused=status.refused,
         output=status.output.SerializeToString() if status.HasField("output") else b"",
         wounded=status.wounded,

@@ -8,8 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core_world import World, check_indexes, random_step, spec_of
+from fal_contract.ids import team_of
 from fal_scheduler.core.events import ApplyApp, Confirm, Moment, Tick
 from fal_scheduler.core.explain import model_awaited
+from fal_scheduler.core.place import Ask
 from fal_scheduler.core.records import Goal, RunnerState
 from fal_scheduler.core.views import runner_phase, wanted
 
@@ -41,7 +43,11 @@ def test_rules_hold_after_every_step_and_all_comes_to_rest(seed: int) -> None:
         ready = sum(1 for phase in phases if phase.state in (RunnerState.IDLE, RunnerState.RUNNING))
         if ready != wanted(state, app):
             spec = state.revision_of(app).spec
-            assert model_awaited(state, spec) or world.core.placer.place(spec) is None, (app, runners, phases)
+            assert model_awaited(state, spec) or world.core.placer.place(spec, Ask(app.id, team_of(app.id))) is None, (
+                app,
+                runners,
+                phases,
+            )
             assert any(phase.state is RunnerState.PENDING and phase.reason for phase in phases), (app, phases)
         else:
             assert all(runner.revision == app.revision for runner in runners), runners

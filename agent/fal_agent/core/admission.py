@@ -1,18 +1,23 @@
 """Whether this node may start a runner. Pure.
 
 Invariant: whatever a scheduler believes, a GPU is never given to two live runners, nor while something else uses
-its memory; orphans hold theirs like any runner. Called by fal_agent.node for every assignment of an unknown runner.
+its memory; orphans hold theirs like any runner. Fractional runners of one team may share one, up to the whole of it;
+only the first of them finds it idle. Called by fal_agent.node for every assignment of an unknown runner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from fal_agent.core.assignments import Assignment, Goal
 from fal_agent.core.tasks import Task
 from fal_contract.errors import Code
+from fal_contract.ids import team_of
 from fal_contract.limits import ASSIGNMENTS_PER_NODE_MAX, GPU_IDLE_MEMORY_BYTES_MAX
+
+GPU_MILLI: Final = 1000  # a whole GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,7 @@ class GpuView:
     unhealthy: str = ""
     memory_used_bytes: int = 0
     pids: tuple[int, ...] = ()
+    changed_at: int = 0  # generation of the inventory with which it came, or its fitness changed last
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +80,44 @@ def admit(assignment: Assignment, node: NodeView, tasks: Iterable[Task], *, lead
 def _gpus(assignment: Assignment, node: NodeView, live: list[Task]) -> Refusal | None:
     if len(set(assignment.gpus)) != len(assignment.gpus):
         return Refusal(Code.INVALID, "a GPU is named twice in the assignment")
-    holders = {gpu: task.runner_id for task in live for gpu in task.assignment.gpus}
+    holders: dict[str, list[Task]] = {}
+    for task in live:
+        for gpu in task.assignment.gpus:
+            holders.setdefault(gpu, []).append(task)
     for gpu in assignment.gpus:
         view = node.gpus.get(gpu)
         if view is None:
             return Refusal(Code.NOT_FOUND, f"GPU {gpu} is not in this node")
-        if gpu in holders:
-            return Refusal(Code.CONFLICT, f"GPU {gpu} is held by runner {holders[gpu]}")
+        beside = holders.get(gpu, [])
+        if beside and (refusal := _beside(assignment, gpu, beside)) is not None:
+            return refusal
         if view.unhealthy:
             return Refusal(Code.FAILED_PRECONDITION, f"GPU {gpu} is quarantined: {view.unhealthy}")
-        if (busy := in_use(view)) is not None:
+        if not beside and (busy := in_use(view)) is not None:  # what those beside it use is theirs
             return Refusal(Code.CONFLICT, busy)
+        if 0 < assignment.inventory_generation < view.changed_at:
+            decided, since = assignment.inventory_generation, view.changed_at
+            why = f"GPU {gpu} has changed (generation {since} of the inventory) since it was given (on {decided})"
+            return Refusal(Code.CONFLICT, why)
+    return None
+
+
+def _beside(assignment: Assignment, gpu: str, holders: list[Task]) -> Refusal | None:
+    """Why a runner may not share the GPU with those that hold it: all must be fractional and of one team."""
+    whole = next(
+        (task for task in holders if not task.assignment.gpu_milli), None if assignment.gpu_milli else holders[0]
+    )
+    if whole is not None:
+        return Refusal(Code.CONFLICT, f"GPU {gpu} is held by runner {whole.runner_id}")
+    team = team_of(assignment.runner_id)
+    other = next((task for task in holders if team_of(task.runner_id) != team), None)
+    if other is not None:
+        return Refusal(Code.CONFLICT, f"GPU {gpu} is shared by runners of team {team_of(other.runner_id)}")
+    held = sum(task.assignment.gpu_milli for task in holders)
+    if held + assignment.gpu_milli > GPU_MILLI:
+        return Refusal(
+            Code.NO_CAPACITY, f"{assignment.gpu_milli} thousandths of GPU {gpu} asked, {GPU_MILLI - held} not reserved"
+        )
     return None
 
 

@@ -46,7 +46,9 @@ class Assignment:
     image: str = "host"
     network: str = "none"
     wire: bytes = field(default=b"", repr=False)
+    inventory_generation: int = 0  # that it was decided on; 0: not checked
     build: bool = False  # a task that runs once and leaves files, not a worker
+    gpu_milli: int = 0  # thousandths of each of its GPUs and of their memory; 0: all of them, alone
 
 
 @dataclass(frozen=True, slots=True)

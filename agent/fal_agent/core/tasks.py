@@ -210,7 +210,8 @@ def assign(task: Task, assignment: Assignment) -> Task:
         merged = replace(merged, goal_reason=have.goal_reason or merged.goal_reason)
     if task.known and assignment.id != have.id:
         # What the container holds does not change by being adopted.
-        merged = replace(merged, gpus=have.gpus, memory_bytes=have.memory_bytes, cpu_milli=have.cpu_milli)
+        merged = replace(merged, gpus=have.gpus, gpu_milli=have.gpu_milli)
+        merged = replace(merged, memory_bytes=have.memory_bytes, cpu_milli=have.cpu_milli)
     # One that nobody knew has run for who knows how long: there is no deadline to be ready by.
     ready_by_s = task.ready_by_s if task.known else math.inf
     return replace(task, assignment=merged, orphan=False, known=True, ready_by_s=ready_by_s)

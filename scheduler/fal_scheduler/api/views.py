@@ -134,6 +134,7 @@ def orphan_view(state: State, node_id: str, status: RunnerStatus) -> cluster_pb2
         bindings=[state_pb2.Binding(app=status.app, revision=status.revision)],
         memory_bytes=status.memory_bytes,
         cpu_milli=status.cpu_milli,
+        gpu_milli=status.gpu_milli,
     )
     return cluster_pb2.RunnerView(
         runner=runner,

@@ -83,6 +83,7 @@ def _adopt(work: Work, node_id: str, status: RunnerStatus) -> str:
         goal_reason="adopted",
         memory_bytes=status.memory_bytes,
         cpu_milli=status.cpu_milli,
+        gpu_milli=status.gpu_milli,
     )
     work.put(runner, None)
     return f"{runner.id}: adopted"

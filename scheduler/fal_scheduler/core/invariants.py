@@ -7,12 +7,16 @@ names the objects to be frozen. Called by `step` and by the engine; changes noth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from fal_contract.ids import team_of
+from fal_scheduler.core.fleet import WHOLE
+from fal_scheduler.core.gpu_faults import as_placed
 from fal_scheduler.core.records import App, Change, Goal, Meta, Record, Revision, Runner
 from fal_scheduler.core.state import State
+from fal_scheduler.core.told import Health, Hold, NodeLive
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,46 +142,98 @@ def _revision_gone(state: State, revision: Revision) -> list[Violation]:
     return []
 
 
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one container holds on a node; `gpu_milli`: thousandths of each GPU, 0: all."""
+
+    runner_id: str
+    gpus: tuple[str, ...]
+    memory_bytes: int
+    cpu_milli: int
+    gpu_milli: int
+
+
 def _node(state: State, node_id: str, placed: Collection[str], *, told: bool = True) -> list[Violation]:
-    """What was just placed on a node exists there, is promised to nobody else, and fits.
+    """What was just placed on a node may be there, exists there, is promised to nobody else, and fits.
 
     Orphans count where `told`. Conflicts among what the node itself tells are its reality, not our promise.
     """
     live = state.live.get(node_id)
     inventory = live.inventory if live is not None else None
-    holders: dict[str, str] = {}
+    holders: dict[str, list[Holding]] = {}
     memory = cpu = 0
     found: list[Violation] = []
-    for runner_id, gpus, memory_bytes, cpu_milli in _held(state, node_id, told=told):
-        memory += memory_bytes
-        cpu += cpu_milli
-        for gpu in gpus:
-            other = holders.setdefault(gpu, runner_id)
-            if other != runner_id and (runner_id in placed or other in placed):
-                message = f"GPU {gpu} of {node_id} is promised to {other} and {runner_id}"
-                found.append(_violation("gpu-once", message, other, runner_id))
+    for holding in _held(state, node_id, told=told):
+        memory += holding.memory_bytes
+        cpu += holding.cpu_milli
+        for gpu in holding.gpus:
+            holders.setdefault(gpu, []).append(holding)
+    for gpu, sharing in holders.items():
+        if any(holding.runner_id in placed for holding in sharing):
+            found += _gpu(node_id, gpu, sharing)
     if inventory is None or not told or live is None:
         return found
-    there = {gpu.id for gpu in inventory.gpus}
-    for runner_id in placed:
-        runner = state.runners.get(runner_id)
-        if runner is None or runner_id in live.statuses:  # adopted: it is there already, whatever it takes
-            continue
-        if not there.issuperset(runner.gpus):
-            found.append(_violation("gpu-exists", f"{runner_id} gets GPUs that {node_id} does not have", runner_id))
+    # What was adopted is there already, whatever it takes.
+    fresh = [id_ for id_ in placed if id_ in state.runners and id_ not in live.statuses]
+    healthy = {gpu.id: gpu.healthy for gpu in as_placed(inventory.gpus, _quarantined(state, node_id))}
+    for runner_id in fresh:
+        runner = state.runners[runner_id]
+        found += _may_be_there(state, live, runner, healthy)
         over = (runner.memory_bytes and memory > inventory.memory_bytes) or (
             runner.cpu_milli and cpu > inventory.cpu_milli
         )
         if over:
-            found.append(_violation("capacity", f"{node_id} is promised more than it has", runner_id))
+            found.append(_violation("capacity", f"{node_id} is promised more than it has", runner_id, node_id))
     return found
 
 
-def _held(state: State, node_id: str, *, told: bool) -> Iterator[tuple[str, tuple[str, ...], int, int]]:
+def _gpu(node_id: str, gpu: str, sharing: Sequence[Holding]) -> list[Violation]:
+    """Rule 1: a whole-GPU runner is alone, only fractional ones of one team share, up to the whole."""
+    ids = tuple(holding.runner_id for holding in sharing)
+    odd = next((holding for holding in sharing if not 0 <= holding.gpu_milli <= WHOLE), None)
+    if odd is not None:
+        return [_violation("gpu-share", f"{odd.runner_id} has {odd.gpu_milli} thousandths of {gpu}", odd.runner_id)]
+    if len(sharing) == 1:
+        return []
+    if not all(holding.gpu_milli for holding in sharing):
+        return [_violation("gpu-once", f"GPU {gpu} of {node_id} is promised to {' and '.join(ids)}", *ids)]
+    if len({team_of(id_) for id_ in ids}) > 1:
+        return [_violation("gpu-team", f"GPU {gpu} of {node_id} is shared by teams: {', '.join(ids)}", *ids)]
+    total = sum(holding.gpu_milli for holding in sharing)
+    if total > WHOLE:
+        return [_violation("gpu-share", f"{total} thousandths of GPU {gpu} of {node_id} are promised", *ids)]
+    return []
+
+
+def _quarantined(state: State, node_id: str) -> Mapping[str, str]:
+    node = state.nodes.get(node_id)
+    return node.quarantined_gpus if node is not None else {}
+
+
+def _may_be_there(state: State, live: NodeLive, runner: Runner, healthy: Mapping[str, bool]) -> list[Violation]:
+    """The plan checked again on the records themselves: one from stale columns is refused, and its node frozen."""
+    node_id = runner.node
+    found: list[Violation] = []
+    node = state.nodes.get(node_id)
+    if node is None or node.revoked or node.cordoned or live.health is not Health.READY:
+        found.append(
+            _violation("node-open", f"{runner.id} gets node {node_id}, which takes nothing", runner.id, node_id)
+        )
+    if live.hold is not Hold.NONE or node_id in state.frozen:
+        found.append(_violation("node-held", f"{runner.id} gets node {node_id}, which is held", runner.id, node_id))
+    if any(gpu not in healthy for gpu in runner.gpus):
+        message = f"{runner.id} gets GPUs that {node_id} does not have"
+        found.append(_violation("gpu-exists", message, runner.id, node_id))
+    elif not all(healthy[gpu] for gpu in runner.gpus):
+        found.append(_violation("gpu-healthy", f"{runner.id} gets a sick GPU of {node_id}", runner.id, node_id))
+    return found
+
+
+def _held(state: State, node_id: str, *, told: bool) -> Iterator[Holding]:
     for runner_id in state.runners_by_node.get(node_id, ()):
         runner = state.runners[runner_id]
-        yield runner_id, runner.gpus, runner.memory_bytes, runner.cpu_milli
+        yield Holding(runner_id, runner.gpus, runner.memory_bytes, runner.cpu_milli, runner.gpu_milli)
     live = state.live.get(node_id)
     if told and live is not None:
-        for runner_id, status in live.orphans.items():
-            yield runner_id, status.gpus, status.memory_bytes, status.cpu_milli
+        for runner_id, one in live.orphans.items():
+            yield Holding(runner_id, one.gpus, one.memory_bytes, one.cpu_milli, one.gpu_milli)

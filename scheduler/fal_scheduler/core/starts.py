@@ -14,7 +14,7 @@ from fal_scheduler.core.explain import model_awaited, why_pending
 from fal_scheduler.core.gpu_faults import generation_of
 from fal_scheduler.core.place import Ask, Placer
 from fal_scheduler.core.records import App, AssignmentRef, Binding, Residency, Revision, Runner, Spec
-from fal_scheduler.core.state import Pending
+from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Backoff
 from fal_scheduler.core.work import Work
 
@@ -104,6 +104,7 @@ def placed(
     share = {"gpu_milli": str(found.gpu_milli)} if found.gpu_milli else {}
     held = {"node": found.node_id, "gpus": ",".join(found.gpus), **share}
     work.log("RUNNER_PLACED", runner.id, f"placed on {found.node_id}", **held, **terms)
+    _wake_company(state, runner.app)
     return replace(
         runner,
         node=found.node_id,
@@ -115,6 +116,14 @@ def placed(
         gpu_milli=found.gpu_milli,
         priority=spec.priority,
     )
+
+
+def _wake_company(state: State, app_id: str) -> None:
+    """Apps that wait to be beside this one are tried again."""
+    for waiting in state.waiting:
+        app = state.apps.get(waiting)
+        if app is not None and app_id in state.revision_of(app).spec.placement.affinity:
+            state.dirty[waiting] = None
 
 
 def ask_of(work: Work, app_id: str, *, urgent: bool = True, avoid: frozenset[str] = frozenset()) -> Ask:
