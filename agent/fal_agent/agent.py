@@ -6,6 +6,7 @@ Invariant: its end stops no container, no proxy and no fsd. Called by fal_agent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import uuid
@@ -16,8 +17,12 @@ from typing import TYPE_CHECKING, Final
 
 from fal_agent import packing
 from fal_agent.cache_daemon import command
+from fal_agent.gpu_care import GpuCare
+from fal_agent.gpu_file import FILE as GPU_FILE
+from fal_agent.gpu_file import GpuFile
 from fal_agent.inventory.cdi import GpuNames
 from fal_agent.inventory.machine import InventoryMachine, open_inventory
+from fal_agent.inventory.model import Devices
 from fal_agent.join import Renewer, join
 from fal_agent.journal import FileJournal
 from fal_agent.layout import Layout
@@ -76,12 +81,13 @@ class Agent:
             self._options.driver, cdi_dirs=self._options.cdi_folders(), egress=self._options.egress()
         )
         self._identity = await self._load_or_join()
-        machine = InventoryMachine(
-            open_inventory(
-                sim_gpus=self._options.sim_gpus, node_name=self._options.node_name, state_dir=self._layout.state_dir
-            ),
-            names=GpuNames(self._layout.cdi, self._options.cdi_folders()) if driver.isolates else None,
+        devices = open_inventory(
+            sim_gpus=self._options.sim_gpus, node_name=self._options.node_name, state_dir=self._layout.state_dir
         )
+        machine = InventoryMachine(
+            devices, names=GpuNames(self._layout.cdi, self._options.cdi_folders()) if driver.isolates else None
+        )
+        self._care = self._gpu_care(machine, devices, driver)
         fsd_socket = self._options.fsd_socket or self._layout.fsd_socket
         cache = CacheClient(fsd_socket)
         fsd = self._fsd_daemon(fsd_socket, cache)
@@ -90,11 +96,12 @@ class Agent:
         self._proxy_metrics = ProxyMetrics()
         self._proxy = self._proxy_link()
         tools = Tools(
-            driver=driver, cache=cache, proxy=self._proxy, prober=UnixProber(), machine=machine,
+            driver=driver, cache=cache, proxy=self._proxy, prober=UnixProber(), machine=self._care,
             places=self._layout.places(isolates=driver.isolates), clock=self._clock, rng=self._rng,
             on_event=_log_event, save=_no_save, ca_key=lambda: key_of_pem(self._identity.ca_pem),
             secrets=GrpcDialer(self._options.schedulers, lambda: self._identity, self._clock).secrets,
             packer=self._packer(driver), on_created=lambda spec: self._spares.used(spec),
+            gpu_order=self._care.order,
         )  # fmt: skip
         self._node = Node(self._facts(driver, capabilities), tools, journal)
         self._spares = Spares(
@@ -109,6 +116,7 @@ class Agent:
         finally:
             await self._node.close()
             await cache.close()
+            await self._care.close()
             await machine.close()
             journal.close()
 
@@ -117,6 +125,7 @@ class Agent:
         registry.register(self._proxy_metrics)
         telemetry = TelemetryServer(registry, self._health)
         port = await telemetry.start(self._options.metrics_host, self._options.metrics_port)
+        self._care.start(self._node.tasks)
         await self._node.start()
         jobs = [
             group.create_task(self._proxy.run(), name="proxy"),
@@ -163,6 +172,17 @@ class Agent:
         joined.identity.save(self._layout.identity)
         _log.info("joined", node=joined.node_id, pool=joined.pool, cluster=joined.cluster_id)
         return joined.identity
+
+    def _gpu_care(self, machine: InventoryMachine, devices: Devices, driver: Driver) -> GpuCare:
+        file = GpuFile(self._layout.state_dir / GPU_FILE, boot_id=_boot_id(), on_event=self._gpu_event)
+        return GpuCare(
+            machine, devices, clock=self._clock, on_event=self._gpu_event, file=file, driver=driver,
+            may_reset=self._options.gpu_reset,
+        )  # fmt: skip
+
+    def _gpu_event(self, kind: str, subject: str, message: str) -> None:
+        _log_event(kind, subject, message)
+        self._node.event(kind, subject, message)
 
     def _packer(self, driver: Driver) -> packing.Packer:
         options, python = self._options, worker_command(isolates=driver.isolates).argv
@@ -234,7 +254,10 @@ class Agent:
 
     async def _look(self) -> None:
         while True:
-            await asyncio.sleep(_LOOK_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._care.changed.wait()
+            self._care.changed.clear()
             try:
                 await self._node.look()
             except FalError as exc:

@@ -237,6 +237,12 @@ class Node:
         """Run a command in its container."""
         return await self._tools.driver.exec(self._container(runner_id), command, terminal=terminal)
 
+    async def gpu_order(self, order: agent_pb2.GpuOrder) -> agent_pb2.GpuOrderResult:
+        """Carry out an order about one GPU, then tell what it has changed."""
+        result = await self._tools.gpu_order(order)
+        await self.look()
+        return result
+
     async def top(self, runner_id: str) -> ContainerUse:
         """What its container uses."""
         return await self._tools.driver.top(self._container(runner_id))

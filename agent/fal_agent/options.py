@@ -53,6 +53,7 @@ class AgentOptions(ConfigModel):
         None, ge=0, le=16, description="of our worker's: with its libraries loaded; default: 1, with simulated GPUs 0"
     )
     allow_host_network: bool = Field(True, description='false: no app with network "host", whatever its pool allows')
+    gpu_reset: bool = Field(True, description="false: never reset a GPU, whatever its fault asks for")
     egress_subnet: str = Field("10.222.0.0/16", description='addresses of containers with network "egress"')
     cni_plugin_dir: str = Field("/usr/lib/cni:/opt/cni/bin", description="folders with CNI plugins, first match wins")
     cdi_dirs: str = Field(

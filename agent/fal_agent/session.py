@@ -15,6 +15,7 @@ from random import Random
 from typing import Final, Protocol
 
 from fal_agent.execs import Execs
+from fal_agent.gpu_orders import GpuOrders
 from fal_agent.node import Node
 from fal_agent.wire import complete_of, cut, delta_of, leader_of
 from fal_contract.errors import Code, FalError
@@ -127,6 +128,7 @@ class _Talk:
         self._sending = asyncio.Lock()
         self._logs: dict[int, asyncio.Task[None]] = {}
         self._execs = Execs(node, self._send)
+        self._gpu_orders = GpuOrders(node.gpu_order, self._send)
 
     async def run(self, over: asyncio.Event) -> None:
         """Ends with the first error of either direction, or when it is `over`."""
@@ -144,7 +146,8 @@ class _Talk:
         finally:
             for task in (*jobs, *self._logs.values()):
                 task.cancel()
-            await asyncio.gather(*jobs, *self._logs.values(), self._execs.close(), return_exceptions=True)
+            closing = (self._execs.close(), self._gpu_orders.close())
+            await asyncio.gather(*jobs, *self._logs.values(), *closing, return_exceptions=True)
 
     async def _report(self) -> None:
         interval_s = self._welcome.heartbeat_interval_s or HEARTBEAT_INTERVAL_S
@@ -177,6 +180,8 @@ class _Talk:
                     self._execs.input(message.exec_input)
                 case "top":
                     self._execs.top(message.top)
+                case "gpu_order":
+                    self._gpu_orders.take(message.gpu_order)
                 case "welcome":
                     raise FalError(Code.INVALID, "a second welcome came", remedy="The session starts over by itself.")
                 case _:

@@ -10,6 +10,7 @@ from random import Random
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fal_agent.core.tasks import Task
+from fal_agent.gpu_orders import CarryOut, no_gpus
 from fal_agent.packing import Packer
 from fal_agent.ports import Machine, OnAccess, OnEvent, Places, Prober, ProxyPort, WeightCache
 from fal_agent.runner_secrets import AskSecrets
@@ -45,6 +46,7 @@ class Tools:
     secrets: AskSecrets = _no_scheduler
     packer: Packer = field(default_factory=Packer)
     on_created: Callable[[runtime.ContainerSpec], None] = lambda spec: None
+    gpu_order: CarryOut = no_gpus
 
     async def create(self, spec: runtime.ContainerSpec) -> None:
         """Have the driver make it; what was made once is kept ready (`fal_agent.spares`)."""

@@ -75,7 +75,7 @@ class Look:
     device_id: str = ""  # of a MIG instance: the device's; else its own
     model: str = ""
     present: bool = True
-    holder: str = ""  # runner id
+    holders: tuple[str, ...] = ()  # runner ids; several where they share it
     pids: tuple[int, ...] = ()
     strangers: tuple[int, ...] = ()
     memory_used_bytes: int = 0
@@ -91,6 +91,11 @@ class Look:
     pcie_width: int = -1
     pcie_width_max: int = -1
     nvlinks: int = 0
+
+    @property
+    def holder(self) -> str:
+        """Who holds it, for operators; empty: nobody."""
+        return ", ".join(self.holders)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from pathlib import Path
 from fal_agent.core.admission import GpuView
 from fal_agent.inventory.cdi import GpuNames
 from fal_agent.inventory.host import read_host
-from fal_agent.inventory.model import Gpu, Inventory, Snapshot
+from fal_agent.inventory.model import Devices, Gpu, Inventory, Snapshot
 from fal_agent.inventory.nvml import NvmlInventory
+from fal_agent.inventory.sim_faults import FAULT_FILE
 from fal_agent.inventory.simulated import SimulatedInventory
 from fal_agent.inventory.spec import parse_sim_gpus
 from fal_agent.ports import MachineView
@@ -27,10 +28,15 @@ from fal_contract.v1 import agent_pb2
 _log = get_logger("fal.inventory")
 
 
-def open_inventory(*, sim_gpus: str, node_name: str, state_dir: Path) -> Inventory:
+def open_inventory(*, sim_gpus: str, node_name: str, state_dir: Path) -> Devices:
     """The provider that the options ask for. `sim_gpus` empty: NVML. Raises INVALID for a bad specification."""
     if sim_gpus:
-        return SimulatedInventory(parse_sim_gpus(sim_gpus), node_name=node_name, read_host=lambda: read_host(state_dir))
+        return SimulatedInventory(
+            parse_sim_gpus(sim_gpus),
+            node_name=node_name,
+            read_host=lambda: read_host(state_dir),
+            fault_file=state_dir / FAULT_FILE,
+        )
     return NvmlInventory(read_host=lambda: read_host(state_dir))
 
 
@@ -49,7 +55,7 @@ class InventoryMachine:
         self._names = names
         self._cdi: Mapping[str, str] = {}
         self._last: Snapshot | None = None
-        self._problem = ""
+        self._problem = self._failed = ""
         self._raised = 0  # generations that were added here, for looks that failed
         self._looking: asyncio.Task[MachineView] | None = None  # the last that has begun
         self._next: asyncio.Task[MachineView] | None = None  # has not begun: more may join
@@ -73,14 +79,25 @@ class InventoryMachine:
         except FalError as error:
             if self._last is None:
                 raise
+            self._failed = error.what
             self._say(str(error))
             unfit = tuple(replace(gpu, degraded=gpu.degraded or error.what) for gpu in self._last.gpus)
             return self._view(replace(self._last, gpus=unfit, problem=error.what))
-        self._last = snapshot
+        self._last, self._failed = snapshot, ""
         self._say(snapshot.problem)
         if self._names is not None and any(gpu.device_nodes for gpu in snapshot.gpus):
             self._cdi = await asyncio.to_thread(self._names.refresh, snapshot)
         return self._view(snapshot)
+
+    @property
+    def last(self) -> Snapshot | None:
+        """What was seen last; None before the first look that succeeded."""
+        return self._last
+
+    @property
+    def problem(self) -> str:
+        """Why the last look failed; empty when it did not."""
+        return self._failed
 
     async def close(self) -> None:
         """Let go of the driver."""

@@ -7,11 +7,14 @@ temperature, power or memory in use. A device in MIG mode is listed as its insta
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final, Protocol
 
-TEMPERATURE_MAX_C: Final = 95  # NVIDIA's data-centre parts throttle hard from about here
+from fal_contract.limits import GPU_HOT_C
+
+TEMPERATURE_MAX_C: Final = GPU_HOT_C
 
 
 class LinkKind(StrEnum):
@@ -62,9 +65,14 @@ class Gpu:
     temperature_c: int = -1
     power_w: int = -1
     utilisation_percent: int = -1
+    throttled: tuple[str, ...] = ()  # slowed down by its hardware or for heat; a power cap is none
+    clock_mhz: int = -1  # of its multiprocessors
+    pcie_width: int = -1  # lanes in use
+    pcie_width_max: int = -1  # that device and slot have
     pids: tuple[int, ...] = ()  # compute processes, in the host's numbering
     device_nodes: tuple[str, ...] = ()  # what a container needs; empty for simulated ones
     degraded: str = ""  # why it may not be given to new runners; empty when it may
+    present: bool = True  # the driver lists it, and it answers
 
     @property
     def ok(self) -> bool:
@@ -91,6 +99,7 @@ class Found:
     driver_version: str = ""
     cuda_version: str = ""
     problem: str = ""  # why GPUs may be missing, such as a driver that is not loaded
+    answers: bool = True  # False: it is the driver that is away, and nothing is known of single GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,27 @@ class Snapshot:
     cuda_version: str
     host: Host
     problem: str = ""
+    answers: bool = True  # see Found
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEvent:
+    """What a driver tells by itself. `kind`: "xid", "ecc", or "lost" (it may be any device: look).
+
+    `gpu_id` is the device's, of MIG instances too; empty where the driver does not say which.
+    """
+
+    gpu_id: str
+    kind: str
+    code: int = 0  # of an XID
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a check of one GPU found; `text` is for operators."""
+
+    passed: bool
+    text: str
 
 
 class Inventory(Protocol):
@@ -117,13 +147,41 @@ class Inventory(Protocol):
         ...
 
 
+class Devices(Inventory, Protocol):
+    """An inventory whose devices can be listened to, checked, reset and cut. All of it may take its time."""
+
+    def listen(self, on_event: Callable[[DeviceEvent], None]) -> None:
+        """Have `on_event` called, on this loop, for what the driver tells by itself, until `close`."""
+        ...
+
+    async def check(self, gpu_id: str) -> Checked:
+        """Compute and write memory on an idle GPU, in a process of its own. Never raises for what it finds."""
+        ...
+
+    async def reset(self, gpu_id: str) -> None:
+        """Reset an idle device. FAILED_PRECONDITION: that is not possible here, NOT_FOUND."""
+        ...
+
+    async def set_mig(self, gpu_id: str, layout: Sequence[str]) -> None:
+        """Cut an idle device into instances of these profiles, or make it whole. INVALID, FAILED_PRECONDITION."""
+        ...
+
+
 def advance(previous: Snapshot | None, found: Found, host: Host) -> Snapshot:
     """The next snapshot: health judged, vanished GPUs kept as degraded, generation raised on a real change."""
     present = {gpu.id for gpu in found.gpus}
     missing = [gpu for gpu in previous.gpus if gpu.id not in present] if previous else []
     why = found.problem or "it fell off the bus, or its MIG layout was changed"
     lost = [
-        replace(gpu, degraded=f"not found any more: {why}", memory_used_bytes=0, pids=(), temperature_c=-1, power_w=-1)
+        replace(
+            gpu,
+            degraded=f"not found any more: {why}",
+            present=False,
+            memory_used_bytes=0,
+            pids=(),
+            temperature_c=-1,
+            power_w=-1,
+        )
         for gpu in missing
     ]
     judged = [replace(gpu, degraded=gpu.degraded or fault_of(gpu)) for gpu in found.gpus]
@@ -134,6 +192,7 @@ def advance(previous: Snapshot | None, found: Found, host: Host) -> Snapshot:
         cuda_version=found.cuda_version or (previous.cuda_version if previous else ""),
         host=host,
         problem=found.problem,
+        answers=found.answers,
     )
     if previous is None or _material(previous) == _material(snapshot):
         return snapshot
@@ -164,6 +223,10 @@ def _material(snapshot: Snapshot) -> tuple[object, ...]:
             temperature_c=-1,
             power_w=-1,
             utilisation_percent=-1,
+            throttled=(),
+            clock_mhz=-1,
+            pcie_width=-1,
+            pcie_width_max=-1,
             # "96 °C" and "97 °C" are one fault; an ECC count has a field of its own.
             degraded="hot" if gpu.degraded and gpu.degraded.startswith(f"{gpu.temperature_c} °C") else gpu.degraded,
         )

@@ -2,21 +2,40 @@
 
 What a device or driver does not support is left unknown; a device that fails in the middle of a look counts as
 gone for that look, and `model.advance` keeps it listed as degraded. A machine without a driver is a node without
-GPUs, not an error: `Found.problem` says why. All calls are made in one thread with a deadline.
+GPUs, not an error: `Found.problem` says why. All calls are made in one thread with a deadline; the driver's events are
+waited for in another (`nvml_events`). While a device is reset or cut, this process lets go of the library, as the
+driver demands, and looks show what was seen last.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from fal_agent.inventory import checking
 from fal_agent.inventory.catalog import mig_model, normalise
 from fal_agent.inventory.driver_thread import DriverThread
-from fal_agent.inventory.model import Ecc, Found, Gpu, Host, Link, LinkKind, Snapshot, advance
+from fal_agent.inventory.mig import MigCutter, check_layout
+from fal_agent.inventory.model import (
+    Checked,
+    DeviceEvent,
+    Ecc,
+    Found,
+    Gpu,
+    Host,
+    Link,
+    LinkKind,
+    Snapshot,
+    advance,
+)
+from fal_agent.inventory.nvml_events import WAIT_MS, NvmlEvents
+from fal_contract.limits import GPU_MIG_TIMEOUT_S
 
 T = TypeVar("T")
 
@@ -25,6 +44,7 @@ _PIDS_MAX: Final = 64
 _MIG_NAME: Final = re.compile(r"\bMIG (\S+)")
 _CAPABILITIES: Final = Path("/proc/driver/nvidia/capabilities")
 _CAP_MINOR: Final = re.compile(r"^DeviceFileMinor:\s*(\d+)", re.MULTILINE)
+_LINKS_EVERY: Final = 12  # looks; NVLinks that went down are seen within a minute
 _CONTROL_NODES: Final = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")
 
 
@@ -39,9 +59,19 @@ class NvmlInventory:
         timeout_s: float = LOOK_TIMEOUT_S,
         sys_pci: Path = Path("/sys/bus/pci/devices"),
         capabilities: Path = _CAPABILITIES,
+        check: Callable[[str], Awaitable[Checked]] = checking.check,
+        reset: Callable[[str], Awaitable[None]] = checking.reset,
+        event_wait_ms: int = WAIT_MS,
     ) -> None:
         self._read_host = read_host
         self._library = library
+        self._check = check
+        self._reset = reset
+        self._event_wait_ms = event_wait_ms
+        self._on_event: Callable[[DeviceEvent], None] | None = None
+        self._events: NvmlEvents | None = None
+        self._away = asyncio.Lock()  # held while the library is let go of
+        self._cutter = DriverThread("nvml-mig", timeout_s=GPU_MIG_TIMEOUT_S)
         self._sys_pci = sys_pci
         self._capabilities = capabilities
         self._thread = DriverThread("nvml", timeout_s=timeout_s)
@@ -49,12 +79,63 @@ class NvmlInventory:
         self._last: Snapshot | None = None
 
     async def snapshot(self) -> Snapshot:
+        if self._away.locked() and self._last is not None:
+            return self._last
         found = await self._thread.call(self._look)
         self._last = advance(self._last, found, self._read_host())
+        if found.gpus or not found.problem:
+            self._hear()
         return self._last
 
     async def close(self) -> None:
+        self._on_event = None
+        if self._events is not None:
+            await self._events.close()
+            self._events = None
         self._thread.close()
+        self._cutter.close()
+
+    def listen(self, on_event: Callable[[DeviceEvent], None]) -> None:
+        self._on_event = on_event  # heard from the next look on that finds a driver
+
+    def _hear(self) -> None:
+        if self._on_event is not None and self._events is None and self._reader is not None:
+            self._events = NvmlEvents(self._reader.library, self._on_event, wait_ms=self._event_wait_ms)
+            self._events.start()
+
+    async def check(self, gpu_id: str) -> Checked:
+        return await self._check(gpu_id)
+
+    async def reset(self, gpu_id: str) -> None:
+        async with self._let_go():
+            await self._reset(gpu_id)
+
+    async def set_mig(self, gpu_id: str, layout: Sequence[str]) -> None:
+        check_layout(layout)
+        async with self._let_go():
+            await self._cutter.call(lambda: self._cut(gpu_id, layout))
+        if self._last is not None:  # what is gone was meant to go
+            left = tuple(gpu for gpu in self._last.gpus if gpu_id not in (gpu.id, gpu.parent_id))
+            self._last = replace(self._last, gpus=left, generation=self._last.generation + 1)
+
+    @contextlib.asynccontextmanager
+    async def _let_go(self) -> AsyncIterator[None]:
+        """No event thread, no open library of this process: the driver resets no device that somebody watches."""
+        async with self._away:
+            events, self._events = self._events, None
+            if events is not None:
+                await events.close()
+            if self._reader is not None:
+                await self._thread.call(self._reader.shut)
+            yield
+
+    def _cut(self, gpu_id: str, layout: Sequence[str]) -> None:
+        library = self._library or importlib.import_module("pynvml")
+        library.nvmlInit()
+        try:
+            MigCutter(library).set_layout(gpu_id, layout)
+        finally:
+            library.nvmlShutdown()
 
     def _look(self) -> Found:
         if self._reader is None:
@@ -67,7 +148,8 @@ class _Reader:
     """Everything that runs in the driver's thread."""
 
     def __init__(self, library: Any, sys_pci: Path, capabilities: Path) -> None:
-        self._n = library
+        self._n = self.library = library
+        self._looks = 0
         self._sys_pci = sys_pci
         self._capabilities = capabilities
         self._initialised = False
@@ -86,12 +168,19 @@ class _Reader:
         values = (getattr(library, f"NVML_ERROR_{word}", None) for word in unsupported)
         self._absent = frozenset(value for value in values if value is not None)
 
+    def shut(self) -> None:
+        """Let go of the library; the next look opens it anew."""
+        if self._initialised:
+            self._initialised = False
+            with contextlib.suppress(self._n.NVMLError):
+                self._n.nvmlShutdown()
+
     def look(self) -> Found:
         n = self._n
         try:
             count = self._count()
         except n.NVMLError as exc:
-            return Found(problem=self._driver_problem(exc))
+            return Found(problem=self._driver_problem(exc), answers=False)
         handles: dict[str, Any] = {}
         gpus: list[Gpu] = []
         answering = 0
@@ -171,9 +260,25 @@ class _Reader:
             temperature_c=int(temperature),
             power_w=-1 if power_mw is None else int(power_mw) // 1000,
             utilisation_percent=-1 if rates is None else int(rates.gpu),
+            throttled=self._throttled(handle),
+            clock_mhz=int(self._try(n.nvmlDeviceGetClockInfo, -1, handle, n.NVML_CLOCK_SM)),
+            pcie_width=int(self._try(n.nvmlDeviceGetCurrPcieLinkWidth, -1, handle)),
+            pcie_width_max=int(self._try(n.nvmlDeviceGetMaxPcieLinkWidth, -1, handle)),
             pids=self._pids(handle),
             device_nodes=() if minor is None else (f"/dev/nvidia{minor}", *_CONTROL_NODES),
         )
+
+    def _throttled(self, handle: Any) -> tuple[str, ...]:
+        """Why its clocks are held down, of what is no ordinary power cap."""
+        n = self._n
+        bits = int(self._try(n.nvmlDeviceGetCurrentClocksThrottleReasons, 0, handle))
+        reasons = {
+            n.nvmlClocksThrottleReasonHwSlowdown: "hardware slowdown",
+            n.nvmlClocksThrottleReasonHwThermalSlowdown: "heat, by the hardware",
+            n.nvmlClocksThrottleReasonHwPowerBrakeSlowdown: "power brake",
+            n.nvmlClocksThrottleReasonSwThermalSlowdown: "heat",
+        }
+        return tuple(text for bit, text in reasons.items() if bits & bit)
 
     def _memory(self, handle: Any) -> tuple[int, int]:
         """Total and used bytes. Version 2 counts what the driver keeps for itself apart from what is used."""
@@ -240,6 +345,10 @@ class _Reader:
             mig_profile=profile,
             ecc=gpu.ecc,
             temperature_c=gpu.temperature_c,
+            throttled=gpu.throttled,
+            clock_mhz=gpu.clock_mhz,
+            pcie_width=gpu.pcie_width,
+            pcie_width_max=gpu.pcie_width_max,
             pids=self._pids(handle),
             device_nodes=self._instance_nodes(handle, gpu),
         )
@@ -268,9 +377,10 @@ class _Reader:
         return (*gpu.device_nodes, *caps)
 
     def _links_of(self, handles: Mapping[str, Any]) -> dict[str, tuple[Link, ...]]:
-        """Links of every device to every other; asked again only when the set of devices changes."""
+        """Links of every device to every other; asked again when the set of devices changes, and now and then."""
         known, links = self._links
-        if known == handles.keys():
+        self._looks += 1
+        if known == handles.keys() and self._looks % _LINKS_EVERY:
             return links
         n = self._n
         by_bus = {_bus_key(n.nvmlDeviceGetPciInfo(handle).busId): gpu_id for gpu_id, handle in handles.items()}

@@ -71,6 +71,11 @@ def _group(text: str, field: str) -> Group:
     return Group(count, model, _instances(value, model, text, field))
 
 
+def cut(layout: str, model: GpuModel, *, field: str) -> tuple[Instance, ...]:
+    """The instances of a layout such as 1g.10gb*3+2g.20gb on one device. Raises INVALID."""
+    return _instances(layout, model, layout, field)
+
+
 def _instances(value: str, model: GpuModel, text: str, field: str) -> tuple[Instance, ...]:
     def bad(why: str, remedy: str) -> FalError:
         return invalid(field, text, why, remedy=remedy)
