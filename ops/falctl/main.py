@@ -21,12 +21,14 @@ from falctl import (
     gpus,
     images,
     nodes,
+    nodes_out,  # noqa: F401  (adds its verbs to `node` and `pool`)
     operate,
     pools,
     rollouts,  # noqa: F401  (adds its verbs to `app`)
     run,
     runner_exec,  # noqa: F401  (adds its verbs to `runner`)
     runners,
+    schedulers,  # noqa: F401  (adds its verbs to `operator`)
     secrets,
     sim,
     weights,

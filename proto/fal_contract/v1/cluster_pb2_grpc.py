@@ -301,6 +301,26 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsReply.FromString,
                 _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/fal.v1.Cluster/DrainNode',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.NodeView.FromString,
+                _registered_method=True)
+        self.LabelNode = channel.unary_unary(
+                '/fal.v1.Cluster/LabelNode',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.LabelNodeRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.NodeView.FromString,
+                _registered_method=True)
+        self.RemoveNode = channel.unary_unary(
+                '/fal.v1.Cluster/RemoveNode',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.RemoveNodeRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.RemoveNodeReply.FromString,
+                _registered_method=True)
+        self.DeclareLost = channel.unary_unary(
+                '/fal.v1.Cluster/DeclareLost',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.DeclareLostRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.DeclareLostReply.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -680,6 +700,35 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainNode(self, request, context):
+        """--- Nodes that are taken out
+        Lets a node's runners leave it: replaced first, drained then, stopped at the deadline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LabelNode(self, request, context):
+        """Sets and removes labels of a node's own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveNode(self, request, context):
+        """Forgets a node and refuses its certificates.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeclareLost(self, request, context):
+        """Says that what is silent in a pool is gone: its runners are replaced.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -947,6 +996,26 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.ListRevisions,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsReply.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.DrainNodeRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.NodeView.SerializeToString,
+            ),
+            'LabelNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.LabelNode,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.LabelNodeRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.NodeView.SerializeToString,
+            ),
+            'RemoveNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveNode,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.RemoveNodeRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.RemoveNodeReply.SerializeToString,
+            ),
+            'DeclareLost': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeclareLost,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.DeclareLostRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.DeclareLostReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -2381,6 +2450,114 @@ class Cluster:
             '/fal.v1.Cluster/ListRevisions',
             fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsRequest.SerializeToString,
             fal__contract_dot_v1_dot_cluster__pb2.ListRevisionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/DrainNode',
+            fal__contract_dot_v1_dot_cluster__pb2.DrainNodeRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.NodeView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LabelNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/LabelNode',
+            fal__contract_dot_v1_dot_cluster__pb2.LabelNodeRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.NodeView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/RemoveNode',
+            fal__contract_dot_v1_dot_cluster__pb2.RemoveNodeRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.RemoveNodeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeclareLost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/DeclareLost',
+            fal__contract_dot_v1_dot_cluster__pb2.DeclareLostRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.DeclareLostReply.FromString,
             options,
             channel_credentials,
             insecure,

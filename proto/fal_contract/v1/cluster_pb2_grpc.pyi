@@ -144,6 +144,16 @@ class ClusterStub:
     """Lets a kept revision run again."""
     ListRevisions: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListRevisionsRequest, _cluster_pb2.ListRevisionsReply]
     """The kept revisions of an app."""
+    DrainNode: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainNodeRequest, _cluster_pb2.NodeView]
+    """--- Nodes that are taken out
+    Lets a node's runners leave it: replaced first, drained then, stopped at the deadline.
+    """
+    LabelNode: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.LabelNodeRequest, _cluster_pb2.NodeView]
+    """Sets and removes labels of a node's own."""
+    RemoveNode: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RemoveNodeRequest, _cluster_pb2.RemoveNodeReply]
+    """Forgets a node and refuses its certificates."""
+    DeclareLost: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DeclareLostRequest, _cluster_pb2.DeclareLostReply]
+    """Says that what is silent in a pool is gone: its runners are replaced."""
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -260,6 +270,16 @@ class ClusterAsyncStub(ClusterStub):
     """Lets a kept revision run again."""
     ListRevisions: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListRevisionsRequest, _cluster_pb2.ListRevisionsReply]  # type: ignore[assignment]
     """The kept revisions of an app."""
+    DrainNode: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainNodeRequest, _cluster_pb2.NodeView]  # type: ignore[assignment]
+    """--- Nodes that are taken out
+    Lets a node's runners leave it: replaced first, drained then, stopped at the deadline.
+    """
+    LabelNode: _aio.UnaryUnaryMultiCallable[_cluster_pb2.LabelNodeRequest, _cluster_pb2.NodeView]  # type: ignore[assignment]
+    """Sets and removes labels of a node's own."""
+    RemoveNode: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RemoveNodeRequest, _cluster_pb2.RemoveNodeReply]  # type: ignore[assignment]
+    """Forgets a node and refuses its certificates."""
+    DeclareLost: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DeclareLostRequest, _cluster_pb2.DeclareLostReply]  # type: ignore[assignment]
+    """Says that what is silent in a pool is gone: its runners are replaced."""
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     """Served by the scheduler to roles viewer, operator and admin."""
@@ -691,5 +711,39 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ListRevisionsReply, _abc.Awaitable[_cluster_pb2.ListRevisionsReply]]:
         """The kept revisions of an app."""
+
+    @_abc_1.abstractmethod
+    def DrainNode(
+        self,
+        request: _cluster_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.NodeView, _abc.Awaitable[_cluster_pb2.NodeView]]:
+        """--- Nodes that are taken out
+        Lets a node's runners leave it: replaced first, drained then, stopped at the deadline.
+        """
+
+    @_abc_1.abstractmethod
+    def LabelNode(
+        self,
+        request: _cluster_pb2.LabelNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.NodeView, _abc.Awaitable[_cluster_pb2.NodeView]]:
+        """Sets and removes labels of a node's own."""
+
+    @_abc_1.abstractmethod
+    def RemoveNode(
+        self,
+        request: _cluster_pb2.RemoveNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.RemoveNodeReply, _abc.Awaitable[_cluster_pb2.RemoveNodeReply]]:
+        """Forgets a node and refuses its certificates."""
+
+    @_abc_1.abstractmethod
+    def DeclareLost(
+        self,
+        request: _cluster_pb2.DeclareLostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.DeclareLostReply, _abc.Awaitable[_cluster_pb2.DeclareLostReply]]:
+        """Says that what is silent in a pool is gone: its runners are replaced."""
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

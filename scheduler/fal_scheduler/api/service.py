@@ -200,6 +200,20 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def DeleteApp(self, request: cluster_pb2.DeleteAppRequest, context: Context) -> cluster_pb2.DeleteAppReply:
         return await apps.delete_app(self._current.get(), request, _actor())
 
+    async def DrainNode(self, request: cluster_pb2.DrainNodeRequest, context: Context) -> cluster_pb2.NodeView:
+        return await nodes.drain_node(self._current.get(), request, _actor())
+
+    async def LabelNode(self, request: cluster_pb2.LabelNodeRequest, context: Context) -> cluster_pb2.NodeView:
+        return await nodes.label_node(self._current.get(), request, _actor())
+
+    async def RemoveNode(self, request: cluster_pb2.RemoveNodeRequest, context: Context) -> cluster_pb2.RemoveNodeReply:
+        return await nodes.remove_node(self._current.get(), request, _actor())
+
+    async def DeclareLost(
+        self, request: cluster_pb2.DeclareLostRequest, context: Context
+    ) -> cluster_pb2.DeclareLostReply:
+        return await nodes.declare_lost(self._current.get(), request, _actor())
+
     async def SteerRollout(self, request: cluster_pb2.SteerRolloutRequest, context: Context) -> cluster_pb2.AppView:
         return await rollouts.steer_rollout(self._current.get(), request, _actor())
 
