@@ -109,6 +109,7 @@ GPU_RELEASE_TIMEOUT_S: Final = 30.0  # then it is quarantined
 CACHED_ARTIFACTS_PER_NODE_MAX: Final = 20_000  # a hello of so many is just within one message
 CACHED_ARTIFACTS_MAX: Final = 1_000_000  # of all nodes together, in the scheduler's memory
 CACHE_RATES_PER_NODE_MAX: Final = 256
+CACHE_FACTS_PER_NODE_MAX: Final = 4096  # of its artifacts that placement looks at
 CACHE_EVENTS_PER_REPORT_MAX: Final = 64
 WISHES_PER_NODE_MAX: Final = 8192  # a set travels in one message
 SWARM_WINDOW_S: Final = 0.2  # between two changes of one swarm's membership; the first is told at once

@@ -24,6 +24,7 @@ from fal_scheduler import cache_wire
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.cache_outbox import Outbox, Send, Sources
 from fal_scheduler.cache_swarms import Swarms
+from fal_scheduler.cache_telling import CacheTelling
 from fal_scheduler.cache_wishes import Manifests, WishKeeper
 from fal_scheduler.core.artifact_standing import standing_of
 from fal_scheduler.core.events import Effect, Logged, ModelChanged, NodeChanged, WishesChanged
@@ -87,6 +88,7 @@ class CacheSessions:
             self.table, lambda: engine.view, registrar, clock=clock, alarms=alarms, tell=self._wishes_due
         )
         self._sources = Sources(lambda: engine.view, self.table, self.swarms, self.wishes, registrar)
+        self.telling = CacheTelling(self.table, lambda: engine.view, engine.offer, clock)
         self._generation = TicketOffice.generation(clock.wall_s())
         self._old_keys: dict[str, None] = {}  # nodes that were told keys on another day
         self._unsubscribe = engine.subscribe(self._on_effect)
@@ -172,6 +174,7 @@ class CacheSessions:
             manifests=cache_wire.manifests_in(hello.manifests),
         )
         self._check_refused(session.node_id)
+        self.telling.hello(session.node_id)
         return changed
 
     async def _read(self, session: Outbox, incoming: AsyncIterator[weights_pb2.CacheUp]) -> None:
@@ -193,11 +196,12 @@ class CacheSessions:
         catalog = self._view.catalog
         holdings = cache_wire.holdings_in(report.artifacts, catalog)
         has_status = report.HasField("status")
+        rates = cache_wire.rates_in(report.links)
         changed = self.table.report(
             session.node_id,
             holdings=holdings,
             gone=report.gone,
-            rates=cache_wire.rates_in(report.links),
+            rates=rates,
             unreachable=cache_wire.peers_in(report.unreachable, self._view.nodes) if report.unreachable_told else None,
             room=cache_wire.room_in(report.status) if has_status else None,
             capabilities=cache_wire.capabilities_in(report.status) if has_status else None,
@@ -208,6 +212,7 @@ class CacheSessions:
         if holdings:
             self._ask_manifests(session.node_id)
         self._spread(session.node_id, changed)
+        self.telling.report(session.node_id, (*report.gone, *(one.artifact_id for one in holdings)), rates)
         for event in list(report.events)[:CACHE_EVENTS_PER_REPORT_MAX]:
             self._note_event(session.node_id, event)
         if holdings:
@@ -305,6 +310,7 @@ class CacheSessions:
             what = f"node {node_id} is revoked"
             session.close(FalError(Code.UNAUTHENTICATED, what, remedy="Join again with a new token."))
         self._spread(node_id, self.table.forget(node_id))
+        self.telling.left(node_id)
 
     # --- upkeep -----------------------------------------------------------------------------------------------------
 
@@ -326,6 +332,7 @@ class CacheSessions:
         """Forget nodes that stayed away; try again what could not be told; make tickets and keys anew."""
         for node_id, changed in self.table.expire(self._clock.monotonic_s()):
             self._spread(node_id, changed)
+            self.telling.left(node_id)
         self.wishes.tick()
         if not renew:
             return
@@ -417,6 +424,7 @@ class CacheSessions:
         """End all sessions: the leader is one no longer."""
         self._unsubscribe()
         self.swarms.close()
+        self.telling.close()
         for session in list(self._sessions.values()):
             session.close(error)
 
@@ -426,6 +434,7 @@ class CacheSessions:
             "sessions": len(self._sessions),
             "facts": len(self.table),
             "waiting": sum(len(x.control) + len(x.swarms) + len(x.attested) for x in self._sessions.values()),
+            "facts_told": self.telling.told,
             **self.swarms.statistics(),
         }
 

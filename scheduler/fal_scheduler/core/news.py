@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fal_contract.limits import CRASH_BACKOFF_MAX_S, CRASH_BACKOFF_STEP_S, GPU_REFUSALS_FREE_MAX
-from fal_scheduler.core import builds, demand_news, gpu_faults, packs, rollout, suspicion
+from fal_scheduler.core import builds, demand_news, expectations, gpu_faults, packs, rollout, suspicion
 from fal_scheduler.core.events import (
     GatewayReach,
     HelloNeeded,
@@ -149,7 +149,7 @@ def report(work: Work, event: NodeReport) -> None:
         if status.ended:
             _ended(work, runner, status)
         elif status.serves and (before is None or not before.serves):
-            _became_ready(work, runner)
+            _became_ready(work, runner, status, event.arrived_s)
         if status.wounded and (before is None or not before.wounded):
             state.dirty[runner.app] = None  # another takes its place
     for runner_id in event.gone:
@@ -174,12 +174,13 @@ def _tell_gpus(work: Work, node_id: str) -> None:
         gpu_faults.tell(work, node)
 
 
-def _became_ready(work: Work, runner: Runner) -> None:
+def _became_ready(work: Work, runner: Runner, status: RunnerStatus, arrived_s: float) -> None:
     """A success: failures in a row start anew, and an older revision's runner may give way."""
     work.state.backoffs.pop(runner.app, None)
     work.state.refusals.pop(runner.app, None)
     work.state.dirty[runner.app] = None
-    work.log("RUNNER_READY", runner.id, "ready for requests")
+    facts = expectations.ready(work.state, runner, status, arrived_s=arrived_s, wall_s=work.moment.wall_s)
+    work.log("RUNNER_READY", runner.id, "ready for requests", **facts)
 
 
 def _gone(work: Work, live: NodeLive, runner_id: str) -> None:

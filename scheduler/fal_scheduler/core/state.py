@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fal_scheduler.core.cache_facts import CacheFacts
 from fal_scheduler.core.catalog import Catalog
@@ -37,6 +37,9 @@ from fal_scheduler.core.records import (
 )
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.told import Alarm, Backoff, BuildFailure, Health, Hold, Inventory, NodeLive, RunnerStatus
+
+if TYPE_CHECKING:
+    from fal_scheduler.core.expectations import Expectation
 
 EXPLANATIONS_PER_TICK_MAX: Final = 20  # each looks at every node
 
@@ -100,6 +103,8 @@ class State:
         self.stops_recent: deque[float] = deque()  # when this leader stopped runners by itself
         self.cache_facts = CacheFacts()  # what nodes' weight caches hold, and rates, as far as placement looks
         self.learning = Learning()  # how long parts of a start take
+        self.predictions: dict[str, Expectation] = {}  # of runners that are not ready yet
+        self.outcomes: dict[str, Expectation] = {}  # of those that became ready last
         # The leader's own.
         self.term = 0
         self.store_revision = 0

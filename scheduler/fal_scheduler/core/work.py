@@ -6,6 +6,7 @@ that it changed in records can be taken back (`undo`); what was told stays told.
 
 from __future__ import annotations
 
+from fal_scheduler.core import expectations
 from fal_scheduler.core.events import (
     AlarmsChanged,
     AppChanged,
@@ -81,6 +82,10 @@ class Work:
             self._lived(before)
         if after is not None and after.node:
             self.emit(AssignmentChanged(after.node, runner.id))
+            if before is None or after.assignment != before.assignment:
+                expectations.placed(state, after, now_s=self.moment.now_s)
+        else:
+            expectations.forget(state, runner.id)
         if after is None or after.node:
             state.failures.pop(runner.id, None)
         if after is None:
