@@ -1,7 +1,7 @@
 """Arrivals of one app, counted and foretold. Pure; integers only, so that a replay comes to the same.
 
 Kept per app: the requests of the minute under way, two moving averages of requests per minute (time constants of 8 and
-64 minutes, updated each minute: `average += (count - average) / 2**shift`), and a profile of the day in 96 bins of
+64 minutes, updated each minute; of fewer minutes it is the plain mean), and a profile of the day in 96 bins of
 15 minutes, each a moving average over days. Rates are in millionths of a request per minute.
 
 `expected` foretells the arrivals of the next seconds: the mean of both averages, and once a whole day was seen the
@@ -18,8 +18,8 @@ MICRO: Final = 1_000_000
 MINUTE_S: Final = 60
 BIN_MINUTES: Final = 15
 BINS: Final = 24 * 60 // BIN_MINUTES
-_FAST_SHIFT: Final = 3  # 8 minutes
-_SLOW_SHIFT: Final = 6  # 64 minutes
+_FAST_MINUTES: Final = 8
+_SLOW_MINUTES: Final = 64
 _DAY_SHIFT: Final = 1  # the last day counts one half
 _MINUTES_CAUGHT_UP_MAX: Final = 1500  # after so many without a request both averages are nothing
 _BINS_CAUGHT_UP_MAX: Final = 4 * BINS
@@ -31,6 +31,7 @@ class Arrivals:
 
     minute: int = -1
     in_minute: int = 0
+    minutes_seen: int = 0
     fast: int = 0
     slow: int = 0
     bin: int = -1
@@ -54,11 +55,12 @@ class Arrivals:
             return
         passed = minute - self.minute
         if passed > _MINUTES_CAUGHT_UP_MAX:
-            self.fast = self.slow = self.in_minute = 0
+            self.fast = self.slow = self.in_minute = self.minutes_seen = 0
             self.minute, passed = minute, 0
         for _ in range(passed):
-            self.fast += (self.in_minute * MICRO - self.fast) >> _FAST_SHIFT
-            self.slow += (self.in_minute * MICRO - self.slow) >> _SLOW_SHIFT
+            self.minutes_seen += 1
+            self.fast += (self.in_minute * MICRO - self.fast) // min(self.minutes_seen, _FAST_MINUTES)
+            self.slow += (self.in_minute * MICRO - self.slow) // min(self.minutes_seen, _SLOW_MINUTES)
             self.in_minute = 0
         self.minute = max(self.minute, minute)
         self._close_bins(minute // BIN_MINUTES)
