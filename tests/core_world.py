@@ -16,6 +16,7 @@ from fal_contract.errors import FalError
 from fal_scheduler.codec import decode, encode
 from fal_scheduler.core import invariants, tokens
 from fal_scheduler.core.catalog import Catalog
+from fal_scheduler.core.demand_events import AppDemand, DemandTold
 from fal_scheduler.core.events import (
     ApplyApp,
     ApplyPool,
@@ -229,6 +230,13 @@ class SimNode:
         if have.serves:
             self._set(replace(have, wounded=True, reason="conmon died"))
 
+    def use(self, runner_id: str, in_flight: int) -> None:
+        """So many requests are under way in one container that serves; those of before have ended."""
+        have = self.containers[runner_id]
+        if have.serves and in_flight != have.in_flight:
+            age_s = -1.0 if in_flight and not have.served else 0.0
+            self._set(replace(have, in_flight=in_flight, served=have.served + have.in_flight, last_used_age_s=age_s))
+
     def hello(self, now_s: float, meta: Meta) -> NodeHello:
         """A new session with everything."""
         self.session += 1
@@ -383,6 +391,11 @@ class World:
         for node_id, node in self.nodes.items():
             if not node.connected:
                 self.hello(node_id)
+        for gateway_id in ("g1", "g2"):
+            self.step(DemandTold(gateway_id, (), self.now_s))
+        for node in self.nodes.values():
+            for runner_id in list(node.containers):
+                node.use(runner_id, 0)
         for what in ("node", "store", "stop", "stops"):
             self.step(Confirm(what))
         for node_id in self.nodes:
@@ -503,7 +516,9 @@ def random_step(world: World) -> None:
     node_id = rng.choice(sorted(world.nodes))
     node = world.nodes[node_id]
     app_id = rng.choice(("default/app0", "default/app1", "default/app2", "default/app3", "other/app0", "other/app1"))
-    match rng.randrange(26):
+    match rng.randrange(28):
+        case 26 | 27:
+            _random_demand(world, app_id)
         case 0 | 1:
             spec, digest = spec_of(
                 gpus=rng.choice((0, 1, 1, 2, 4)),
@@ -576,6 +591,22 @@ def random_step(world: World) -> None:
                 if rng.randrange(10) < 7:
                     node.advance(runner_id)
             world.report(node_id)
+
+
+def _random_demand(world: World, app_id: str) -> None:
+    """A gateway tells what waits, or that nothing does; requests begin and end on runners."""
+    rng = world.rng
+    gateway_id = rng.choice(("g1", "g2"))
+    if rng.randrange(4) == 0:
+        world.step(DemandTold(gateway_id, (), world.now_s))
+    else:
+        queued, slots = rng.randrange(4), rng.randrange(3)
+        asked = AppDemand(app_id, "", "", slots, queued, rng.randrange(60_000), rng.randrange(-1, 2), rng.randrange(3))
+        world.step(DemandTold(gateway_id, (asked,), world.now_s))
+    for node_id, node in world.nodes.items():
+        for runner_id in list(node.containers):
+            node.use(runner_id, rng.randrange(2))
+        world.report(node_id)
 
 
 def _random_node_step(world: World, node_id: str) -> None:
