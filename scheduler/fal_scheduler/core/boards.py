@@ -99,6 +99,14 @@ class Board:
         return found[1] if found is not None else None
 
 
+def layout_of(gpus: Sequence[Gpu]) -> tuple[object, ...]:
+    """What the board of these GPUs follows from; equal ones make equal boards."""
+    place = {gpu.id: at for at, gpu in enumerate(gpus)}
+    return tuple(
+        (gpu.numa_node, tuple((place.get(link.peer_id), link.kind, link.count) for link in gpu.links)) for gpu in gpus
+    )
+
+
 def board_of(gpus: Sequence[Gpu]) -> Board:
     """The board of GPUs in this order. A link that one side tells counts for both."""
     size = len(gpus)

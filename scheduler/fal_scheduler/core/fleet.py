@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fal_contract.ids import team_of
-from fal_scheduler.core.boards import Board, board_of
+from fal_scheduler.core.boards import Board, board_of, layout_of
 from fal_scheduler.core.told import Gpu
 
 Bools = NDArray[np.bool_]
@@ -94,7 +94,8 @@ class Fleet:
         self.touched: list[int] = []
         self._stale = True
         self._kinds: dict[str, list[tuple[GpuClass, tuple[Gpu, ...], Board]]] = {}  # of each node
-        self._boards: dict[int, Board] = {}  # equal ones are one, with what was worked out for it
+        self._profiles: dict[str, int] = {}  # of each node
+        self._boards: dict[object, Board] = {}  # equal ones are one, with what was worked out for it
         self.node_ids: list[str] = []
         self.classes: list[GpuClass] = []
         self.gpus: list[tuple[Gpu, ...]] = []
@@ -110,7 +111,8 @@ class Fleet:
         self.healthy: Ints = np.zeros(rows, np.int64)
         self.total: Ints = np.zeros(rows, np.int64)
         self.free: Ints = np.zeros(rows, np.int64)  # healthy and held by nobody
-        self.board: Ints = np.zeros(rows, np.int64)
+        self.profile: Ints = np.zeros(rows, np.int64)  # equal: nothing static tells their nodes apart
+        self.kind: Ints = np.zeros(rows, np.int64)  # equal: GPUs of one class
         self.memory_free: Ints = np.zeros(rows, np.int64)
         self.cpu_free: Ints = np.zeros(rows, np.int64)
         self.domain: Ints = np.zeros(rows, np.int64)
@@ -132,7 +134,10 @@ class Fleet:
             self._kinds[facts.node_id] = self._kinds_of(facts.gpus)
         else:
             same_rows = not self._stale
-        if have is None or not same_rows or _static(have) != _static(facts):
+        changed = have is None or _static(have) != _static(facts)
+        if changed:
+            self._profiles[facts.node_id] = number_of(repr(_static(facts)))
+        if changed or not same_rows:
             self.version += 1
         if same_rows and not self._stale:
             self._fill(facts.node_id)
@@ -144,7 +149,7 @@ class Fleet:
         facts = self.facts.pop(node_id, None)
         if facts is not None:
             self._count_apps(node_id, facts.domain, None)
-            del self._kinds[node_id]
+            del self._kinds[node_id], self._profiles[node_id]
             self.version += 1
             self._stale = True
 
@@ -268,8 +273,11 @@ class Fleet:
             self._boards.clear()
         found = []
         for kind, of_kind in kinds.items():
-            board = board_of(of_kind)
-            found.append((kind, tuple(of_kind), self._boards.setdefault(board.number, board)))
+            layout = layout_of(of_kind)
+            board = self._boards.get(layout)
+            if board is None:
+                board = self._boards[layout] = board_of(of_kind)
+            found.append((kind, tuple(of_kind), board))
         return found
 
     def _fill(self, node_id: str) -> None:
@@ -277,9 +285,10 @@ class Fleet:
         held = self.occupancy.get(node_id) or Occupancy()
         rows = self.rows_of[node_id]
         domain = number_of(facts.domain)
-        for row, (_, gpus, board) in zip(rows, self._kinds[node_id], strict=True):
+        profile = self._profiles[node_id]
+        for row, (kind, gpus, board) in zip(rows, self._kinds[node_id], strict=True):
             self.gpus[row], self.boards[row] = gpus, board
-            self.board[row] = board.number
+            self.profile[row], self.kind[row] = profile, number_of_kind(kind)
             self.ready[row] = facts.ready and not facts.held and not facts.cordoned
             self.first[row] = row == rows.start
             self.total[row] = len(gpus)
@@ -293,9 +302,10 @@ class Fleet:
             self._touch(row)
 
     def _fill_gpus(self, row: int, held: Occupancy) -> None:
-        for at, gpu in enumerate(self.gpus[row]):
-            self.shares[row, at], self.teams[row, at] = share_of(gpu, held)
-        self.free[row] = np.count_nonzero(self.teams[row] == NOBODY)
+        found = [share_of(gpu, held) for gpu in self.gpus[row]]
+        self.shares[row, : len(found)] = [share for share, _ in found]
+        self.teams[row, : len(found)] = [team for _, team in found]
+        self.free[row] = sum(1 for _, team in found if team == NOBODY)
 
     def free_gpus(self, node_id: str) -> tuple[str, ...]:
         """Ids of the node's healthy GPUs that nobody holds, in the driver's order."""
@@ -341,6 +351,12 @@ def number_of(word: str) -> int:
     return int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big") >> 1 | 1
 
 
+@lru_cache(maxsize=1024)
+def number_of_kind(kind: GpuClass) -> int:
+    """A number for a class of GPU, the same in every process."""
+    return number_of(repr(kind))
+
+
 def kind_of(gpu: Gpu) -> GpuClass:
     """What makes GPUs of one node the same to placement."""
     return gpu.model, gpu.memory_bytes, gpu.mig_profile
@@ -361,6 +377,6 @@ def _add(table: dict[str, dict[_K, int]], app: str, key: _K, by: int) -> None:
 
 
 def _static(facts: NodeFacts) -> tuple[object, ...]:
-    """What placement's cached masks depend on."""
-    shape = facts.pool, facts.labels, facts.driver, facts.isolates, len(facts.gpus)
-    return *shape, facts.features, facts.host_network, facts.driver_version, facts.cuda_version
+    """What filters see of a node, whatever runs there: placement's cached masks depend on nothing else of it."""
+    words = tuple(sorted(facts.labels.items())), tuple(sorted(facts.features))
+    return facts.pool, facts.driver, facts.host_network, facts.driver_version, facts.cuda_version, *words

@@ -12,6 +12,7 @@ columns where those before it are held, all of them released where one finds no 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,6 +47,29 @@ class Placement:
 Gang = tuple[Placement, ...]
 
 
+class _Groups:
+    """Rows that are the same in some respect. `first`: a row of each group; `group`: which each row is in."""
+
+    def __init__(self, column: Ints) -> None:
+        _, first, group = np.unique(column, return_index=True, return_inverse=True)
+        self.first: list[int] = first.tolist()
+        self.group: Ints = group.ravel()
+
+    def all_of(self, found: Iterable[bool]) -> Bools:
+        """Rows whose group is found to be so; one answer a group."""
+        rows: Bools = np.fromiter(found, np.bool_, len(self.first))[self.group]
+        return rows
+
+
+@dataclass(slots=True)
+class _Joined:
+    """Rows with enough GPUs joined as asked, as far as the fleet's list of touched rows was seen."""
+
+    epoch: int
+    rows: Bools
+    seen: int = 0
+
+
 class Placer:
     """`place` with its caches: which rows could ever take a spec, by the parts of the spec that decide it."""
 
@@ -55,6 +79,9 @@ class Placer:
         self._version = -1
         self._masks: dict[object, tuple[Bools, ...]] = {}
         self._missing: dict[object, Ints] = {}
+        self._profiles: _Groups | None = None
+        self._classes: _Groups | None = None
+        self._boards: dict[tuple[int, str], _Joined] = {}
 
     def place(self, spec: Spec, ask: Ask = ANYBODY, ready: ReadyFn | None = None) -> Placement | None:
         """The best node for one runner of `spec` now, or None."""
@@ -80,8 +107,6 @@ class Placer:
         found: list[Ranking] = []
         for mask in self._masks_of(spec):
             rows = np.flatnonzero(open_rows & mask)
-            if rows.size and spec.placement.gpu_topology and spec.num_gpus > 1:
-                rows = self._joined(rows, spec)
             if not rows.size:
                 continue
             times = ready_of(fleet, rows, spec, ready)
@@ -102,6 +127,8 @@ class Placer:
             rows &= fleet.shareable(ask.team, spec.gpu_milli)
         else:
             rows &= fleet.free >= spec.num_gpus
+        if rules.gpu_topology and spec.num_gpus > 1:
+            rows &= self._joined(spec.num_gpus, rules.gpu_topology)
         if rules.affinity:
             rows &= fleet.rows_running(rules.affinity)
         if rules.anti_affinity:
@@ -112,18 +139,26 @@ class Placer:
                 rows[avoided.start : avoided.stop] = False
         return rows
 
-    def _joined(self, rows: Rows, spec: Spec) -> Rows:
-        """Those of `rows` with enough free GPUs joined as asked; equal boards with equal GPUs free are one look."""
-        fleet, rule = self._fleet, spec.placement.gpu_topology
-        free = np.packbits(fleet.teams[rows] == NOBODY, axis=1)
-        looks = np.ascontiguousarray(np.hstack([fleet.board[rows, None].view(np.uint8), free]))
-        _, first, kind = np.unique(looks, axis=0, return_index=True, return_inverse=True)
-        fits = [
-            fleet.boards[row].choose(np.flatnonzero(fleet.teams[row] == NOBODY).tolist(), spec.num_gpus, rule)
-            for row in rows[first]
-        ]
-        joined: Rows = rows[np.array([found is not None for found in fits], np.bool_)[kind.ravel()]]
-        return joined
+    def _joined(self, count: int, rule: str) -> Bools:
+        """Rows with so many free GPUs joined as asked; kept, and brought along where something changed."""
+        fleet = self._fleet
+        have = self._boards.get((count, rule))
+        if have is None or have.epoch != fleet.epoch:
+            if len(self._boards) >= _MASKS_MAX:
+                self._boards.clear()
+            have = self._boards[count, rule] = _Joined(fleet.epoch, np.zeros(len(fleet.node_ids), np.bool_))
+            changed = list(range(len(fleet.node_ids)))
+        else:
+            changed = fleet.touched[have.seen :]
+        alike: dict[tuple[int, bytes], bool] = {}
+        for row, free in zip(changed, fleet.teams[changed] == NOBODY, strict=True):
+            board = fleet.boards[row]
+            key = (id(board), free.tobytes())
+            if key not in alike:
+                alike[key] = board.choose(np.flatnonzero(free).tolist(), count, rule) is not None
+            have.rows[row] = alike[key]
+        have.seen = len(fleet.touched)
+        return have.rows
 
     def _placement(self, spec: Spec, ask: Ask, ranking: Ranking, at: int, equal: int) -> Placement:
         fleet, row = self._fleet, int(ranking.rows[at])
@@ -138,6 +173,7 @@ class Placer:
         if self._version != fleet.version or len(self._masks) > _MASKS_MAX:
             self._masks.clear()
             self._missing.clear()
+            self._profiles, self._classes = _Groups(fleet.profile), _Groups(fleet.kind)
             self._version = fleet.version
         key = (
             spec.machine_type,
@@ -157,7 +193,15 @@ class Placer:
         masks = self._masks.get(key)
         if masks is None:
             types: tuple[str, ...] = spec.machine_type if spec.num_gpus and spec.machine_type else ("",)
-            masks = self._masks[key] = tuple(_mask(fleet, spec, machine_type) for machine_type in types)
+            assert self._profiles is not None
+            assert self._classes is not None
+            facts = [fleet.facts[fleet.node_ids[row]] for row in self._profiles.first]
+            nodes = self._profiles.all_of(static_refusal(one, spec) is None for one in facts)
+            kinds = [fleet.classes[row] for row in self._classes.first]
+            masks = self._masks[key] = tuple(
+                nodes & self._classes.all_of(fits_class(kind, spec, machine_type) for kind in kinds)
+                for machine_type in types
+            )
         return masks
 
     def _labels_missing(self, spec: Spec) -> Ints | None:
@@ -168,13 +212,11 @@ class Placer:
         key = tuple(sorted(wanted.items()))
         missing = self._missing.get(key)
         if missing is None:
-            fleet = self._fleet
-            lacks = {
-                node_id: sum(1 for name, value in wanted.items() if facts.labels.get(name) != value)
-                for node_id, facts in fleet.facts.items()
-            }
-            counts = (lacks[node_id] for node_id in fleet.node_ids)
-            missing = self._missing[key] = np.fromiter(counts, np.int64, len(fleet.node_ids))
+            fleet, profiles = self._fleet, self._profiles
+            assert profiles is not None
+            labels = [fleet.facts[fleet.node_ids[row]].labels for row in profiles.first]
+            lacks = [sum(1 for name, value in wanted.items() if one.get(name) != value) for one in labels]
+            missing = self._missing[key] = np.array(lacks, np.int64)[profiles.group]
         return missing
 
 
@@ -182,22 +224,7 @@ def ready_of(fleet: Fleet, rows: Rows, spec: Spec, ready: ReadyFn | None) -> Int
     """Milliseconds until the first output on each row; zeros without a prediction."""
     if ready is None:
         return np.zeros(len(rows), np.int64)
-    if len(rows) * 4 > len(fleet.node_ids):  # the same list each time, which a cache may know
-        return ready(spec, fleet.node_ids)[rows]
-    return ready(spec, [fleet.node_ids[row] for row in rows])
-
-
-def _mask(fleet: Fleet, spec: Spec, machine_type: str) -> Bools:
-    """Rows that could take the spec if nothing else ran there."""
-    good_nodes = {facts.node_id: static_refusal(facts, spec) is None for facts in fleet.facts.values()}
-    return np.fromiter(
-        (
-            good_nodes[node_id] and fits_class(kind, spec, machine_type)
-            for node_id, kind in zip(fleet.node_ids, fleet.classes, strict=True)
-        ),
-        np.bool_,
-        len(fleet.node_ids),
-    )
+    return ready(spec, fleet.node_ids)[rows]  # the same list each time, which a cache may know
 
 
 def static_refusal(facts: NodeFacts, spec: Spec) -> str | None:

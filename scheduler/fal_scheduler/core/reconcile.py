@@ -169,7 +169,7 @@ def _replace_ahead(work: Work, placer: Placer, app: App, revision: Revision) -> 
     if work.full or unplaced or backoff_of(work, app.id, revision.number) is not None:
         return False
     runner = new_runner(work, app, revision)
-    assigned = placed(work, placer, runner, revision)
+    assigned = placed(work, placer, runner, revision, urgent=False)
     if assigned is None:
         state.waiting[app.id] = None  # looked at again when something becomes free
         return False

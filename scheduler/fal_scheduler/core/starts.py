@@ -13,6 +13,8 @@ from fal_scheduler.core.events import AppChanged
 from fal_scheduler.core.explain import model_awaited, why_pending
 from fal_scheduler.core.gpu_faults import generation_of
 from fal_scheduler.core.place import Ask, Placer
+from fal_scheduler.core.ranking import ReadyFn
+from fal_scheduler.core.ready_at import ready_ms
 from fal_scheduler.core.records import App, AssignmentRef, Binding, Residency, Revision, Runner, Spec
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Backoff
@@ -87,17 +89,20 @@ def placed(
     runner: Runner,
     revision: Revision,
     *,
-    urgent: bool = True,
+    urgent: bool | None = None,
     avoid: frozenset[str] = frozenset(),
 ) -> Runner | None:
     """The runner on the best node, assigned; None where there is none, or a model may not be used.
 
-    `urgent`: somebody waits for it; else price decides before time. `avoid`: ids of nodes that will not do.
+    `urgent`: somebody waits for it (None: where requests of the app wait), else price decides before time. `avoid`: ids
+    of nodes that will not do.
     """
     state, spec = work.state, revision.spec
     if state.hold_all or not state.settled or model_awaited(state, spec):
         return None
-    found = placer.place(spec, ask_of(work, runner.app, urgent=urgent, avoid=avoid))
+    if urgent is None:
+        urgent = state.demand.queued(runner.app) > 0
+    found = placer.place(spec, ask_of(work, runner.app, urgent=urgent, avoid=avoid), times_of(state, runner.app))
     if found is None:
         return None
     terms = {name: str(value) for name, value in found.why}
@@ -124,6 +129,11 @@ def _wake_company(state: State, app_id: str) -> None:
         app = state.apps.get(waiting)
         if app is not None and app_id in state.revision_of(app).spec.placement.affinity:
             state.dirty[waiting] = None
+
+
+def times_of(state: State, app_id: str) -> ReadyFn:
+    """When a runner of the app would be ready on each node, as placement wants to know it."""
+    return lambda spec, node_ids: ready_ms(state, spec, node_ids, app=app_id)
 
 
 def ask_of(work: Work, app_id: str, *, urgent: bool = True, avoid: frozenset[str] = frozenset()) -> Ask:
