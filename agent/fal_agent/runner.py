@@ -34,6 +34,7 @@ from fal_agent.core.tasks import (
     started,
     step,
 )
+from fal_agent.part_times import PartTimes, part_of
 from fal_agent.ports import Usage
 from fal_agent.proxy.messages import RunnerEntry
 from fal_agent.runner_secrets import RunnerSecrets
@@ -257,16 +258,18 @@ class Runner:
 
     async def _stage(self) -> None:
         """Weights arrive while the container is made."""
-        began_s = self._now_s()
+        began_s, took = self._now_s(), PartTimes(self._now_s)
         message = self._message()
         try:
             async with asyncio.timeout(STAGE_TIMEOUT_S):
-                await together([self._arrivals.stage(a) for a in message.artifacts], self._make(message))
+                weights = [took.timed(part_of(a), self._arrivals.stage(a)) for a in message.artifacts]
+                await together(weights, took.timed("make", self._make(message)))
         except TimeoutError:
             raise FalError(
                 Code.RUNNER_FAILED, f"weights did not arrive in {STAGE_TIMEOUT_S:g} s", remedy="Look at their origin."
             ) from None
-        self._see(advance(self.task, Phase.STAGED, move=Action.STAGE, seconds=self._now_s() - began_s))
+        task = replace(self.task, phases=(*self.task.phases, *took.told(("weights", "make"))))
+        self._see(advance(task, Phase.STAGED, move=Action.STAGE, seconds=self._now_s() - began_s))
 
     def _message(self) -> agent_pb2.Assignment:
         """Its assignment, without entries of the compile cache that it must not see."""

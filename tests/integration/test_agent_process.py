@@ -69,7 +69,7 @@ def test_a_runner_from_assignment_to_answer_and_through_kill_9(root: Path) -> No
         wish = assignment(A, gpus=[gpu], artifacts=[artifact])
         s.complete(wish)
         status = await s.state(A, IDLE)
-        assert [p.name for p in status.phases] == ["stage", "create", "start", "setup"]
+        assert [p.name for p in status.phases] == ["weights", "make", "stage", "create", "start", "setup"]
         answer = await request(s, proxy_port(hello), A, {"n": 1})
         await until(lambda: s.statuses[A].served == 1)
         s.tell(log_request=agent_pb2.LogRequest(id=1, runner_id=A, tail_lines=10))

@@ -112,7 +112,7 @@ def ready(state: State, runner: Runner, status: RunnerStatus, *, arrived_s: floa
 def _actual(status: RunnerStatus, total_ms: int) -> dict[str, int]:
     """What each part took; parts that an agent does not tell are left out."""
     told = {name: round(seconds * MILLI) for name, seconds in status.phases}
-    found = {name: told[name] for name in ("make", "weights", "setup") if name in told}
+    found: dict[str, int] = {name: told[name] for name in ("make", "weights", "setup") if name in told}
     if "start" in told:
         found["start"] = told.get("create", 0) + told["start"]
     named = [told[name] for name in ("stage", "create", "start", "setup") if name in told]
