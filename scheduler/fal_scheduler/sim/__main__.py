@@ -26,6 +26,9 @@ class Verb(NamedTuple):
 VERBS: Final[dict[str, Verb]] = {
     "place": Verb("fal_scheduler.sim.place", "placement policies on a trace of tasks: how much of the GPUs they fill"),
     "replay": Verb("fal_scheduler.sim.replay", "a scheduler's decision log, decided again: is every decision the same"),
+    "whatif": Verb(
+        "fal_scheduler.sim.whatif", "a decision log's requests on another fleet, or by other scaling values"
+    ),
 }
 
 
