@@ -92,6 +92,11 @@ class SnapshotWriter:
                 file.close()
             self._scratch.unlink(missing_ok=True)
 
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far, hexadecimal."""
+        return self._sha256.hexdigest()
+
     def write(self, body: bytes) -> None:
         """The next bytes. Raises STORE_FAILED."""
         assert self._file is not None

@@ -1,4 +1,4 @@
-"""The command `fal-scheduler`: `run`, `init`, `issue`.
+"""The command `fal-scheduler`: `run`, `init`, `issue`, and offline `restore` and `migrate`.
 
 Exit codes: 0 done, 1 refused or failed with `error: WHAT. REMEDY` on stderr, 2 usage. Imports what serves only when
 it serves, so that `--help` and errors are quick.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fal_contract.clock import SystemClock
 from fal_contract.config import describe, load_config
 from fal_contract.errors import Code, FalError
+from fal_scheduler.offline import add_verbs
 from fal_scheduler.options import ENV_PREFIX, Options
 
 if TYPE_CHECKING:
@@ -42,13 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fal-scheduler", description="The control plane of a falctl cluster.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     run = verbs.add_parser("run", help="serve", description="Serve until SIGTERM.")
-    run.add_argument("--config", type=Path, help="TOML file; DATA_DIR/config.toml where it exists")
-    for key in describe(Options, ENV_PREFIX):
-        flag = "--" + key.path.replace(".", "-").replace("_", "-")
-        text = f"{key.help} (default {key.default}; ${key.env})".replace("%", "%%")
-        boolean: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if key.type == "bool" else {}
-        run.add_argument(flag, dest=key.path, default=None, help=text, **boolean)
+    _settings(run)
     run.set_defaults(run=_run)
+    add_verbs(verbs, _settings, load_options)
     init = verbs.add_parser("init", help="make a cluster", description="Make a CA, its seal key and a first admin.")
     init.add_argument("--data-dir", type=Path, required=True, help="folder of the scheduler; made where missing")
     init.add_argument("--host", action="append", default=[], help="name the scheduler is reached at; repeatable")
@@ -64,6 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     issue.add_argument("--seal-key", type=Path, help="where the seal key is, if not in the data folder")
     issue.set_defaults(run=_issue)
     return parser
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for each of the options."""
+    parser.add_argument("--config", type=Path, help="TOML file; DATA_DIR/config.toml where it exists")
+    for key in describe(Options, ENV_PREFIX):
+        flag = "--" + key.path.replace(".", "-").replace("_", "-")
+        text = f"{key.help} (default {key.default}; ${key.env})".replace("%", "%%")
+        boolean: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if key.type == "bool" else {}
+        parser.add_argument(flag, dest=key.path, default=None, help=text, **boolean)
 
 
 def _init(args: argparse.Namespace) -> None:

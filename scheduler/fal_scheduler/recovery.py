@@ -1,6 +1,7 @@
 """From records in a store to a State: what a new leader does before its first event.
 
-Raises VERSION_MISMATCH or CORRUPT, naming the key, where a record cannot be read: the scheduler then does not start.
+Raises VERSION_MISMATCH or CORRUPT, naming the key, where a record cannot be read, FAILED_PRECONDITION where the store
+is marked as moved or half filled: the scheduler then does not start.
 Records that break a rule do not stop it: they come back as violations and are frozen (`degraded`). Called by the
 engine only.
 """
@@ -16,10 +17,12 @@ from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.records import META_KEY, Change, Meta
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Alarm
+from fal_scheduler.store_mark import check_mark
 
 
 def recover(records: Mapping[str, bytes], *, term: int, revision: int, now_s: float) -> tuple[State, list[Violation]]:
     """The state that the records say, as the leader of `term` finds it at `now_s` (monotonic)."""
+    check_mark(records)
     state = State()
     state.term, state.store_revision, state.term_began_s = term, revision, now_s
     for key in sorted(records):

@@ -7,6 +7,7 @@ an operator's confirm settles them. The others run in virtual time on the store 
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,24 +15,32 @@ from random import Random
 
 import pytest
 
+from etcd_server import EtcdServer
 from fal_agent.core.assignments import Complete, Delta
 from fal_agent.core.tasks import Task
 from fal_agent.session import Link
 from fal_contract.errors import Code, FalError
+from fal_contract.snapshot_file import SnapshotWriter
+from fal_contract.v1 import schedulers_pb2
+from fal_scheduler.api.schedulers import save_snapshot
 from fal_scheduler.core import tokens
 from fal_scheduler.core.events import ApplyApp, ApplyPool, Confirm, CreateToken, RedeemToken, Reply, ScaleApp
 from fal_scheduler.core.records import Pool, Resources, ScaleOverride, Scaling, Spec
 from fal_scheduler.core.state import State
+from fal_scheduler.moving import migrate, restore
+from fal_scheduler.store.etcd import EtcdStore
 from fal_scheduler.store.faults import Fault, FaultKind
+from fal_scheduler.store.interface import Store
 from fal_scheduler.store.sqlite import SqliteStore
 from sim.cluster import AgentLink, Profile, SimCluster, quiet
 from sim.host import Host
 from sim.network import Network, Stream, broken
 from sim.process import install
-from sim.schedulers import Scheduler, SchedulerHooks
+from sim.schedulers import Scheduler, SchedulerHooks, authority
 from virtual_time import run_virtually
 
 NODES, GPUS = 5, 4
+CLUSTER = "c-010101010101"
 WITHIN_S = 20.0
 
 
@@ -63,7 +72,7 @@ class Drill:
         ]
         self.scheduler: Scheduler | None = None
         self._rng = Random(7)
-        self._store: SqliteStore | None = None
+        self._store: Store | None = None
 
     @property
     def view(self) -> State:
@@ -82,9 +91,9 @@ class Drill:
         """An operator's word."""
         return await self.submit(Confirm(what, actor="operator"))
 
-    async def start(self, file: str, *, cluster_id: str = "c-010101010101") -> None:
-        """A scheduler of `cluster_id` on this store."""
-        self._store = store = SqliteStore(self.root / file)
+    async def start(self, file: str = "", *, cluster_id: str = CLUSTER, store: Store | None = None) -> None:
+        """A scheduler of `cluster_id` on this store: a file's, or another."""
+        self._store = store = store or SqliteStore(self.root / file)
         self.scheduler = Scheduler(
             "s0", cluster_id=cluster_id, folder=self.root / "s0", rng=self._rng, hooks=SchedulerHooks(),
             store_of=lambda: store,
@@ -359,3 +368,100 @@ def test_an_answer_lost_around_the_commit(tmp_path: Path, kind: FaultKind) -> No
         assert c.checker.counts.get("stops", 0) == 0
 
     _virtually(tmp_path, scenario)
+
+
+# Moves: a snapshot, and another store.
+
+
+async def save(d: Drill, file: Path) -> None:
+    """As `falctl operator snapshot save` does."""
+    assert d.scheduler is not None
+    assert d.scheduler.leadership is not None
+    facts: dict[str, object] = {}
+    with SnapshotWriter(file) as writer:
+        async for chunk in save_snapshot(d.scheduler.leadership, schedulers_pb2.SaveSnapshotRequest()):
+            facts = json.loads(chunk.head) if chunk.head else facts
+            writer.write(chunk.body)
+            if chunk.sha256:
+                writer.finish(facts, sha256=chunk.sha256)
+
+
+def test_a_snapshot_restored_into_an_empty_store(tmp_path: Path) -> None:
+    """Nodes follow it without a doubt, because its epoch is higher; what came after it is kept and reported."""
+
+    async def scenario(d: Drill) -> None:
+        await d.start("ours.db")
+        await d.join()
+        await d.deploy("default/a", 10)
+        await d.until(lambda: len(d.serving()) == 10)
+        known, epoch = d.running(), d.view.meta.epoch  # type: ignore[union-attr]
+        await save(d, tmp_path / "snapshot")
+        await d.submit(ScaleApp("default/a", ScaleOverride(min_concurrency=15), actor="operator"))
+        await d.deploy("default/b", 5)
+        await d.until(lambda: len(d.serving()) == 20)
+        await asyncio.sleep(0.5)  # the nodes hear of the newest revision with the next delta
+        await d.stop()
+        store = SqliteStore(d.root / "restored.db")
+        filled = await restore(
+            store, tmp_path / "snapshot", ca=authority(CLUSTER), blobs=d.root / "s0" / "blobs", force=False
+        )
+        assert filled.epoch == epoch + 1
+        await d.start("restored.db")
+        await d.heard()
+        assert not d.alarms() & {"STORE_OLDER", "STORE_NEW"}
+        assert {id for _, id in d.view.orphans} == d.running() - known
+        await d.nothing_stops()
+        await d.confirm("adopt")
+        await d.until(lambda: len(d.view.runners) == 15)
+        await d.confirm("stop")
+        await d.until(lambda: not d.view.orphans and len(d.running()) == 15)
+        assert known <= d.serving()
+        await d.stop()
+        await d.start("ours.db")  # the store of before: nobody follows it
+        await d.until(lambda: "STORE_OLDER" in d.alarms())
+        before = set(d.stops.runners)
+        await asyncio.sleep(1.5)  # the time itself is what is tested
+        assert set(d.stops.runners) == before
+
+    drill(tmp_path, scenario)
+
+
+@pytest.mark.etcd
+def test_from_a_file_to_etcd_and_back_under_running_containers(tmp_path: Path) -> None:
+    """No runner notices, nothing is an orphan, and the store that was left refuses to be led on."""
+
+    async def scenario(d: Drill, endpoint: str) -> None:
+        await d.start("ours.db")
+        await d.join()
+        await d.deploy("default/a", 20)
+        await d.until(lambda: len(d.serving()) == 20)
+        with pytest.raises(FalError) as caught:
+            await migrate(SqliteStore(d.root / "ours.db"), EtcdStore([endpoint]), where="etcd", force=False)
+        assert caught.value.code is Code.FAILED_PRECONDITION
+        assert "in use" in caught.value.what
+        await d.stop()
+        await migrate(SqliteStore(d.root / "ours.db"), EtcdStore([endpoint]), where=f"etcd://{endpoint}", force=False)
+        await d.start(store=EtcdStore([endpoint]))
+        await d.heard()
+        assert not d.alarms()
+        assert not d.view.orphans
+        await d.nothing_stops()
+        await d.submit(ScaleApp("default/a", ScaleOverride(min_concurrency=19), actor="operator"))
+        with pytest.raises(FalError, match="a scheduler leads"):
+            await migrate(EtcdStore([endpoint]), SqliteStore(d.root / "back.db"), where="back", force=False, wait_s=0.5)
+        await d.stop()
+        left = SqliteStore(d.root / "ours.db")
+        with pytest.raises(FalError, match="moved to etcd://"):
+            await migrate(left, EtcdStore([endpoint]), where="x", force=True)
+        await migrate(EtcdStore([endpoint]), SqliteStore(d.root / "ours.db"), where="sqlite", force=False)
+        await d.start("ours.db")
+        await d.heard()
+        assert not d.alarms()
+        assert not d.view.orphans
+        assert d.stops.runners == []
+        assert len(d.serving()) == 20
+        assert d.view.meta is not None
+        assert d.view.meta.epoch == 3
+
+    with EtcdServer(tmp_path / "etcd") as etcd:
+        drill(tmp_path, lambda d: scenario(d, etcd.endpoint))
