@@ -1,0 +1,316 @@
+"""`falctl sim serve`: a trace of requests against GPUs that hold one model each, in virtual time.
+
+Arrivals are compressed by `--speedup`; services last what the trace says; only requests that succeeded count. The wait
+of a request is from its arrival to the begin of its service, so it includes a load that it waited for. `falctl` is
+the production order (`core/dispatch_order.py`), which sees arrivals and ends of services when they happen, never before.
+The others are the reference's: `random` and `affinity` serve first come first, `reorder` the oldest whose model is
+resident, unless the oldest of all has waited 600 s, `no-load` has every model everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import heapq
+import json
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from fal_contract.errors import Code, FalError, invalid
+from fal_scheduler.core.dispatch_order import BusyRunner, DispatchOrder, FreeRunner, Settings, Waiting
+
+GPUS_MAX: Final = 10_000
+REQUESTS_MAX: Final = 1_000_000
+REORDER_LIMIT_MS: Final = 600_000
+ASK_AGAIN_MS: Final = 5_000  # where something waits and nothing happens
+POLICIES: Final = ("falctl", "random", "affinity", "reorder", "no-load")
+COLUMNS: Final = ("gmt_create", "predict_status", "exec_time_seconds", "checkpoint_model_version_id")
+PRESETS: Final = {
+    "few-loads": Settings(),
+    "short-wait": Settings(prefer_resident_ms=0, busy_price_ms=5_000),
+}
+
+
+class Request(NamedTuple):
+    """One request of the trace."""
+
+    at_ms: int
+    took_ms: int
+    model: str
+
+
+@dataclass(slots=True)
+class Gpu:
+    """One GPU with a model; `until_ms` is when its service or load ends."""
+
+    model: str = ""
+    since_ms: int = 0
+    until_ms: int = 0
+    loading: bool = False
+    free: bool = True
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a trace."""
+
+    loads: int = 0
+    waits_ms: list[int] = field(default_factory=list)
+
+    def as_json(self, policy: str) -> dict[str, Any]:
+        """The figures; seconds."""
+        waits = sorted(self.waits_ms)
+        count = len(waits)
+        return {
+            "policy": policy,
+            "loads_per_request": round(self.loads / count, 4),
+            "mean_wait_s": round(sum(waits) / count / 1000, 2),
+            "p95_wait_s": round(waits[int(0.95 * count)] / 1000, 1),
+            "max_wait_s": round(waits[-1] / 1000, 1),
+            "requests": count,
+        }
+
+
+def read_trace(path: Path, speedup: float) -> list[Request]:
+    """Requests that succeeded, in order of arrival. Errors: FalError naming file, line and column."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise invalid("trace", str(path), f"has no column {missing[0]}", remedy="Give a GenTD26 request trace.")
+            rows = [_row(path, reader.line_num, row) for row in reader if row["predict_status"] == "SUCCEED"]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise invalid("trace", str(path), f"cannot be read: {error}", remedy="Name a readable CSV file.") from error
+    if not rows or len(rows) > REQUESTS_MAX:
+        why = f"holds {len(rows)} requests that succeeded"
+        raise invalid("trace", str(path), why, remedy=f"Give 1 to {REQUESTS_MAX} of them.")
+    first = min(row[0] for row in rows)
+    requests = [Request(round((at - first) * 1000 / speedup), round(took * 1000), model) for at, took, model in rows]
+    return sorted(requests, key=lambda x: x.at_ms)
+
+
+def _row(path: Path, line: int, row: dict[str, str]) -> tuple[float, float, str]:
+    column = "gmt_create"
+    try:
+        at = datetime.strptime(row[column], "%Y-%m-%d %H:%M:%S").replace(tzinfo=timezone.utc).timestamp()
+        column = "exec_time_seconds"
+        took = float(row[column])
+        if not 0.0 <= took <= 86_400.0:
+            raise ValueError(took)
+    except (ValueError, TypeError) as error:
+        what = f"line {line}: {row.get(column)!r} in column {column}"
+        raise FalError(
+            Code.INVALID, f"trace {path}, {what} is wrong", remedy="Correct the line.", field="trace"
+        ) from error
+    return at, took, row["checkpoint_model_version_id"]
+
+
+class Cluster:
+    """GPUs, the queue of each model, and the virtual clock."""
+
+    def __init__(self, requests: Sequence[Request], gpus: int, load_ms: int) -> None:
+        self.requests = requests
+        self.gpus = [Gpu() for _ in range(gpus)]
+        self.load_ms = load_ms
+        self.queues: dict[str, deque[Request]] = {}
+        self.now_ms = 0
+        self.outcome = Outcome()
+        self.on_arrival: Callable[[Request], None] = lambda _: None
+        self.on_end: Callable[[Gpu], None] = lambda _: None
+        self._ends: list[tuple[int, int]] = []
+
+    def run(self, dispatch: Callable[[], None]) -> Outcome:
+        """Serve everything; `dispatch` is called after every event."""
+        at = 0
+        while at < len(self.requests) or self.queues or self._ends:
+            arrival = self.requests[at].at_ms if at < len(self.requests) else None
+            end = self._ends[0][0] if self._ends else None
+            times = [x for x in (arrival, end) if x is not None]
+            upcoming = min(times) if times else self.now_ms + ASK_AGAIN_MS
+            if self.queues and upcoming > self.now_ms + ASK_AGAIN_MS:
+                self.now_ms += ASK_AGAIN_MS
+            elif arrival is not None and arrival == upcoming:
+                self.now_ms = arrival
+                request = self.requests[at]
+                self.queues.setdefault(request.model, deque()).append(request)
+                self.on_arrival(request)
+                at += 1
+            else:
+                self.now_ms, number = heapq.heappop(self._ends)
+                gpu = self.gpus[number]
+                self.on_end(gpu)
+                gpu.free, gpu.loading, gpu.since_ms = True, False, self.now_ms
+            dispatch()
+        return self.outcome
+
+    def serve(self, number: int, model: str, *, after_ms: int = 0) -> None:
+        """The oldest of the model begins on this GPU, after a load that it waits for."""
+        queue = self.queues[model]
+        request = queue.popleft()
+        if not queue:
+            del self.queues[model]
+        self.outcome.waits_ms.append(self.now_ms + after_ms - request.at_ms)
+        self._busy(number, model, after_ms, request.took_ms, loading=False)
+
+    def load(self, number: int, model: str) -> None:
+        """The GPU loads the model, and is free with it then."""
+        self.outcome.loads += 1
+        self._busy(number, model, 0, self.load_ms, loading=True)
+
+    def _busy(self, number: int, model: str, after_ms: int, took_ms: int, *, loading: bool) -> None:
+        gpu = self.gpus[number]
+        gpu.model, gpu.free, gpu.loading, gpu.since_ms = model, False, loading, self.now_ms + after_ms
+        gpu.until_ms = self.now_ms + after_ms + took_ms
+        heapq.heappush(self._ends, (gpu.until_ms, number))
+
+
+def serve_ours(cluster: Cluster, settings: Settings) -> Outcome:
+    """The production order; each model is an app of one team."""
+    order = DispatchOrder(settings)
+    cluster.on_arrival = lambda request: order.observe_arrival(request.model, cluster.now_ms)
+
+    def ended(gpu: Gpu) -> None:
+        took_ms = cluster.now_ms - gpu.since_ms
+        (order.observe_load if gpu.loading else order.observe_done)(gpu.model, took_ms)
+
+    def dispatch() -> None:
+        while cluster.queues:
+            now_ms = cluster.now_ms
+            waiting = [
+                Waiting(model, "default", "app", model, 0, len(queue), now_ms - queue[0].at_ms)
+                for model, queue in cluster.queues.items()
+            ]
+            free, busy = _runners(cluster)
+            decision = order.choose(now_ms, waiting, free, busy)
+            if decision is None:
+                return
+            order.took(decision, waiting)
+            if decision.load:
+                cluster.load(int(decision.runner), decision.model)
+            else:
+                cluster.serve(int(decision.runner), decision.model)
+
+    cluster.on_end = ended
+    return cluster.run(dispatch)
+
+
+def _runners(cluster: Cluster) -> tuple[list[FreeRunner], list[BusyRunner]]:
+    now_ms = cluster.now_ms
+    free = []
+    busy = []
+    for number, gpu in enumerate(cluster.gpus):
+        resident = (gpu.model,) if gpu.model else ()
+        if gpu.free:
+            free.append(FreeRunner(f"{number:05}", resident, None, now_ms - gpu.since_ms))
+        else:
+            left_ms = gpu.until_ms - now_ms if gpu.loading else None
+            busy.append(BusyRunner(f"{number:05}", resident, now_ms - gpu.since_ms, left_ms))
+    return free, busy
+
+
+def serve_reference(cluster: Cluster, policy: str, seed: int) -> Outcome:
+    """One of the reference's policies: a load belongs to the request that it is for."""
+    rng = random.Random(seed)  # noqa: S311 - a seeded policy of the reference, no secret
+
+    def dispatch() -> None:
+        while cluster.queues:
+            idle = [n for n, gpu in enumerate(cluster.gpus) if gpu.free]
+            if not idle:
+                return
+            oldest = min(cluster.queues, key=lambda model: cluster.queues[model][0].at_ms)
+            model = oldest
+            late = cluster.now_ms - cluster.queues[oldest][0].at_ms > REORDER_LIMIT_MS
+            if policy == "reorder" and not late:
+                here = {cluster.gpus[n].model for n in idle}
+                warm = [m for m in cluster.queues if m in here]
+                model = min(warm, key=lambda m: cluster.queues[m][0].at_ms) if warm else oldest
+            resident = [n for n in idle if cluster.gpus[n].model == model]
+            if policy in ("random", "no-load"):
+                number = rng.choice(idle)
+            else:
+                number = resident[0] if resident else min(idle, key=lambda n: cluster.gpus[n].since_ms)
+            load = policy != "no-load" and cluster.gpus[number].model != model
+            cluster.outcome.loads += load
+            cluster.serve(number, model, after_ms=cluster.load_ms if load else 0)
+
+    return cluster.run(dispatch)
+
+
+def simulate(
+    requests: Sequence[Request], policy: str, *, gpus: int, load_ms: int, settings: Settings, seed: int = 1
+) -> dict[str, Any]:
+    """The figures of one policy."""
+    cluster = Cluster(requests, gpus, load_ms)
+    if policy == "falctl":
+        outcome = serve_ours(cluster, replace(settings, load_ms=load_ms))
+    else:
+        outcome = serve_reference(cluster, policy, seed)
+    return outcome.as_json(policy)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `falctl sim serve`."""
+    parser.add_argument("--trace", type=Path, required=True, help="CSV of requests (GenTD26)")
+    parser.add_argument("--gpus", type=int, default=16, help="GPUs, one resident model each")
+    parser.add_argument("--speedup", type=float, default=6.0, help="how much closer arrivals are than in the trace")
+    parser.add_argument("--load-s", type=float, default=22.0, help="seconds that a load takes")
+    parser.add_argument("--policy", choices=POLICIES, default="falctl")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="few-loads", help="settings of policy falctl")
+    parser.add_argument("--prefer-resident-s", type=float, help="total wait in seconds that a load must save")
+    parser.add_argument("--busy-price-s", type=float, help="more of it where all other GPUs are busy")
+    parser.add_argument("--bypass-s", type=float, help="whoever waited so long is next")
+    parser.add_argument("--bypass-max", type=int, help="whoever was passed over so many times is next")
+    parser.add_argument("--keep-milli", type=int, help="weight of the model that is dropped, 1000: its expected reload")
+    parser.add_argument("--seed", type=int, default=1, help="of policies random and no-load")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate and print. Errors: FalError for an option or a line of the trace that is wrong."""
+    _within("gpus", args.gpus, 1, GPUS_MAX)
+    _within("speedup", args.speedup, 0.001, 100_000.0)
+    _within("load_s", args.load_s, 0.0, 86_400.0)
+    figures = simulate(
+        read_trace(args.trace, args.speedup),
+        args.policy,
+        gpus=args.gpus,
+        load_ms=round(args.load_s * 1000),
+        settings=_settings(args),
+        seed=args.seed,
+    )
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        print("\n".join(f"{name:18} {value}" for name, value in figures.items()))
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    changes: dict[str, int] = {}
+    for name, option, factor in (
+        ("prefer_resident_ms", "prefer_resident_s", 1000),
+        ("busy_price_ms", "busy_price_s", 1000),
+        ("bypass_ms", "bypass_s", 1000),
+        ("bypass_max", "bypass_max", 1),
+        ("keep_milli", "keep_milli", 1),
+    ):
+        value = getattr(args, option)
+        if value is not None:
+            _within(option, value, 1 if option.startswith("bypass") else 0, 1_000_000)
+            changes[name] = round(value * factor)
+    assert all(name in {x.name for x in fields(Settings)} for name in changes)
+    return replace(PRESETS[args.preset], **changes)
+
+
+def _within(option: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise invalid(option, value, f"is not within {low} and {high}", remedy=f"Give --{option.replace('_', '-')} so.")
+
+
+__all__ = ["POLICIES", "PRESETS", "add_arguments", "read_trace", "run", "simulate"]
