@@ -1,0 +1,248 @@
+"""How much free GPU a placement would strand: the fragmentation gradient of "Beware of Fragmentation" (ATC'23), exact.
+
+Pure. `Shares` are the free amounts of a fleet as columns; `Fragmentation` scores what one more task would do to each
+node. Of a node with free CPU c and free shares g_i of its GPUs (thousandths), a typical task m of weight p_m cannot
+use
+
+    F(m) = sum of g_i                        when it asks for no GPU, its kinds are others, c < cpu_m, or fewer than
+                                             num_m GPUs have g_i >= milli_m
+    F(m) = sum of those g_i below milli_m    otherwise
+
+F = sum of p_m F(m), and the score of a placement is int(100 sigmoid((F before - F after) / 1000)), higher is better.
+The truncation to 101 steps is part of the method: without it, it packs worse.
+
+All is integer: weights in ppm, F in ppm of a milli-GPU. What a GPU with share g contributes to what is usable is the
+weight of the tasks that fit the node and need at most g; it depends on c only by which tasks' CPU it covers, and on
+each g only by which tasks' shares it covers. So F is a sum of looked-up numbers, and a node costs one look-up a GPU.
+
+Called by `policies` and by placement as its last criterion. Must not choose nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Milli = NDArray[np.int16]
+Bools = NDArray[np.bool_]
+
+WHOLE: Final = 1000  # thousandths of a GPU
+PPM: Final = 1_000_000
+NEVER: Final = -1  # the score of a row that does not fit
+SCORE_MAX: Final = 100
+
+
+class Demand(NamedTuple):
+    """What a task asks of one node."""
+
+    cpu_milli: int
+    gpu_milli: int  # 1..1000 of each GPU; 1000 is the whole GPU
+    num_gpus: int
+    kinds: tuple[int, ...] = ()  # kinds of GPU that will do; empty: any
+    memory_mib: int = 0
+
+
+class Shares:
+    """Free amounts, one row a node; `stamp` says when a row last changed, so that caches know what they must look at.
+
+    `set_row` is for those who know what is free (placement), `take` and `give` for those who count it themselves
+    (simulations); neither lets a share go below 0 or above the whole.
+    """
+
+    def __init__(self, rows: int, gpus_max: int) -> None:
+        self.cpu_free: Ints = np.zeros(rows, np.int64)  # milli
+        self.memory_free: Ints = np.zeros(rows, np.int64)  # MiB
+        self.gpu_free: Milli = np.full((rows, gpus_max), -1, np.int16)  # milli; -1: no such GPU
+        self.kind: Milli = np.zeros(rows, np.int16)  # of its GPUs
+        self.stamp: Ints = np.zeros(rows, np.int64)
+        self.clock = 0  # counts changes
+
+    def __len__(self) -> int:
+        return len(self.cpu_free)
+
+    def set_row(self, row: int, *, cpu_free: int, memory_free: int, gpu_free: Sequence[int], kind: int) -> None:
+        """Say what is free on a row. `gpu_free` may be shorter than `gpus_max`: there are no others."""
+        given = list(gpu_free)
+        if any(not -1 <= share <= WHOLE for share in given):
+            raise ValueError(f"shares of row {row} must be -1..{WHOLE}: {given}")
+        width = self.gpu_free.shape[1]
+        self.gpu_free[row] = given + [-1] * (width - len(given))
+        self.cpu_free[row] = cpu_free
+        self.memory_free[row] = memory_free
+        self.kind[row] = kind
+        self.touch(row)
+
+    def take(self, row: int, demand: Demand, gpus: Sequence[int]) -> None:
+        """Hold what `demand` asks for on these GPUs. Raises ValueError where it is not free; nothing changes then."""
+        free = self.gpu_free[row]
+        if len(set(gpus)) != demand.num_gpus or any(free[gpu] < demand.gpu_milli for gpu in gpus):
+            raise ValueError(f"row {row} has not {demand} free on GPUs {tuple(gpus)}")
+        if self.cpu_free[row] < demand.cpu_milli or self.memory_free[row] < demand.memory_mib:
+            raise ValueError(f"row {row} has not the CPU or memory of {demand}")
+        for gpu in gpus:
+            free[gpu] -= demand.gpu_milli
+        self.cpu_free[row] -= demand.cpu_milli
+        self.memory_free[row] -= demand.memory_mib
+        self.touch(row)
+
+    def give(self, row: int, demand: Demand, gpus: Sequence[int]) -> None:
+        """Give back what `take` held. Raises ValueError when a GPU would have more than itself."""
+        free = self.gpu_free[row]
+        if any(not 0 <= free[gpu] <= WHOLE - demand.gpu_milli for gpu in gpus):
+            raise ValueError(f"row {row} never gave {demand} on GPUs {tuple(gpus)}")
+        for gpu in gpus:
+            free[gpu] += demand.gpu_milli
+        self.cpu_free[row] += demand.cpu_milli
+        self.memory_free[row] += demand.memory_mib
+        self.touch(row)
+
+    def touch(self, row: int) -> None:
+        """Mark a row as changed."""
+        self.clock += 1
+        self.stamp[row] = self.clock
+
+
+def rows_that_fit(shares: Shares, demand: Demand, rows: NDArray[np.intp]) -> Bools:
+    """Of these rows, those with the CPU, GPUs and kind that `demand` asks for. Memory is left to the caller."""
+    fits: Bools = shares.cpu_free[rows] >= demand.cpu_milli
+    if demand.num_gpus == 1:
+        fits &= shares.gpu_free[rows].max(axis=1) >= demand.gpu_milli
+    elif demand.num_gpus:
+        fits &= (shares.gpu_free[rows] >= demand.gpu_milli).sum(axis=1) >= demand.num_gpus
+    if demand.kinds:
+        fits &= np.isin(shares.kind[rows], demand.kinds)
+    return fits
+
+
+def first_gpus(shares: Shares, row: int, demand: Demand) -> tuple[int, ...]:
+    """The GPUs of lowest index that have the share; the row fits."""
+    good = np.flatnonzero(shares.gpu_free[row] >= demand.gpu_milli)
+    return tuple(int(gpu) for gpu in good[: demand.num_gpus])
+
+
+def is_fraction(demand: Demand) -> bool:
+    """Whether the choice of the GPU matters: a part of one GPU."""
+    return demand.num_gpus == 1 and demand.gpu_milli < WHOLE
+
+
+def after(shares: Shares, demand: Demand, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], Bools]:
+    """What each way to place `demand` would leave: shares [row, way, GPU], and which ways there are [row, way].
+
+    A fraction has one way for each GPU, everything else one: the GPUs of lowest index that have the share.
+    GPUs that do not exist count as full.
+    """
+    free = np.maximum(shares.gpu_free[rows], 0).astype(np.intp)
+    if not is_fraction(demand):
+        enough = free >= max(demand.gpu_milli, 1)
+        chosen = enough & (np.cumsum(enough, axis=1) <= demand.num_gpus)
+        return (free - chosen * demand.gpu_milli)[:, None, :], np.ones((len(rows), 1), np.bool_)
+    width = free.shape[1]
+    left = np.repeat(free[:, None, :], width, axis=1)
+    every = np.arange(width)
+    left[:, every, every] -= demand.gpu_milli
+    ways: Bools = free >= demand.gpu_milli
+    return np.maximum(left, 0), ways
+
+
+# _STEPS[k] is the least (F before - F after), in ppm of a milli-GPU, whose score is k + 1.
+_STEPS: Final = np.array(
+    [math.ceil(math.log(k / (SCORE_MAX - k)) * WHOLE * PPM) for k in range(1, SCORE_MAX)], dtype=np.int64
+)
+
+
+class Fragmentation:
+    """FGD scores of a fleet against typical tasks: (demand, weight in ppm), at most a few hundred."""
+
+    def __init__(self, shares: Shares, typical: Sequence[tuple[Demand, int]]) -> None:
+        self._shares = shares
+        self._weight = sum(weight for _, weight in typical)
+        tasks = [(task, weight) for task, weight in typical if task.num_gpus]
+        self._cpus = np.array(sorted({task.cpu_milli for task, _ in tasks}), np.int64)
+        self._millis = np.array(sorted({task.gpu_milli for task, _ in tasks}), np.int64)
+        # How many of the distinct shares a share of 0..1000 covers.
+        self._rank = np.searchsorted(self._millis, np.arange(WHOLE + 1), "right").astype(np.intp)
+        masks = sorted({task.kinds for task, _ in tasks if task.kinds})
+        named = sorted({kind for mask in masks for kind in mask})
+        # Kinds that no typical task names are alike: class 0.
+        self._kind_class = {kind: place for place, kind in enumerate(named, start=1)}
+        counts = sorted({task.num_gpus for task, _ in tasks})
+        self._tables = [(count, self._table(count, named, tasks)) for count in counts]
+        self._before: Ints = np.zeros(len(shares), np.int64)
+        self._seen = -1
+        self._class_of_row: NDArray[np.intp] = np.zeros(len(shares), np.intp)
+
+    def _table(self, count: int, named: list[int], tasks: list[tuple[Demand, int]]) -> Ints:
+        """Usable weight by (class of kind, CPUs covered, rank of the count-th largest share, rank of a share)."""
+        ranks = len(self._millis) + 1
+        table = np.zeros((len(named) + 1, len(self._cpus) + 1, ranks, ranks), np.int64)
+        for task, weight in tasks:
+            if task.num_gpus != count:
+                continue
+            cpu = int(np.searchsorted(self._cpus, task.cpu_milli)) + 1
+            rank = int(np.searchsorted(self._millis, task.gpu_milli)) + 1
+            places = [place for place, kind in enumerate([None, *named]) if not task.kinds or kind in task.kinds]
+            for place in places:
+                table[place, cpu:, rank:, rank:] += weight
+        return table.ravel()
+
+    def changed(self, row: int) -> None:
+        """For whoever writes the columns past `Shares.set_row`."""
+        self._shares.touch(row)
+
+    def stranded(self, rows: NDArray[np.intp]) -> Ints:
+        """F of rows as they are, in ppm of a milli-GPU."""
+        self._refresh()
+        return self._before[rows]
+
+    def score(self, demand: Demand, rows: NDArray[np.intp]) -> tuple[Ints, Milli]:
+        """Scores (0..100, NEVER where it does not fit), and the GPU for a fraction (-1 for everything else)."""
+        rows = np.asarray(rows, np.intp)
+        fits = rows_that_fit(self._shares, demand, rows)
+        if demand.memory_mib:
+            fits &= self._shares.memory_free[rows] >= demand.memory_mib
+        scores, gpus = np.full(len(rows), NEVER, np.int64), np.full(len(rows), -1, np.int16)
+        scores[fits], gpus[fits] = self.score_fitting(demand, rows[fits])
+        return scores, gpus
+
+    def score_fitting(self, demand: Demand, rows: NDArray[np.intp]) -> tuple[Ints, Milli]:
+        """`score` of rows that are known to fit."""
+        self._refresh()
+        left, ways = after(self._shares, demand, rows)
+        gain = self._before[rows][:, None] - self._stranded(rows, self._shares.cpu_free[rows] - demand.cpu_milli, left)
+        scores = np.searchsorted(_STEPS, gain, "right")
+        if not is_fraction(demand):
+            return scores[:, 0], np.full(len(rows), -1, np.int16)
+        scores = np.where(ways, scores, NEVER)
+        gpus = scores.argmax(axis=1)
+        return scores[np.arange(len(rows)), gpus], gpus.astype(np.int16)
+
+    def _refresh(self) -> None:
+        shares = self._shares
+        if self._seen == shares.clock:
+            return
+        rows = np.flatnonzero(shares.stamp > self._seen)
+        if self._kind_class:
+            self._class_of_row[rows] = [self._kind_class.get(int(kind), 0) for kind in shares.kind[rows]]
+        free = np.maximum(shares.gpu_free[rows], 0).astype(np.intp)
+        self._before[rows] = self._stranded(rows, shares.cpu_free[rows], free[:, None, :])[:, 0]
+        self._seen = shares.clock
+
+    def _stranded(self, rows: NDArray[np.intp], cpu: Ints, left: NDArray[np.intp]) -> Ints:
+        """F of hypothetical shares [row, way, GPU] with so much CPU [row]."""
+        ranks = len(self._millis) + 1
+        place = self._class_of_row[rows] * (len(self._cpus) + 1) + np.searchsorted(self._cpus, cpu, "right")
+        rank = self._rank[left]
+        ordered = np.sort(left, axis=2) if any(count > 1 for count, _ in self._tables) else None
+        total: Ints = left.sum(axis=2) * self._weight
+        for count, table in self._tables:
+            if count > left.shape[2]:
+                continue
+            nth = left.max(axis=2) if ordered is None else ordered[:, :, -count]
+            base = (place[:, None] * ranks + self._rank[nth]) * ranks
+            total -= (table[base[:, :, None] + rank] * left).sum(axis=2)
+        return total
