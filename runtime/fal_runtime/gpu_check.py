@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any, Final
 
-CHUNK_BYTES: Final = 1 << 30
+CHUNK_BYTES: Final = 256 << 20
 SHARE: Final = 0.9  # of the memory that is free
 SIZE: Final = 4096  # of square matrices
 ROUNDS: Final = 40
@@ -53,9 +53,9 @@ def memory(torch: Any, device: str, *, until_s: float, bytes_max: int | None = N
     """Fill and read back; raises Wrong naming how much differs. `bytes_max`: for tests."""
     free = bytes_max if bytes_max is not None else int(torch.cuda.mem_get_info()[0] * SHARE)
     step = min(CHUNK_BYTES, max(free, 1 << 20))
-    base = torch.arange(step, device=device, dtype=torch.int64).remainder_(_MODULUS).to(torch.uint8)
+    base = torch.arange(_MODULUS, device=device, dtype=torch.uint8).repeat(step // _MODULUS + 1)[:step]
     chunks = []
-    for number in range(max(1, free // step - 9)):  # the first line of the pattern needed eight bytes for each one
+    for number in range(max(1, free // step - 4)):  # the pattern itself, and what comparing needs
         if time.monotonic() >= until_s:
             break
         chunks.append(base ^ (number % 256))
