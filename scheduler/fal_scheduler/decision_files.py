@@ -12,7 +12,7 @@ import json
 import platform
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -147,7 +147,7 @@ def segments(path: Path) -> list[Segment]:
     """A file, or a folder's segments in order of epoch, term and number. Raises NOT_FOUND where there is none."""
     if not path.is_dir():
         return [Segment(path)]
-    found = [Segment(one) for one in sorted(path.glob("decisions-*.log"))]
+    found = [Segment(one) for one in sorted(path.glob("decisions-*.log")) if _begun(one)]
     if not found:
         raise FalError(
             Code.NOT_FOUND, f"no decision log in {path}", remedy="A scheduler writes them to DATA/decisions."
@@ -155,19 +155,14 @@ def segments(path: Path) -> list[Segment]:
     return sorted(found, key=lambda one: (one.header.epoch, one.header.term, one.header.segment))
 
 
-def terms(found: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments by epoch and term. Where one is missing between two, what follows begins anew."""
-    grouped: list[list[Segment]] = []
-    for segment in found:
-        head, last = segment.header, grouped[-1][-1].header if grouped else None
-        follows = last is not None and (last.epoch, last.term, last.segment + 1) == (
-            head.epoch, head.term, head.segment,
-        )  # fmt: skip
-        if follows:
-            grouped[-1].append(segment)
-        else:
-            grouped.append([segment])
-    return grouped
+def _begun(path: Path) -> bool:
+    """Whether the header is whole: a crash may leave a file without one."""
+    with path.open("rb") as file:
+        return (
+            file.read(1) != b""
+            and file.readline(_HEADER_BYTES_MAX).endswith(b"\n")
+            and (file.readline(_HEADER_BYTES_MAX).endswith(b"\n"))
+        )
 
 
 def prune(folder: Path, *, now_wall_s: float, reserve_bytes: int) -> None:
@@ -181,4 +176,4 @@ def prune(folder: Path, *, now_wall_s: float, reserve_bytes: int) -> None:
             total -= stat.st_size
 
 
-__all__ = ["FORMAT", "Header", "Segment", "block_of", "header_here", "prune", "segments", "software", "terms"]
+__all__ = ["FORMAT", "Header", "Segment", "block_of", "header_here", "prune", "segments", "software"]

@@ -1,7 +1,7 @@
 """Values of the core as bytes and back, exactly: what the decision log is written in.
 
 Pure. One generic codec instead of one mapping a class: every dataclass, enum and plain class of `fal_scheduler.core` is
-known by its name and the names of its fields, so that a new event or table needs no line here. The bytes are msgpack:
+known by module, name and names of fields, so that a new event or table needs no line here. The bytes are msgpack:
 
     array                     a list
     map without the key nil   a dict (keys of any kind, order kept)
@@ -33,7 +33,7 @@ from fal_contract.errors import Code, FalError
 
 Build = Callable[[list[Any]], Any]
 
-RENAMED: Final[Mapping[str, str]] = {}  # class in older logs -> class of today
+RENAMED: Final[Mapping[str, str]] = {}  # "module.Class" in older logs -> "module.Class" of today
 DROPPED: Final[Mapping[str, frozenset[str]]] = {}  # class -> fields that older logs have and nobody needs
 ITEM_BYTES_MAX: Final = 1 << 30  # of one value read back: a snapshot of the largest cluster is well below
 
@@ -48,21 +48,26 @@ class UnknownType(TypeError):
 
 
 def known_classes() -> Mapping[str, type]:
-    """Every class of the core's modules that are loaded, by name; names that stand for two are left out."""
+    """Every class of the core's modules that are loaded, as "module.Class"; also as "Class" where that is one only, so
+    that a class may move to another module."""
     return _classes_of(tuple(sorted(name for name in sys.modules if name.startswith(_PREFIX))))
 
 
 @cache
 def _classes_of(modules: tuple[str, ...]) -> Mapping[str, type]:
     found: dict[str, type] = {}
-    double: dict[str, None] = {}
+    bare: dict[str, list[type]] = {}
     for module in modules:
         for name, value in vars(sys.modules[module]).items():
             if isinstance(value, type) and value.__module__ == module and value.__name__ == name:
-                if name in found:
-                    double[name] = None
-                found[name] = value
-    return {name: value for name, value in found.items() if name not in double}
+                found[name_of(value)] = value
+                bare.setdefault(name, []).append(value)
+    return {**{name: one[0] for name, one in bare.items() if len(one) == 1}, **found}
+
+
+def name_of(cls: type) -> str:
+    """A class of the core as logs name it."""
+    return f"{cls.__module__.removeprefix(_PREFIX)}.{cls.__name__}"
 
 
 def _slots(cls: type) -> list[str]:
@@ -112,17 +117,18 @@ class Packer:
         if cls is deque:
             number = self._define(cls, _DEQUE, _DEQUE, [])
             return lambda value: {None: [number, value.maxlen, *value]}
-        if known_classes().get(cls.__name__) is not cls:
+        name = name_of(cls)
+        if known_classes().get(name) is not cls:
             raise UnknownType(
                 f"{cls.__module__}.{cls.__name__} cannot be in a decision log: it is no dataclass, enum or class of "
-                f"fal_scheduler.core with a name of its own, and no int, float, str, bytes, tuple, list, dict or deque"
+                f"a module of fal_scheduler.core, and no int, float, str, bytes, tuple, list, dict or deque"
             )
         if issubclass(cls, Enum):
-            number = self._define(cls, _ENUM, cls.__name__, [])
+            number = self._define(cls, _ENUM, name, [])
             return lambda value: {None: [number, value.value]}
         if dataclasses.is_dataclass(cls):
             return self._fields(cls)
-        number = self._define(cls, _PLAIN, cls.__name__, [])
+        number = self._define(cls, _PLAIN, name, [])
         names = _slots(cls)
         if names:
             return lambda value: {None: [number, {name: getattr(value, name) for name in names}]}
@@ -130,7 +136,7 @@ class Packer:
 
     def _fields(self, cls: type) -> Callable[[Any], object]:
         names = [one.name for one in dataclasses.fields(cls)]
-        number = self._define(cls, _OBJECT, cls.__name__, names)
+        number = self._define(cls, _OBJECT, name_of(cls), names)
         if not names:
             return lambda value: {None: [number]}
         take = attrgetter(*names)
@@ -187,7 +193,8 @@ class Unpacker:
         if kind == _ARRAY:
             return lambda parts: np.frombuffer(parts[3], np.dtype(parts[1])).reshape(parts[2]).copy()
         name = RENAMED.get(name, name)
-        cls = known_classes().get(name)
+        known = known_classes()
+        cls = known.get(name) or known.get(name.rpartition(".")[2])
         if cls is None:
             raise self._strange(f"{name}, which this release does not know")
         if kind == _ENUM:
