@@ -132,7 +132,7 @@ class DemandTeller:
             app = gateway.apps[app_id]
             slots = self._book.held(app_id, gateway_id)
             waiting = list(_waiting(app, unmet, now_s))
-            queued = sum(want.queued for want in app.wants)
+            queued = sum(_queued(want) for want in app.wants)
             if not slots and not queued:
                 app.counted = min(app.counted, app.ended)  # what gave up waiting is nobody's arrival any more
             arrived = max(0, app.ended + queued - app.counted)
@@ -157,11 +157,17 @@ def _waiting(app: _App, unmet: dict[tuple[str, str], int], now_s: float) -> Iter
     since_ms = round((now_s - app.told_at_s) * 1000)
     for want in app.wants:
         key = (want.app, want.model)
-        taken = min(want.queued, max(0, met[key]))
+        queued = _queued(want)
+        taken = min(queued, max(0, met[key]))
         met[key] -= taken
-        if left := want.queued - taken:
+        if left := queued - taken:
             age_ms = round(want.oldest_age_s * 1000) + since_ms
             yield AppDemand(want.app, want.model, want.lora, 0, left, max(0, age_ms), want.priority)
+
+
+def _queued(want: serving_pb2.Want) -> int:
+    """Requests that wait; slots are wanted for requests only."""
+    return max(want.queued, want.slots)
 
 
 def _plain(demands: tuple[AppDemand, ...], now_s: float) -> tuple[AppDemand, ...]:
