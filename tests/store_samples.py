@@ -4,7 +4,8 @@ A file is recorded once, by `python tests/store_samples.py FOLDER FILE`, and is 
 read what an earlier one wrote. For a new format, kind or record version, record a new file in a folder of its own.
 `v1`: release 0.1. `v1-weights`: models with artifacts, wishes, entries of the compile cache, specs that stream.
 `v1-caches`: a build task of the compile cache, an app that names entries. `v1-images`: a task that packs an image, an
-image, a secret, an app with image, network, port and bounds of drivers and resources.
+image, a secret, an app with image, network, port and bounds of drivers and resources. `v1-learnt`: a shard of what was
+learnt of starts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from fal_scheduler.codec import encode
+from fal_scheduler.core.learnt_record import Learnt
 from fal_scheduler.core.records import (
     App,
     AssignmentRef,
@@ -247,11 +249,20 @@ IMAGES: Final[tuple[Record, ...]] = (
         MADE_AT_S,
     ),
 )  # fmt: skip
+LEARNT: Final[tuple[Record, ...]] = (
+    Meta("c-7k2m", 3, "i-9q4c", MADE_AT_S),
+    Learnt(
+        "07",
+        MADE_AT_S,
+        (("rest", (0, 120, 1_700_000_000)), ("rest|node/n-4f7a20c1d9e8", (1_700_000_000, 950, 1100))),
+    ),
+)
 SETS: Final[dict[str, tuple[Record, ...]]] = {
     "v1": RECORDS,
     "v1-weights": WEIGHTS,
     "v1-caches": CACHES,
     "v1-images": IMAGES,
+    "v1-learnt": LEARNT,
 }
 
 

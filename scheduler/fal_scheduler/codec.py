@@ -24,6 +24,7 @@ from fal_scheduler.codec_weights import (
     wish_from_pb,
     wish_to_pb,
 )
+from fal_scheduler.core.learnt_record import Learnt
 from fal_scheduler.core.records import (
     App,
     AssignmentRef,
@@ -75,6 +76,8 @@ def encode(record: Record) -> bytes:
             message = pb.Record(version=RECORD_VERSION, token=_token_to_pb(record))
         case Revocation():
             message = pb.Record(version=RECORD_VERSION, revocation=_revocation_to_pb(record))
+        case Learnt():
+            message = pb.Record(version=RECORD_VERSION, learnt=_learnt_to_pb(record))
         case Meta():
             message = pb.Record(version=RECORD_VERSION, meta=_meta_to_pb(record))
     return message.SerializeToString()
@@ -111,6 +114,16 @@ def _corrupt(key: str, why: str) -> FalError:
         f"record {key!r} {why}",
         remedy="Restore the store from a copy; nothing was changed.",
     )
+
+
+def _learnt_to_pb(learnt: Learnt) -> pb.Learnt:
+    entries = [pb.LearntEntry(key=key, numbers=numbers) for key, numbers in learnt.entries]
+    return pb.Learnt(shard=learnt.shard, saved_at_s=learnt.saved_at_s, entries=entries)
+
+
+def _learnt_from_pb(learnt: pb.Learnt) -> Learnt:
+    entries = tuple((entry.key, tuple(entry.numbers)) for entry in learnt.entries)
+    return Learnt(learnt.shard, learnt.saved_at_s, entries)
 
 
 def _secret_to_pb(secret: Secret) -> pb.Secret:
@@ -346,4 +359,5 @@ _DECODE: Final[dict[str, Callable[[pb.Record], Record]]] = {
     "cache_entry": lambda message: cache_entry_from_pb(message.cache_entry),
     "runner": lambda message: _runner_from_pb(message.runner),
     "secret": lambda message: _secret_from_pb(message.secret),
+    "learnt": lambda message: _learnt_from_pb(message.learnt),
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fal_scheduler.codec import decode
-from fal_scheduler.core import invariants, suspicion
+from fal_scheduler.core import invariants, learnt_shards, suspicion
 from fal_scheduler.core.events import Logged
 from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.records import META_KEY, Change, Meta
@@ -28,6 +28,7 @@ def recover(records: Mapping[str, bytes], *, term: int, revision: int, now_s: fl
     for key in sorted(records):
         state.apply(Change(key, None, decode(key, records[key])))
     suspicion.resume(state)
+    learnt_shards.load(state.learning, state.learnt.values())
     state.dirty.update(dict.fromkeys(state.apps))
     state.waiting.update(dict.fromkeys(runner.app for runner in state.runners.values() if not runner.node))
     state.grace_over = not state.runners  # there is nothing that a new leader could take for unused

@@ -7,6 +7,7 @@ Every value in the store is one Record. A record's key names its kind, and its t
   meta                                   pool/NAME          node/ID        token/ID       revoked/SERIAL
   team/T/app/NAME   team/T/revision/NAME/00000003   team/T/model/NAME   team/T/runner/NAME-SUFFIX
   team/T/wish/NAME/TARGET                cache/NAMESPACE/KEY                   team/T/secret/NAME
+  learnt/SHARD
 Heartbeats, runner phases, leases and measurements are never stored; agents tell them again.
 """
 
@@ -165,6 +166,7 @@ class Record(_message.Message):
     WISH_FIELD_NUMBER: _builtins.int
     CACHE_ENTRY_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
+    LEARNT_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of the record's layout. A reader refuses a version above its own."""
     @_builtins.property
@@ -191,6 +193,8 @@ class Record(_message.Message):
     def cache_entry(self) -> Global___CacheEntry: ...
     @_builtins.property
     def secret(self) -> Global___Secret: ...
+    @_builtins.property
+    def learnt(self) -> Global___Learnt: ...
     def __init__(
         self,
         *,
@@ -207,16 +211,77 @@ class Record(_message.Message):
         wish: Global___Wish | None = ...,
         cache_entry: Global___CacheEntry | None = ...,
         secret: Global___Secret | None = ...,
+        learnt: Global___Learnt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "wish", b"wish"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "learnt", b"learnt", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "wish", b"wish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "version", b"version", "wish", b"wish"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "learnt", b"learnt", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "version", b"version", "wish", b"wish"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["meta", "pool", "node", "token", "revocation", "app", "revision", "model", "runner", "wish", "cache_entry", "secret"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["meta", "pool", "node", "token", "revocation", "app", "revision", "model", "runner", "wish", "cache_entry", "secret", "learnt"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Record: _TypeAlias = Record  # noqa: Y015
+
+@_typing.final
+class Learnt(_message.Message):
+    """A part of what placements taught (how long starts take), written every few minutes at most."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: _builtins.int
+    SAVED_AT_S_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    shard: _builtins.str
+    """Two digits."""
+    saved_at_s: _builtins.float
+    """Unix seconds."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___LearntEntry]:
+        """In order of keys."""
+
+    def __init__(
+        self,
+        *,
+        shard: _builtins.str = ...,
+        saved_at_s: _builtins.float = ...,
+        entries: _abc.Iterable[Global___LearntEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "saved_at_s", b"saved_at_s", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Learnt: _TypeAlias = Learnt  # noqa: Y015
+
+@_typing.final
+class LearntEntry(_message.Message):
+    """The points of a family, or the ratios of one of its subjects."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    NUMBERS_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """"FAMILY" or "FAMILY|SUBJECT"."""
+    @_builtins.property
+    def numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """x, y and Unix seconds of each point; or Unix seconds, then ratios in thousandths."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        numbers: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "numbers", b"numbers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LearntEntry: _TypeAlias = LearntEntry  # noqa: Y015
 
 @_typing.final
 class Meta(_message.Message):

@@ -4,9 +4,10 @@
 
 A *family* is one kind of part ("weights/origin", "make/oci", "setup/disk/H100-80GB" …); its line is fitted through
 the last POINTS_MAX points (`robust_line`), so that the first hosts and sizes predict the next ones. A *subject*
-("app/…", "pool/…", "node/…") has the last RATIOS_MAX ratios of what it took over what its parents had said, each taken
-after the parents have learnt of the same point. Their median counts n²/(n²+1): one point moves it half the way, three
-nine tenths, and one outlier among many does not move it at all. What is older than AGE_MAX_S is forgotten, and so are
+("app/…", "pool/…", "node/…") has the last RATIOS_MAX ratios of what it took over what the line and the other subjects
+say, one after the other, and the line learns what the subjects leave (backfitting). The median of a subject's ratios
+counts n²/(n²+1): one point moves it half the way, three nine tenths, and one outlier among many does not move it at
+all. What is older than AGE_MAX_S is forgotten, and so are
 the subjects that were heard longest ago beyond SUBJECTS_MAX.
 
 Part of `State`; changed by `expectations` and at loading only. `log` names what changed, so that columns follow.
@@ -66,7 +67,8 @@ class Learning:
         self.subjects = 0
         self.version = 0
         self.log: deque[tuple[str, str]] = deque(maxlen=LOG_MAX)
-        self.unsaved: dict[str, None] = {}  # "family", or "family|subject"
+        self.unsaved: dict[str, None] = {}  # "family", or "family|subject", in the order of their first change
+        self.saved_at_s = 0.0  # monotonic
 
     # --- asked ------------------------------------------------------------------------------------------------------
 
@@ -99,16 +101,43 @@ class Learning:
         """A part took `y` at `x`, with these subjects, the widest first."""
         have = self._family(family)
         kept = [one for one in have.points if wall_s - one[2] <= AGE_MAX_S]
-        have.points = (*kept, (x, y, wall_s))[-POINTS_MAX:]
+        plain = y  # as it would have been without what is known of these subjects
+        for subject in subjects:
+            plain = plain * MILLI // self.ratio_milli(family, subject)
+        have.points = (*kept, (x, plain, wall_s))[-POINTS_MAX:]
         have.line = fit([(a, b) for a, b, _ in have.points], default_line(family))
         self._changed(family, "")
-        said = have.line.at(x)
         for subject in subjects:
-            if said <= 0:
-                return
-            ratio = min(max(y * MILLI // said, RATIO_MIN), RATIO_MAX)
-            self._add(family, have, subject, ratio, wall_s)
-            said = said * self.ratio_milli(family, subject) // MILLI
+            said = self.at(family, x, [other for other in subjects if other != subject])
+            if said > 0:
+                ratio = min(max(y * MILLI // said, RATIO_MIN), RATIO_MAX)
+                self._add(family, have, subject, ratio, wall_s)
+
+    # --- as it was saved --------------------------------------------------------------------------------------------
+
+    def restore_line(self, family: str, points: Sequence[tuple[int, ...]]) -> None:
+        """A family's points as an earlier leader had them; of a family that this release does not know: nothing."""
+        if family.partition("/")[0] not in DEFAULTS:
+            return
+        have = self._family(family)
+        have.points = tuple((x, y, at_s) for x, y, at_s in points)[-POINTS_MAX:]
+        have.line = fit([(x, y) for x, y, _ in have.points], default_line(family))
+        self.version += 1
+        self.log.append((family, ""))
+
+    def restore_ratios(self, family: str, subject: str, ratios: Sequence[int], heard_s: int) -> None:
+        """A subject's ratios; nothing where its family is not known."""
+        have = self.families.get(family)
+        if have is None or self.subjects >= SUBJECTS_MAX:
+            return
+        if have.ratios is None or have.heard_s is None:
+            have.ratios, have.heard_s = {}, {}
+        self.subjects += subject not in have.ratios
+        have.ratios[subject], have.heard_s[subject] = tuple(ratios)[-RATIOS_MAX:], heard_s
+        self.version += 1
+        self.log.append((family, subject))
+
+    # --- parts ------------------------------------------------------------------------------------------------------
 
     def _family(self, family: str) -> LearntFamily:
         have = self.families.pop(family, None) or LearntFamily()

@@ -22,6 +22,7 @@ from fal_scheduler.core.spec_records import Resources as Resources
 from fal_scheduler.core.spec_records import RolloutPolicy as RolloutPolicy
 from fal_scheduler.core.spec_records import Scaling as Scaling
 from fal_scheduler.core.spec_records import Spec as Spec
+from fal_scheduler.core.learnt_record import Learnt
 from fal_scheduler.core.tokens import JoinToken
 
 
@@ -366,7 +367,9 @@ class Runner:
         return self.bindings[0].revision
 
 
-Record = Meta | Pool | Node | JoinToken | Revocation | App | Revision | Model | Wish | CacheEntry | Runner | Secret
+Record = (
+    Meta | Pool | Node | JoinToken | Revocation | App | Revision | Model | Wish | CacheEntry | Runner | Secret | Learnt
+)
 
 META_KEY: Final = "meta"
 
@@ -388,6 +391,7 @@ _KEYS: Final[dict[type, Callable[[Any], str]]] = {
     JoinToken: lambda one: f"token/{one.id}",
     Revocation: lambda one: f"revoked/{one.serial}",
     Meta: lambda one: META_KEY,
+    Learnt: lambda one: f"learnt/{one.shard}",
 }
 
 

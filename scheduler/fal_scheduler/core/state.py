@@ -19,6 +19,7 @@ from fal_scheduler.core.demand import Demand
 from fal_scheduler.core.fleet import Fleet, NodeFacts
 from fal_scheduler.core.gpu_faults import as_placed
 from fal_scheduler.core.learning import Learning
+from fal_scheduler.core.learnt_record import Learnt
 from fal_scheduler.core.records import (
     App,
     CacheEntry,
@@ -73,6 +74,7 @@ class State:
         self.catalog = Catalog()  # models, wishes, cache entries
         self.runners: dict[str, Runner] = {}
         self.secrets: dict[str, Secret] = {}
+        self.learnt: dict[str, Learnt] = {}  # as it was saved last; `learning` is what counts
         # Indexes. Dicts without values are ordered sets.
         self.runners_by_app: dict[str, dict[str, None]] = {}
         self.runners_by_node: dict[str, dict[str, None]] = {}
@@ -155,6 +157,8 @@ class State:
                 _set(self.secrets, secret.id, after)
             case JoinToken() as token:
                 _set(self.tokens, token.id, after)
+            case Learnt() as learnt:
+                _set(self.learnt, learnt.shard, after)
             case Revocation() as revocation:
                 _set(self.revocations, revocation.serial, after)
             case Meta():

@@ -19,6 +19,7 @@ from fal_scheduler.core import (
     drain,
     gpu_commands,
     invariants,
+    learnt_shards,
     liveness,
     model_commands,
     news,
@@ -239,6 +240,7 @@ def _tick(work: Work, event: Tick) -> None:
     liveness.tick(work)
     scaling.tick(work)
     builds.tick(work)
+    learnt_shards.save(work)
     rollout.tick(work)
     drain.tick(work)
     _settle(work)

@@ -1,0 +1,17 @@
+"""What was learnt, as the store keeps it: one record a shard. Pure. Part of `core.records`, where everybody finds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """A shard of `core.learning`: (key, numbers), in order of keys; see `core.learnt_shards`. Unix seconds."""
+
+    shard: str
+    saved_at_s: float = 0.0
+    entries: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+__all__ = ["Learnt"]
