@@ -504,7 +504,7 @@ def check_indexes(state: State) -> None:
 def _records(state: State) -> dict[str, object]:
     tables = (state.pools, state.nodes, state.tokens, state.revocations, state.apps, state.revisions)
     found: dict[str, object] = {"meta": state.meta}
-    for table in (*tables, state.models, state.runners):
+    for table in (*tables, state.models, state.runners, state.usage, state.usage_days):
         found.update({key_of(record): record for record in table.values()})  # type: ignore[attr-defined]
     found.update({key_of(wish): wish for wish in state.catalog.all_wishes()})
     return found

@@ -271,7 +271,7 @@ class Node:
         """The proxy pushed its counters."""
         for row in stats.runners:
             if (runner := self._runners.get(row.runner_id)) is not None:
-                runner.count(Usage(row.in_flight, row.served, row.last_used_age_s))
+                runner.count(Usage(row.in_flight, row.served, row.last_used_age_s, row.busy_s))
         self._tunnels = stats.tunnels
         if self._tunnels != self._told_tunnels:
             self.changed.set()

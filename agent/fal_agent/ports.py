@@ -60,6 +60,7 @@ class Usage:
     in_flight: int = 0
     served: int = 0
     last_used_age_s: float = -1.0
+    busy_s: float = 0.0  # with a request under way
 
 
 class ProxyPort(Protocol):

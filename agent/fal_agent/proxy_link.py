@@ -136,7 +136,7 @@ class ProxyLink:
     async def usage(self, runner_id: str) -> Usage:
         stats = await self._now().stats()
         row = next((row for row in stats.runners if row.runner_id == runner_id), None)
-        return Usage(row.in_flight, row.served, row.last_used_age_s) if row else Usage()
+        return Usage(row.in_flight, row.served, row.last_used_age_s, row.busy_s) if row else Usage()
 
     async def set_term(self, term: int) -> None:
         self._term = term

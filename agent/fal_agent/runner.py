@@ -66,6 +66,7 @@ class Runner:
         self._entry: RunnerEntry | None = None
         self._usage = Usage()
         self._served_there = self._served_before = 0  # in the proxy that answers now, in those before it
+        self._busy_there_s = self._busy_before_s = 0.0  # likewise
         self._usage_at_s = tools.clock.monotonic_s()
         self._tools = tools
         self._on_change = on_change
@@ -105,10 +106,11 @@ class Runner:
 
     def count(self, usage: Usage) -> None:
         """The proxy told new counts. They begin again at 0 in a proxy that lost its own."""
-        if usage.served < self._served_there:
+        if usage.served < self._served_there or usage.busy_s < self._busy_there_s:
             self._served_before += self._served_there
-        self._served_there = usage.served
-        usage = replace(usage, served=usage.served + self._served_before)
+            self._busy_before_s += self._busy_there_s
+        self._served_there, self._busy_there_s = usage.served, usage.busy_s
+        usage = replace(usage, served=usage.served + self._served_before, busy_s=usage.busy_s + self._busy_before_s)
         changed = usage.in_flight != self._usage.in_flight or usage.served != self._usage.served
         self._usage, self._usage_at_s = usage, self._tools.clock.monotonic_s()
         self._idle.set()

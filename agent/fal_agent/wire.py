@@ -148,6 +148,7 @@ def status_of(task: Task, usage: Usage, *, now_wall_s: float) -> agent_pb2.Runne
         in_flight=usage.in_flight,
         last_used_age_s=usage.last_used_age_s,
         gpu_seconds=gpu_seconds(task, now_wall_s),
+        busy_seconds=usage.busy_s,
         gpus=assignment.gpus,
         phases=[agent_pb2.Phase(name=name, seconds=seconds) for name, seconds in task.phases],
         max_multiplexing=assignment.max_multiplexing,

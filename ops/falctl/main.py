@@ -16,6 +16,7 @@ from falctl import (
     apps,
     caches,
     completion,
+    cost,
     dev,
     events,
     gpus,
@@ -73,6 +74,7 @@ app.add_typer(pools.group, name="pool")
 app.command("status")(operate.status)
 app.command("explain")(operate.explain)
 app.command("events")(events.events)
+app.command("cost")(cost.cost)
 app.add_typer(dev.group, name="dev")
 app.add_typer(operate.operator_group, name="operator")
 app.add_typer(operate.server_group, name="server")

@@ -73,6 +73,13 @@ MASS_STOP_SHARE: Final = 0.1
 MASS_STOP_RUNNERS_MIN: Final = 3
 FAILOVER_GRACE_S: Final = 300.0
 
+# Usage ledger.
+USAGE_CHECKPOINT_S: Final = 43_200.0  # a running container's usage is written down so often
+USAGE_DETAILS_KEPT_S: Final = 172_800.0  # of one container; then in sums of a day
+USAGE_DETAILS_MAX: Final = 50_000
+USAGE_DAYS_KEPT: Final = 400
+USAGE_ROWS_PER_PART_MAX: Final = 4000  # of one record; below 1 MiB
+
 # Drains.
 NOTICE_MARGIN_S: Final = 20.0  # before a cloud takes a node back, what is left there is stopped
 

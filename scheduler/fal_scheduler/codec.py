@@ -16,6 +16,7 @@ from fal_contract.errors import Code, FalError
 from fal_contract.v1 import state_pb2 as pb
 from fal_scheduler.codec_nodes import node_from_pb, node_to_pb, pool_from_pb, pool_to_pb
 from fal_scheduler.codec_spec import scale_from_pb, scale_to_pb, spec_from_pb, spec_to_pb
+from fal_scheduler.codec_usage import usage_day_from_pb, usage_day_to_pb, usage_from_pb, usage_to_pb
 from fal_scheduler.codec_weights import (
     cache_entry_from_pb,
     cache_entry_to_pb,
@@ -43,6 +44,8 @@ from fal_scheduler.core.records import (
     Runner,
     Secret,
     Suspicion,
+    Usage,
+    UsageDay,
     Wish,
     key_of,
 )
@@ -76,6 +79,10 @@ def encode(record: Record) -> bytes:
             message = pb.Record(version=RECORD_VERSION, token=_token_to_pb(record))
         case Revocation():
             message = pb.Record(version=RECORD_VERSION, revocation=_revocation_to_pb(record))
+        case Usage():
+            message = pb.Record(version=RECORD_VERSION, usage=usage_to_pb(record))
+        case UsageDay():
+            message = pb.Record(version=RECORD_VERSION, usage_day=usage_day_to_pb(record))
         case Learnt():
             message = pb.Record(version=RECORD_VERSION, learnt=_learnt_to_pb(record))
         case Meta():
@@ -358,6 +365,8 @@ _DECODE: Final[dict[str, Callable[[pb.Record], Record]]] = {
     "wish": lambda message: wish_from_pb(message.wish),
     "cache_entry": lambda message: cache_entry_from_pb(message.cache_entry),
     "runner": lambda message: _runner_from_pb(message.runner),
+    "usage": lambda message: usage_from_pb(message.usage),
+    "usage_day": lambda message: usage_day_from_pb(message.usage_day),
     "secret": lambda message: _secret_from_pb(message.secret),
     "learnt": lambda message: _learnt_from_pb(message.learnt),
 }

@@ -174,6 +174,7 @@ def status_of(status: agent_pb2.RunnerStatus) -> RunnerStatus:
         memory_bytes=status.memory_bytes,
         cpu_milli=status.cpu_milli,
         gpu_milli=status.gpu_milli,
+        busy_seconds=status.busy_seconds,
         refused=status.refused,
         output=status.output.SerializeToString() if status.HasField("output") else b"",
         wounded=status.wounded,

@@ -35,6 +35,7 @@ from fal_scheduler.core.records import (
     key_of,
 )
 from fal_scheduler.core.tokens import JoinToken
+from fal_scheduler.core.usage_records import Usage, UsageDay, UsageRow
 from fal_scheduler.recovery import recover
 
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,10}[a-z0-9])?", fullmatch=True)
@@ -73,6 +74,8 @@ RECORDS = st.one_of(
     _of(Wish, model=OWNED, target=st.sampled_from(["replicas", "pool/p", "node/n-1"])),
     _of(CacheEntry, namespace=st.sampled_from(["cluster", "team/t"]), key=NAMES, bytes=U64),
     _of(Secret, id=OWNED, generation=U64, bytes=U32),
+    _of(Usage),
+    _of(UsageDay, rows=st.lists(_of(UsageRow)).map(tuple)),
     RUNNERS,
 )
 

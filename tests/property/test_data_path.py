@@ -186,7 +186,7 @@ class Slots(RuleBasedStateMachine):
     @rule(runner=runners, term=st.integers(0, 4))
     def admit(self, runner: str, term: int) -> None:
         busy = (self.running + self.inherited).count(runner)
-        admitted = self.table.admit(runner, term)
+        admitted = self.table.admit(runner, term, self.now_s)
         if not isinstance(admitted, Refused):
             assert runner in self.limits
             assert busy < self.limits[runner], "one too many"

@@ -106,7 +106,7 @@ class DataPath:
 
     def admit(self, runner_id: str, ticket_term: int) -> RunnerEntry | Refused:
         """A slot, or why there is none."""
-        admitted = self.slots.admit(runner_id, ticket_term)
+        admitted = self.slots.admit(runner_id, ticket_term, self.now_s())
         if isinstance(admitted, RunnerEntry):
             self._on_change()
         else:

@@ -76,6 +76,7 @@ def handed_to_wire(handed: Handed) -> dict[str, object]:
                 "failed": runner.failed,
                 "cancelled": runner.cancelled,
                 "age_s": runner.last_used_age_s,
+                "busy_s": runner.busy_s,
             }
             for runner in handed.runners
         ],
@@ -97,6 +98,7 @@ def handed_from_wire(raw: Mapping[str, Any]) -> Handed:
                 take(runner, "failed", int),
                 take(runner, "cancelled", int),
                 float(take(runner, "age_s", (int, float))),
+                float(take(runner, "busy_s", (int, float), default=0.0)),
             )
             for runner in take(raw, "runners", list)
         ),

@@ -75,6 +75,7 @@ class RunnerStats:
     failed: int
     cancelled: int
     last_used_age_s: float  # since the last request ended; -1: none yet
+    busy_s: float = 0.0  # with a request under way; a proxy of the first release does not tell it
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,7 @@ def stats_to_wire(stats: ProxyStats) -> dict[str, object]:
         "tally": stats.tally.to_wire(),
         "runners": [
             [r.runner_id, r.max_multiplexing, r.draining, r.in_flight, r.served, r.failed, r.cancelled,
-             r.last_used_age_s]
+             r.last_used_age_s, r.busy_s]
             for r in stats.runners
         ],
     }  # fmt: skip

@@ -41,11 +41,22 @@ class _Runner:
     failed: int = 0
     cancelled: int = 0
     last_used_s: float | None = None
+    busy_s: float = 0.0  # with at least one request under way, up to busy_since_s
+    busy_since_s: float | None = None
     removed: bool = False  # forgotten, but requests are under way
 
     @property
     def busy(self) -> int:
         return self.in_flight + self.inherited
+
+    def busy_until_s(self, now_s: float) -> float:
+        """Seconds in which it had a request under way."""
+        return self.busy_s + (max(0.0, now_s - self.busy_since_s) if self.busy_since_s is not None else 0.0)
+
+    def settle(self, now_s: float) -> None:
+        """Its requests changed in number."""
+        self.busy_s = self.busy_until_s(now_s)
+        self.busy_since_s = now_s if self.busy else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,7 @@ class HandedRunner:
     failed: int
     cancelled: int
     last_used_age_s: float
+    busy_s: float = 0.0
 
 
 class SlotTable:
@@ -118,7 +130,7 @@ class SlotTable:
         have = self._runners.get(runner_id)
         return have is not None and not have.removed
 
-    def admit(self, runner_id: str, ticket_term: int) -> RunnerEntry | Refused:
+    def admit(self, runner_id: str, ticket_term: int, now_s: float) -> RunnerEntry | Refused:
         """Take a slot, or say why not. An admitted request must be released, once."""
         have = self._runners.get(runner_id)
         if have is None or have.removed:
@@ -133,6 +145,8 @@ class SlotTable:
         if have.busy >= have.entry.max_multiplexing:
             return Refused(Code.BUSY, f"all {have.entry.max_multiplexing} slots of runner {runner_id} are in use")
         have.in_flight += 1
+        if have.busy_since_s is None:
+            have.busy_since_s = now_s
         return have.entry
 
     def release(self, runner_id: str, outcome: Outcome, now_s: float) -> None:
@@ -161,7 +175,7 @@ class SlotTable:
         return [
             HandedRunner(
                 replace(have.entry, draining=have.entry.draining or have.removed),
-                have.busy, have.served, have.failed, have.cancelled, _age(have, now_s),
+                have.busy, have.served, have.failed, have.cancelled, _age(have, now_s), have.busy_until_s(now_s),
             )
             for have in self._runners.values()
         ]  # fmt: skip
@@ -175,6 +189,8 @@ class SlotTable:
             failed=handed.failed,
             cancelled=handed.cancelled,
             last_used_s=None if handed.last_used_age_s < 0 else now_s - handed.last_used_age_s,
+            busy_s=handed.busy_s,
+            busy_since_s=now_s if handed.in_flight else None,
         )
 
     def entries(self) -> tuple[RunnerEntry, ...]:
@@ -194,7 +210,7 @@ class SlotTable:
         return tuple(
             RunnerStats(
                 runner_id, have.entry.max_multiplexing, have.entry.draining, have.busy, have.served, have.failed,
-                have.cancelled, _age(have, now_s),
+                have.cancelled, _age(have, now_s), have.busy_until_s(now_s),
             )
             for runner_id, have in self._runners.items()
             if not have.removed
@@ -202,6 +218,7 @@ class SlotTable:
 
     def _count(self, runner_id: str, have: _Runner, outcome: Outcome, now_s: float) -> None:
         have.last_used_s = now_s
+        have.settle(now_s)
         match outcome:
             case Outcome.SERVED:
                 have.served += 1

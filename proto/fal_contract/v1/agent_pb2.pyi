@@ -637,6 +637,7 @@ class RunnerStatus(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     WOUNDED_FIELD_NUMBER: _builtins.int
     GPU_MILLI_FIELD_NUMBER: _builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: _builtins.int
     runner_id: _builtins.str
     """`team/app-suffix`."""
     assignment_id: _builtins.str
@@ -678,6 +679,8 @@ class RunnerStatus(_message.Message):
     """It serves, but its container's monitor died: its output and its exit code are lost. Another should take its place."""
     gpu_milli: _builtins.int
     """Thousandths that it holds of each of its GPUs; 0: all."""
+    busy_seconds: _builtins.float
+    """Seconds in which it had at least one request under way."""
     @_builtins.property
     def log_tail(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Last lines of its output when it failed."""
@@ -728,10 +731,11 @@ class RunnerStatus(_message.Message):
         output: _state_pb2.ModelManifest | None = ...,
         wounded: _builtins.bool = ...,
         gpu_milli: _builtins.int = ...,
+        busy_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "app", b"app", "assignment_id", b"assignment_id", "cpu_milli", b"cpu_milli", "exit_code", b"exit_code", "gpu_milli", b"gpu_milli", "gpu_seconds", b"gpu_seconds", "gpus", b"gpus", "in_flight", b"in_flight", "last_used_age_s", b"last_used_age_s", "log_tail", b"log_tail", "max_multiplexing", b"max_multiplexing", "memory_bytes", b"memory_bytes", "oom_killed", b"oom_killed", "output", b"output", "phases", b"phases", "ready_at_s", b"ready_at_s", "reason", b"reason", "refused", b"refused", "residencies", b"residencies", "revision", b"revision", "runner_id", b"runner_id", "served", b"served", "share_group", b"share_group", "started_at_s", b"started_at_s", "state", b"state", "term", b"term", "wounded", b"wounded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "app", b"app", "assignment_id", b"assignment_id", "busy_seconds", b"busy_seconds", "cpu_milli", b"cpu_milli", "exit_code", b"exit_code", "gpu_milli", b"gpu_milli", "gpu_seconds", b"gpu_seconds", "gpus", b"gpus", "in_flight", b"in_flight", "last_used_age_s", b"last_used_age_s", "log_tail", b"log_tail", "max_multiplexing", b"max_multiplexing", "memory_bytes", b"memory_bytes", "oom_killed", b"oom_killed", "output", b"output", "phases", b"phases", "ready_at_s", b"ready_at_s", "reason", b"reason", "refused", b"refused", "residencies", b"residencies", "revision", b"revision", "runner_id", b"runner_id", "served", b"served", "share_group", b"share_group", "started_at_s", b"started_at_s", "state", b"state", "term", b"term", "wounded", b"wounded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

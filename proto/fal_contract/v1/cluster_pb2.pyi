@@ -3367,3 +3367,82 @@ class DeclareLostReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeclareLostReply: _TypeAlias = DeclareLostReply  # noqa: Y015
+
+@_typing.final
+class GetUsageRequest(_message.Message):
+    """--- Usage
+
+    Asks for usage.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_S_FIELD_NUMBER: _builtins.int
+    UNTIL_S_FIELD_NUMBER: _builtins.int
+    TEAM_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    since_s: _builtins.float
+    """Unix seconds; days that are kept as sums only count whole."""
+    until_s: _builtins.float
+    """Unix seconds; 0: now."""
+    team: _builtins.str
+    """Only this team's; empty: all."""
+    details: _builtins.bool
+    """True: single containers of the last two days instead of sums."""
+    after: _builtins.str
+    """With details: assignment after which to go on; empty: the first."""
+    def __init__(
+        self,
+        *,
+        since_s: _builtins.float = ...,
+        until_s: _builtins.float = ...,
+        team: _builtins.str = ...,
+        details: _builtins.bool = ...,
+        after: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "details", b"details", "since_s", b"since_s", "team", b"team", "until_s", b"until_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageRequest: _TypeAlias = GetUsageRequest  # noqa: Y015
+
+@_typing.final
+class GetUsageReply(_message.Message):
+    """Usage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    USAGES_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    UNTIL_S_FIELD_NUMBER: _builtins.int
+    more: _builtins.bool
+    """With details: ask for more after the last one."""
+    until_s: _builtins.float
+    """Until when it counts, Unix seconds."""
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.UsageRow]:
+        """Sums in order of app, pool and machine type."""
+
+    @_builtins.property
+    def usages(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.Usage]:
+        """With details: single containers, in order of assignment."""
+
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[_state_pb2.UsageRow] | None = ...,
+        usages: _abc.Iterable[_state_pb2.Usage] | None = ...,
+        more: _builtins.bool = ...,
+        until_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["more", b"more", "rows", b"rows", "until_s", b"until_s", "usages", b"usages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageReply: _TypeAlias = GetUsageReply  # noqa: Y015

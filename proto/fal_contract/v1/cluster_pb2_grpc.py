@@ -321,6 +321,11 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.DeclareLostRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.DeclareLostReply.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/fal.v1.Cluster/GetUsage',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.GetUsageReply.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -729,6 +734,14 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """--- Usage
+        What containers used and what it costs, between two moments.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1016,6 +1029,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.DeclareLost,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.DeclareLostRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.DeclareLostReply.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.GetUsageRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.GetUsageReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -2558,6 +2576,33 @@ class Cluster:
             '/fal.v1.Cluster/DeclareLost',
             fal__contract_dot_v1_dot_cluster__pb2.DeclareLostRequest.SerializeToString,
             fal__contract_dot_v1_dot_cluster__pb2.DeclareLostReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/GetUsage',
+            fal__contract_dot_v1_dot_cluster__pb2.GetUsageRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.GetUsageReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -154,6 +154,10 @@ class ClusterStub:
     """Forgets a node and refuses its certificates."""
     DeclareLost: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DeclareLostRequest, _cluster_pb2.DeclareLostReply]
     """Says that what is silent in a pool is gone: its runners are replaced."""
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetUsageRequest, _cluster_pb2.GetUsageReply]
+    """--- Usage
+    What containers used and what it costs, between two moments.
+    """
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -280,6 +284,10 @@ class ClusterAsyncStub(ClusterStub):
     """Forgets a node and refuses its certificates."""
     DeclareLost: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DeclareLostRequest, _cluster_pb2.DeclareLostReply]  # type: ignore[assignment]
     """Says that what is silent in a pool is gone: its runners are replaced."""
+    GetUsage: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetUsageRequest, _cluster_pb2.GetUsageReply]  # type: ignore[assignment]
+    """--- Usage
+    What containers used and what it costs, between two moments.
+    """
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     """Served by the scheduler to roles viewer, operator and admin."""
@@ -745,5 +753,15 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.DeclareLostReply, _abc.Awaitable[_cluster_pb2.DeclareLostReply]]:
         """Says that what is silent in a pool is gone: its runners are replaced."""
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _cluster_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.GetUsageReply, _abc.Awaitable[_cluster_pb2.GetUsageReply]]:
+        """--- Usage
+        What containers used and what it costs, between two moments.
+        """
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -8,6 +8,7 @@ Every value in the store is one Record. A record's key names its kind, and its t
   team/T/app/NAME   team/T/revision/NAME/00000003   team/T/model/NAME   team/T/runner/NAME-SUFFIX
   team/T/wish/NAME/TARGET                cache/NAMESPACE/KEY                   team/T/secret/NAME
   learnt/SHARD
+  usage/ASSIGNMENT                       usage-day/2026-11-21/000
 Heartbeats, runner phases, leases and measurements are never stored; agents tell them again.
 """
 
@@ -167,6 +168,8 @@ class Record(_message.Message):
     CACHE_ENTRY_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     LEARNT_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    USAGE_DAY_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of the record's layout. A reader refuses a version above its own."""
     @_builtins.property
@@ -195,6 +198,10 @@ class Record(_message.Message):
     def secret(self) -> Global___Secret: ...
     @_builtins.property
     def learnt(self) -> Global___Learnt: ...
+    @_builtins.property
+    def usage(self) -> Global___Usage: ...
+    @_builtins.property
+    def usage_day(self) -> Global___UsageDay: ...
     def __init__(
         self,
         *,
@@ -212,12 +219,14 @@ class Record(_message.Message):
         cache_entry: Global___CacheEntry | None = ...,
         secret: Global___Secret | None = ...,
         learnt: Global___Learnt | None = ...,
+        usage: Global___Usage | None = ...,
+        usage_day: Global___UsageDay | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "learnt", b"learnt", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "wish", b"wish"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "learnt", b"learnt", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "usage", b"usage", "usage_day", b"usage_day", "wish", b"wish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "learnt", b"learnt", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "version", b"version", "wish", b"wish"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "learnt", b"learnt", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "usage", b"usage", "usage_day", b"usage_day", "version", b"version", "wish", b"wish"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["meta", "pool", "node", "token", "revocation", "app", "revision", "model", "runner", "wish", "cache_entry", "secret", "learnt"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["meta", "pool", "node", "token", "revocation", "app", "revision", "model", "runner", "wish", "cache_entry", "secret", "learnt", "usage", "usage_day"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -2058,3 +2067,156 @@ class AssignmentRef(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AssignmentRef: _TypeAlias = AssignmentRef  # noqa: Y015
+
+@_typing.final
+class Usage(_message.Message):
+    """What one container used, by its assignment: written once more when it grew, never lowered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    APP_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    RUNNER_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    MACHINE_TYPE_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    GPU_MILLI_FIELD_NUMBER: _builtins.int
+    STARTED_AT_S_FIELD_NUMBER: _builtins.int
+    UNTIL_S_FIELD_NUMBER: _builtins.int
+    GPU_MS_FIELD_NUMBER: _builtins.int
+    BUSY_GPU_MS_FIELD_NUMBER: _builtins.int
+    SERVED_FIELD_NUMBER: _builtins.int
+    PRICE_MICROS_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    assignment: _builtins.str
+    """Id of the assignment."""
+    app: _builtins.str
+    """`team/name` of the app, and its revision."""
+    revision: _builtins.int
+    runner: _builtins.str
+    """Runner, pool, node, model of its GPUs (empty without GPUs)."""
+    pool: _builtins.str
+    node: _builtins.str
+    machine_type: _builtins.str
+    gpus: _builtins.int
+    """GPUs, and the thousandths of each that it held."""
+    gpu_milli: _builtins.int
+    started_at_s: _builtins.float
+    """Unix seconds of the container's start, and of its end or, while it runs, of this record."""
+    until_s: _builtins.float
+    gpu_ms: _builtins.int
+    """Shares of GPUs times milliseconds, in all and with a request under way."""
+    busy_gpu_ms: _builtins.int
+    served: _builtins.int
+    """Requests answered."""
+    price_micros: _builtins.int
+    """Price of one GPU for one hour, millionths of a US dollar."""
+    ended: _builtins.bool
+    """True: the container is gone."""
+    def __init__(
+        self,
+        *,
+        assignment: _builtins.str = ...,
+        app: _builtins.str = ...,
+        revision: _builtins.int = ...,
+        runner: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        node: _builtins.str = ...,
+        machine_type: _builtins.str = ...,
+        gpus: _builtins.int = ...,
+        gpu_milli: _builtins.int = ...,
+        started_at_s: _builtins.float = ...,
+        until_s: _builtins.float = ...,
+        gpu_ms: _builtins.int = ...,
+        busy_gpu_ms: _builtins.int = ...,
+        served: _builtins.int = ...,
+        price_micros: _builtins.int = ...,
+        ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "assignment", b"assignment", "busy_gpu_ms", b"busy_gpu_ms", "ended", b"ended", "gpu_milli", b"gpu_milli", "gpu_ms", b"gpu_ms", "gpus", b"gpus", "machine_type", b"machine_type", "node", b"node", "pool", b"pool", "price_micros", b"price_micros", "revision", b"revision", "runner", b"runner", "served", b"served", "started_at_s", b"started_at_s", "until_s", b"until_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class UsageDay(_message.Message):
+    """What ended containers used on one day, summed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DAY_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    day: _builtins.str
+    """"2026-11-21", UTC."""
+    part: _builtins.int
+    """A day has several parts where it has many rows; counts from 0."""
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageRow]:
+        """In order of app, pool, machine type."""
+
+    def __init__(
+        self,
+        *,
+        day: _builtins.str = ...,
+        part: _builtins.int = ...,
+        rows: _abc.Iterable[Global___UsageRow] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["day", b"day", "part", b"part", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageDay: _TypeAlias = UsageDay  # noqa: Y015
+
+@_typing.final
+class UsageRow(_message.Message):
+    """A sum."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    MACHINE_TYPE_FIELD_NUMBER: _builtins.int
+    GPU_MS_FIELD_NUMBER: _builtins.int
+    BUSY_GPU_MS_FIELD_NUMBER: _builtins.int
+    SERVED_FIELD_NUMBER: _builtins.int
+    COST_MICROS_FIELD_NUMBER: _builtins.int
+    RUNNERS_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    """What it is of."""
+    pool: _builtins.str
+    machine_type: _builtins.str
+    gpu_ms: _builtins.int
+    """See Usage."""
+    busy_gpu_ms: _builtins.int
+    served: _builtins.int
+    cost_micros: _builtins.int
+    """Millionths of a US dollar."""
+    runners: _builtins.int
+    """Containers that ended on this day."""
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        machine_type: _builtins.str = ...,
+        gpu_ms: _builtins.int = ...,
+        busy_gpu_ms: _builtins.int = ...,
+        served: _builtins.int = ...,
+        cost_micros: _builtins.int = ...,
+        runners: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "busy_gpu_ms", b"busy_gpu_ms", "cost_micros", b"cost_micros", "gpu_ms", b"gpu_ms", "machine_type", b"machine_type", "pool", b"pool", "runners", b"runners", "served", b"served"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageRow: _TypeAlias = UsageRow  # noqa: Y015

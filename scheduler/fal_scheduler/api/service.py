@@ -35,6 +35,7 @@ from fal_scheduler.api import (
     runners,
     secrets,
     status,
+    usage,
     weights,
 )
 from fal_scheduler.leadership import CurrentLeadership, Leadership
@@ -213,6 +214,9 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self, request: cluster_pb2.DeclareLostRequest, context: Context
     ) -> cluster_pb2.DeclareLostReply:
         return await nodes.declare_lost(self._current.get(), request, _actor())
+
+    async def GetUsage(self, request: cluster_pb2.GetUsageRequest, context: Context) -> cluster_pb2.GetUsageReply:
+        return _sized(usage.get_usage(self._current.get(), request), "Ask for one team, or a shorter time.")
 
     async def SteerRollout(self, request: cluster_pb2.SteerRolloutRequest, context: Context) -> cluster_pb2.AppView:
         return await rollouts.steer_rollout(self._current.get(), request, _actor())

@@ -11,7 +11,7 @@ from typing import Final
 
 from fal_contract.errors import Code, FalError, invalid, not_found
 from fal_contract.ids import team_of
-from fal_scheduler.core import tokens
+from fal_scheduler.core import tokens, usage
 from fal_scheduler.core.events import (
     AcceptCluster,
     ApplyApp,
@@ -169,6 +169,8 @@ def revoke_node(work: Work, event: RevokeNode) -> Reply:
     work.put(Revocation(event.serial or node.id, subject, work.moment.wall_s, event.reason), None)
     live = state.live.get(node.id)
     if live is not None:  # what it told is worth nothing any more
+        for runner_id in state.runners_by_node.get(node.id, ()):
+            usage.note_end(work, state.runners[runner_id])
         for runner_id in list(live.orphans):
             state.forget_orphan(node.id, runner_id)
         live.statuses.clear()

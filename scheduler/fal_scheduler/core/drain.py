@@ -15,6 +15,7 @@ from typing import Final
 
 from fal_contract.errors import Code, FalError, invalid, not_found
 from fal_contract.limits import LABEL_CHARS_MAX, LABELS_MAX, NOTICE_MARGIN_S
+from fal_scheduler.core import usage
 from fal_scheduler.core.events import NodeChanged, Reply, Revoked
 from fal_scheduler.core.node_events import (
     CancelDrain,
@@ -153,6 +154,8 @@ def _forget(work: Work, node: Node) -> None:
     state = work.state
     live = state.live.get(node.id)
     if live is not None:
+        for runner_id in state.runners_by_node.get(node.id, ()):
+            usage.note_end(work, state.runners[runner_id])
         for runner_id in list(live.orphans):
             state.forget_orphan(node.id, runner_id)
         live.statuses.clear()

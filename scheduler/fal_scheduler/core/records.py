@@ -24,6 +24,8 @@ from fal_scheduler.core.spec_records import Scaling as Scaling
 from fal_scheduler.core.spec_records import Spec as Spec
 from fal_scheduler.core.learnt_record import Learnt
 from fal_scheduler.core.tokens import JoinToken
+from fal_scheduler.core.usage_records import Usage as Usage
+from fal_scheduler.core.usage_records import UsageDay as UsageDay
 
 
 class Goal(IntEnum):
@@ -368,7 +370,21 @@ class Runner:
 
 
 Record = (
-    Meta | Pool | Node | JoinToken | Revocation | App | Revision | Model | Wish | CacheEntry | Runner | Secret | Learnt
+    Meta
+    | Pool
+    | Node
+    | JoinToken
+    | Revocation
+    | App
+    | Revision
+    | Model
+    | Wish
+    | CacheEntry
+    | Runner
+    | Secret
+    | Learnt
+    | Usage
+    | UsageDay
 )
 
 META_KEY: Final = "meta"
@@ -390,6 +406,8 @@ _KEYS: Final[dict[type, Callable[[Any], str]]] = {
     Pool: lambda one: f"pool/{one.name}",
     JoinToken: lambda one: f"token/{one.id}",
     Revocation: lambda one: f"revoked/{one.serial}",
+    Usage: lambda one: f"usage/{one.assignment}",
+    UsageDay: lambda one: f"usage-day/{one.day}/{one.part:03d}",
     Meta: lambda one: META_KEY,
     Learnt: lambda one: f"learnt/{one.shard}",
 }

@@ -38,6 +38,7 @@ from fal_scheduler.core.records import (
 )
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.told import Alarm, Backoff, BuildFailure, Health, Hold, Inventory, NodeLive, RunnerStatus
+from fal_scheduler.core.usage_records import Usage, UsageDay
 
 if TYPE_CHECKING:
     from fal_scheduler.core.expectations import Expectation
@@ -75,6 +76,8 @@ class State:
         self.runners: dict[str, Runner] = {}
         self.secrets: dict[str, Secret] = {}
         self.learnt: dict[str, Learnt] = {}  # as it was saved last; `learning` is what counts
+        self.usage: dict[str, Usage] = {}  # of containers, by assignment; not folded yet
+        self.usage_days: dict[tuple[str, int], UsageDay] = {}  # by day and part
         # Indexes. Dicts without values are ordered sets.
         self.runners_by_app: dict[str, dict[str, None]] = {}
         self.runners_by_node: dict[str, dict[str, None]] = {}
@@ -93,6 +96,7 @@ class State:
         self.alarms: dict[tuple[str, str], Alarm] = {}
         self.build_failures: dict[tuple[str, str], BuildFailure] = {}  # by namespace and key, the newest last
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
+        self.usage_due_s = 0.0  # when the ledger is looked after next, monotonic
         self.settled = True  # False while a new leader waits for its nodes to say what they run
         self.hold_all = ""  # why nothing at all is started or stopped by itself
         self.suspicion: Suspicion | None = None  # meta's, or what is yet to be written there
@@ -153,6 +157,10 @@ class State:
                 self.catalog.set_wish(before, after)
             case CacheEntry() as entry:
                 _set(self.catalog.cache_entries, (entry.namespace, entry.key), after)
+            case Usage() as usage:
+                _set(self.usage, usage.assignment, after)
+            case UsageDay() as day:
+                _set(self.usage_days, (day.day, day.part), after)
             case Secret() as secret:
                 _set(self.secrets, secret.id, after)
             case JoinToken() as token:

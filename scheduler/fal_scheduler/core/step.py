@@ -27,6 +27,7 @@ from fal_scheduler.core import (
     rollout,
     scaling,
     secrets,
+    usage,
 )
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry, FailBuild, PutCacheEntry, TrimCache
 from fal_scheduler.core.cache_events import CacheTold
@@ -243,6 +244,7 @@ def _tick(work: Work, event: Tick) -> None:
     learnt_shards.save(work)
     rollout.tick(work)
     drain.tick(work)
+    usage.tick(work)
     _settle(work)
     for app_id, backoff in state.backoffs.items():
         if backoff.until_s <= now_s and app_id in state.waiting:

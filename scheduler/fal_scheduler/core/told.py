@@ -145,6 +145,7 @@ class RunnerStatus:
     cpu_milli: int = 0
     refused: bool = False
     output: bytes = b""  # of a build task: the manifest (serialised) of what its node took in
+    busy_seconds: float = 0.0  # with a request under way
     gpu_milli: int = 0  # of each of its GPUs; 0: all
     wounded: bool = False  # it serves, but its container's monitor died; `reason` says so
 

@@ -6,7 +6,7 @@ that it changed in records can be taken back (`undo`); what was told stays told.
 
 from __future__ import annotations
 
-from fal_scheduler.core import expectations
+from fal_scheduler.core import expectations, usage
 from fal_scheduler.core.events import (
     AlarmsChanged,
     AppChanged,
@@ -76,6 +76,8 @@ class Work:
 
     def _runner_changed(self, runner: Runner, before: Runner | None, after: Runner | None) -> None:
         state = self.state
+        if before is not None and _assignment_ends(before, after):
+            usage.note_end(self, before)
         if before is not None and before.node and (after is None or after.node != before.node):
             self.emit(AssignmentChanged(before.node, runner.id))
             self.capacity_grew()
@@ -141,3 +143,9 @@ class Work:
         """Take every change of records back."""
         while self.changes:
             self.state.apply(self.changes.pop().undone())
+
+
+def _assignment_ends(before: Runner, after: Runner | None) -> bool:
+    if before.assignment is None:
+        return False
+    return after is None or after.assignment is None or after.assignment.id != before.assignment.id
