@@ -15,7 +15,7 @@ pytestmark = pytest.mark.torch
 
 def test_what_is_right_passes_and_says_how_much() -> None:
     assert memory(torch, "cpu", until_s=math.inf, bytes_max=8 << 20) == "8 MiB written and read"
-    assert memory(torch, "cpu", until_s=math.inf, bytes_max=1536 << 20) == "512 MiB written and read"
+    assert memory(torch, "cpu", until_s=math.inf, bytes_max=512 << 20) == "256 MiB written and read"
     assert compute(torch, "cpu", until_s=math.inf, size=128, rounds=5) == "5 equal products of 128×128"
 
 

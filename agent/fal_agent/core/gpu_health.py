@@ -134,7 +134,7 @@ class Health:
     @property
     def quarantined(self) -> bool:
         """Whether runners that hold it should go elsewhere."""
-        return self.stage in (Stage.QUARANTINED, Stage.DIAGNOSING) and self.fault is not Fault.SUSPECT
+        return self.stage in (Stage.QUARANTINED, Stage.DIAGNOSING) and self.fault not in (None, Fault.SUSPECT)
 
     @property
     def wants_reset(self) -> bool:
@@ -320,7 +320,8 @@ def due(health: Health, look: Look, *, now_s: float) -> bool:
 
 def begin(health: Health, *, asked: bool = False) -> Health:
     """A diagnose begins; `asked`: by an operator, so that earlier ones do not count."""
-    return replace(health, stage=Stage.DIAGNOSING, spoiled=False, tries=0 if asked else health.tries + 1)
+    why = health.reason or "an operator asked that it be looked at"
+    return replace(health, stage=Stage.DIAGNOSING, reason=why, spoiled=False, tries=0 if asked else health.tries + 1)
 
 
 def finish(health: Health, *, passed: bool, verdict: str, now_s: float, wall_s: float) -> Health:
@@ -333,9 +334,12 @@ def finish(health: Health, *, passed: bool, verdict: str, now_s: float, wall_s: 
         )
     why = health.reason if passed else verdict
     wait_s = min(GPU_DIAGNOSE_WAIT_S * 2.0 ** max(0, health.tries - 1), GPU_DIAGNOSE_WAIT_MAX_S)
-    health = replace(health, stage=Stage.QUARANTINED, verdict=why, next_try_s=now_s + wait_s, spoiled=False)
-    # What was only suspected has been seen now.
-    return replace(health, fault=Fault.RESET) if health.fault is Fault.SUSPECT else health
+    since_s = health.since_s or wall_s
+    health = replace(
+        health, stage=Stage.QUARANTINED, verdict=why, since_s=since_s, next_try_s=now_s + wait_s, spoiled=False
+    )
+    # What was only suspected, or not even that, has been seen now.
+    return replace(health, fault=Fault.RESET) if health.fault in (None, Fault.SUSPECT) else health
 
 
 def clear(health: Health, *, wall_s: float) -> Health:
@@ -352,10 +356,15 @@ def _pids(pids: tuple[int, ...]) -> str:
 
 def keep(health: Health) -> dict[str, Any]:
     """What of it must survive, as plain values."""
+    stage, reason = health.stage, health.reason
+    if stage is Stage.DIAGNOSING:
+        stage = Stage.QUARANTINED
+        if health.fault is None:  # one that was well, and was looked at for an operator
+            stage, reason = Stage.OK, ""
     return {
-        "stage": str(Stage.QUARANTINED if health.stage is Stage.DIAGNOSING else health.stage),
+        "stage": str(stage),
         "fault": str(health.fault or ""),
-        "reason": health.reason,
+        "reason": reason,
         "since_s": health.since_s,
         "tries": health.tries,
         "reset_done": health.reset_done,
