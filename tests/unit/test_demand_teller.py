@@ -91,7 +91,7 @@ def test_the_queue_ends_with_the_grant_not_with_the_gateways_next_word() -> None
         assert await rig.heard() == [((0, 3),)]
         rig.runner("r1", slots=2)
         assert await rig.heard(0.001) == [((2, 1),)]
-        rig.want(1)
+        rig.want(1, age_s=2.0)
         assert await rig.heard() == [], "that is known"
         rig.give_back()
         rig.want(0)
