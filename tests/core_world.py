@@ -55,6 +55,7 @@ from fal_scheduler.core.records import (
     Model,
     PlacementRules,
     Pool,
+    Record,
     Resources,
     RolloutPolicy,
     Runner,
@@ -167,6 +168,8 @@ class SimNode:
         """One assignment: start it, or bring its goal along."""
         assert runner.assignment is not None
         have = self.containers.get(runner.id)
+        if have is not None and have.ended and have.assignment_id != runner.assignment.id:
+            have = None  # that one is over, and this is another assignment
         if have is None and runner.goal is Goal.RUN:
             self._admit(runner)
         elif have is None or have.ended:
@@ -290,6 +293,10 @@ class World:
         state.term, state.term_began_s, state.grace_over = 1, self.now_s - 400.0, True
         state.apply(Change("meta", None, Meta("c1", 1, "store-1", 0.0)))
         return Core(state, Placer(state.fleet), CountingIds())
+
+    def core_of(self, state: State) -> Core:
+        """The next leader's, which draws ids that none before has drawn."""
+        return Core(state, Placer(state.fleet), self.core.ids)
 
     def _found(self, nodes: int) -> None:
         for pool, zone in (("east", "z1"), ("west", "z2")):
@@ -499,6 +506,11 @@ def check_indexes(state: State) -> None:
     assert have.nodes_of_app == expected.nodes_of_app
     assert have.domains_of_app == expected.domains_of_app
     assert have.occupancy.keys() >= expected.occupancy.keys()
+
+
+def records_of(state: State) -> list[Record]:
+    """All that the store has."""
+    return [record for record in _records(state).values() if record is not None]  # type: ignore[misc]
 
 
 def _records(state: State) -> dict[str, object]:

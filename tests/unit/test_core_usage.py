@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core_world import World, spec_of
+from core_world import World, records_of, spec_of
 from fal_contract.limits import USAGE_CHECKPOINT_S, USAGE_DAYS_KEPT, USAGE_DETAILS_KEPT_S
+from fal_scheduler.codec import encode
 from fal_scheduler.core import usage
-from fal_scheduler.core.events import ApplyApp, ApplyPool, DeleteApp, RevokeNode, Tick
-from fal_scheduler.core.records import Pool, RunnerState
+from fal_scheduler.core.events import ApplyApp, ApplyPool, DeleteApp, Moment, RevokeNode, ScaleApp, StopRunner, Tick
+from fal_scheduler.core.records import Pool, RunnerState, ScaleOverride, key_of
 from fal_scheduler.core.usage_records import Usage, UsageRow
+from fal_scheduler.core.work import Work
+from fal_scheduler.recovery import recover
 
 APP = "default/a"
 DAY_S = 86_400.0
@@ -62,8 +66,11 @@ class Ledger:
 
     def end(self) -> None:
         self.world.step(DeleteApp(APP))
-        for _ in range(8):
+        for _ in range(60):
             self.round(1.0)
+            if not self.world.state.runners:
+                return
+        raise AssertionError("runners are left")
 
     def rows(self, since_s: float = 0.0) -> list[UsageRow]:
         wall_s = self.world.wall_s
@@ -191,3 +198,86 @@ def test_two_halves_make_the_whole(one: Usage, share: float) -> None:
     found = sum(part.gpu_ms for part in parts if part is not None)
     assert abs(found - one.gpu_ms) <= 1 or one.until_s == one.started_at_s
     assert usage.between(one, 0.0, one.started_at_s - 1.0) is None
+
+
+class Failing(Ledger):
+    """Leaders come and go; nodes fall silent and come back; runners crash, are scaled and are stopped."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = Random(seed)
+        self.truth: dict[str, float] = {}  # GPU milliseconds by assignment, as the nodes count them
+        super().__init__(least=3)
+
+    def _told(self, runner_id: str, node_id: str, ended: bool) -> None:
+        super()._told(runner_id, node_id, ended)
+        status = self.world.nodes[node_id].containers[runner_id]
+        if status.started_at_s:
+            self.truth[status.assignment_id] = status.gpu_seconds * 1000
+
+    def fail_over(self) -> None:
+        """The leader is gone; all that the next one has is the store, and what the nodes tell."""
+        world = self.world
+        records = {key_of(one): encode(one) for one in records_of(world.state)}
+        state, broken = recover(records, term=world.state.term + 1, revision=1, now_s=world.now_s)
+        assert not broken
+        world.core = world.core_of(state)
+        for node_id, node in world.nodes.items():
+            if node.connected:
+                world.hello(node_id)
+
+    def moment(self) -> Moment:
+        return Moment(self.world.now_s, self.world.wall_s)
+
+    def live(self) -> None:
+        """Some minutes of one leader."""
+        world, rng = self.world, self.rng
+        for _ in range(rng.randrange(2, 8)):
+            self.round(rng.choice((5.0, 30.0, 300.0)))
+            node_id = rng.choice(sorted(world.nodes))
+            node = world.nodes[node_id]
+            serving = [id_ for id_, one in node.containers.items() if one.serves]
+            match rng.randrange(5):
+                case 0 if serving:
+                    node.crash(rng.choice(serving))
+                case 1:
+                    world.step(ScaleApp(APP, ScaleOverride(min_concurrency=rng.randrange(1, 5))))
+                case 2 if world.state.runners:
+                    world.step(StopRunner(rng.choice(sorted(world.state.runners)), actor="ada"))
+                case 3 if node.connected:
+                    world.cut(node_id)
+                case 4:
+                    world.hello(node_id)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_twenty_failovers_lose_and_double_nothing(seed: int) -> None:
+    """Within 0.1 %: GPU seconds of the ledger against what the nodes really ran."""
+    ledger = Failing(seed)
+    for _ in range(20):
+        ledger.live()
+        ledger.fail_over()
+    for node_id in ledger.world.nodes:
+        ledger.world.hello(node_id)
+    ledger.round(400.0)
+    ledger.end()
+    truth_ms = sum(ledger.truth.values())
+    assert not ledger.world.state.runners
+    assert len(ledger.world.state.usage) == len(ledger.truth) > 20
+    assert abs(ledger.gpu_ms() - truth_ms) <= truth_ms / 1000
+
+
+def test_a_ledger_that_counts_twice_after_a_failover_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: a record for each leader instead of each assignment."""
+    grown = usage._grow
+
+    def doubled(work: Work, found: Usage) -> None:
+        grown(work, replace(found, assignment=f"{found.assignment}-{work.state.term}"))
+
+    monkeypatch.setattr(usage, "_grow", doubled)
+    ledger = Failing(0)
+    for _ in range(20):
+        ledger.live()
+        for runner in list(ledger.world.state.runners.values()):
+            usage.note_end(Work(ledger.world.state, ledger.moment(), ledger.world.core.ids), runner)
+        ledger.fail_over()
+    assert ledger.gpu_ms() > 1.5 * sum(ledger.truth.values())
