@@ -382,7 +382,7 @@ def test_wrong_values_are_refused_by_name(scale: ScaleOverride, field: str) -> N
 
 
 def test_the_forecast_starts_what_will_be_needed_within_its_budget() -> None:
-    serving = Serving(starts_s=20.0)
+    serving = Serving(starts_s=30.0)
     serving.deploy(keep_alive_s=5.0, forecast_concurrency=1)
     for _ in range(12):  # a request every 50 s
         serving.ask(1, takes_s=2.0)

@@ -18,6 +18,7 @@ from fal_scheduler.core.forecast import Arrivals
 from fal_scheduler.core.told import RunnerStatus
 
 NEVER: Final = -1.0
+_DONE_MAX: Final = 64
 
 
 @dataclass(slots=True)
@@ -32,10 +33,16 @@ class GatewayLoad:
 
 @dataclass(slots=True)
 class Usage:
-    """How a runner is used. `ready_at_s`: seen ready first by this leader; `used_at_s`: last request, -1: none yet."""
+    """How a runner is used. `ready_at_s`: seen ready first by this leader; `used_at_s`: last request, -1: none yet.
+
+    `told_at_s`: when its node told of it last; from then on `in_flight` requests were under way, `served` were done.
+    """
 
     ready_at_s: float
     used_at_s: float = NEVER
+    told_at_s: float = NEVER
+    in_flight: int = 0
+    served: int = 0
 
     @property
     def unused(self) -> bool:
@@ -48,6 +55,26 @@ class Usage:
         return self.ready_at_s if self.unused else self.used_at_s
 
 
+@dataclass(slots=True)
+class RequestTime:
+    """The mean time of an app's requests, by Little's law: time under way over requests done, of late ones mostly."""
+
+    busy_ms: int = 0
+    done: int = 0
+
+    def note(self, busy_ms: int, done: int) -> None:
+        """So much was under way, so many are done."""
+        self.busy_ms += busy_ms
+        self.done += done
+        if self.done >= _DONE_MAX:
+            self.busy_ms, self.done = self.busy_ms // 2, self.done // 2
+
+    @property
+    def mean_ms(self) -> int:
+        """0 where nothing is known."""
+        return self.busy_ms // self.done if self.done else 0
+
+
 class Demand:
     """See the module. Tables hold apps, gateways and runners that exist, and nothing else."""
 
@@ -56,7 +83,7 @@ class Demand:
         self.apps_of: dict[str, dict[str, None]] = {}  # gateway -> apps
         self.usage: dict[str, Usage] = {}  # runner
         self.arrivals: dict[str, Arrivals] = {}  # app
-        self.request_ms: dict[str, int] = {}  # app -> mean time of one request, where it is known
+        self.requests: dict[str, RequestTime] = {}  # app
         self.bring_back_ms: dict[str, int] = {}  # app -> how long its last runners took from their making to ready
         self.wanted: dict[str, int] = {}  # app -> runners that should be there, as reconcile found last
         self.look_at_s: dict[str, float] = {}  # app -> when time alone may change what it should have
@@ -83,20 +110,45 @@ class Demand:
         if not apps:
             del self.apps_of[gateway_id]
 
-    def note_status(self, status: RunnerStatus, now_s: float) -> Usage | None:
-        """Take in how a runner is used; None where it does not serve. What was used once is never unused again."""
+    def note_status(self, app_id: str, status: RunnerStatus, now_s: float) -> None:
+        """Take in how a runner is used. What was used once is never unused again."""
         have = self.usage.get(status.runner_id)
         if not status.serves:
-            return have
+            return
         if have is None:
             have = self.usage[status.runner_id] = Usage(now_s)
+        self._note_time(app_id, have, status, now_s)
         if status.in_flight:
             have.used_at_s = now_s
         elif status.last_used_age_s >= 0.0:
             have.used_at_s = max(have.used_at_s, now_s - status.last_used_age_s)
         elif status.served and have.unused:
             have.used_at_s = now_s
-        return have
+
+    def _note_time(self, app_id: str, have: Usage, status: RunnerStatus, now_s: float) -> None:
+        done = status.served - have.served
+        if have.told_at_s != NEVER and (have.in_flight or done > 0):
+            busy_ms = round(max(0.0, now_s - have.told_at_s) * 1000) * have.in_flight
+            self.requests.setdefault(app_id, RequestTime()).note(busy_ms, max(0, done))
+        have.told_at_s, have.in_flight, have.served = now_s, status.in_flight, status.served
+
+    def note_ready(self, app_id: str, took_ms: int) -> None:
+        """A runner took so long from its start to ready."""
+        have = self.bring_back_ms.get(app_id)
+        self.bring_back_ms[app_id] = took_ms if have is None else (have + took_ms) // 2
+
+    def request_ms(self, app_id: str) -> int:
+        """The mean time of one request; 0 where nothing is known."""
+        have = self.requests.get(app_id)
+        return have.mean_ms if have is not None else 0
+
+    def rate(self, app_id: str, wall_s: float) -> int:
+        """Millionths of a request per minute that come of late."""
+        arrivals = self.arrivals.get(app_id)
+        if arrivals is None:
+            return 0
+        arrivals.advance(wall_s)
+        return arrivals.rate
 
     def usage_of(self, runner_id: str, now_s: float) -> Usage:
         """A runner's usage; one of which nothing is known is taken for ready just now."""
@@ -123,7 +175,7 @@ class Demand:
         """The app is gone."""
         for gateway_id in list(self.loads.get(app_id, ())):
             self.set_load(app_id, gateway_id, None)
-        for table in (self.arrivals, self.request_ms, self.bring_back_ms, self.wanted, self.look_at_s):
+        for table in (self.arrivals, self.requests, self.bring_back_ms, self.wanted, self.look_at_s):
             table.pop(app_id, None)
 
     def forget_runner(self, runner_id: str) -> None:

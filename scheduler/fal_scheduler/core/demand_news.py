@@ -64,7 +64,10 @@ def note_status(work: Work, runner: Runner, before: RunnerStatus | None, status:
     Not at once: a busy fleet tells of requests all the time, and nothing that scales is in a hurry when one ends.
     """
     demand, now_s = work.state.demand, work.moment.now_s
-    demand.note_status(status, now_s)
+    demand.note_status(runner.app, status, now_s)
+    if status.serves and before is not None and not before.serves:
+        took_s = sum(seconds for _, seconds in status.phases) or work.moment.wall_s - runner.created_at_s
+        demand.note_ready(runner.app, max(0, round(took_s * 1000)))
     if before is None or (before.in_flight, before.serves) != (status.in_flight, status.serves):
         demand.look(runner.app, now_s)
 

@@ -182,7 +182,7 @@ def _foretold(state: State, app: App, scaling: Scaling, requests: int, wall_s: f
     expected = foretold_runners(
         arrivals.rate_at(wall_s + ahead_ms / 1000),
         ahead_ms,
-        state.demand.request_ms.get(app.id, 0),
+        state.demand.request_ms(app.id),
         scaling.max_multiplexing,
     )
     return min(expected, runners_for(scaling, requests) + scaling.forecast_concurrency)
