@@ -221,7 +221,7 @@ ELECTION_RETRY_CAP_S: Final = 2.0  # between two dials of who knows that there i
 # The decision log of a scheduler.
 DECISION_LOG_BYTES_MAX: Final = 1 << 30  # of all segments beside one store
 DECISION_LOG_AGE_MAX_S: Final = 7 * 86400.0
-DECISION_LOG_SEGMENT_BYTES_MAX: Final = 64 << 20  # packed and compressed; then another begins with a snapshot
+DECISION_LOG_SEGMENT_BYTES_MAX: Final = 64 << 20  # compressed, about; then another begins with a snapshot
 DECISION_LOG_BLOCK_BYTES: Final = 64 << 10  # before compression: what a crash may lose beside the last second
 DECISION_LOG_BLOCK_BYTES_MAX: Final = 1 << 30  # a snapshot of the largest cluster is one block
 DECISION_LOG_WAITING_BYTES_MAX: Final = 256 << 20  # for the disk; then the log has a gap

@@ -41,6 +41,7 @@ from fal_scheduler.decision_files import Header, block_of, header_here, prune
 
 CLOSE_S: Final = 10.0  # longest wait for the disk at the end of a term
 BEATS_MAX: Final = 20_000
+COMPRESSION: Final = 4  # at least; entries of a busy fleet come to a sixth
 
 _HEARTBEAT: Final = NodeReport("", "", 0.0)
 # Tunnels are told each time; where they are others than before, the outcome is not empty.
@@ -77,6 +78,7 @@ class DecisionLog:
         self._epoch = self._term = 0  # of the begin of this term; both may rise under way
         self._segment = -1
         self._number = 0  # of the last entry
+        self._packed = 0  # bytes behind the head of this segment, before compression
         self._cut_s = 0.0  # when the last block left
         self._retry_s: float | None = None  # when a segment is tried again after the disk refused one
         self._beats: dict[tuple[str, str], float] = {}  # (node, session) -> monotonic seconds
@@ -133,7 +135,9 @@ class DecisionLog:
 
     def close(self) -> None:
         """See Recorder. Waits for the disk, for ten seconds at most."""
-        self._cut()
+        if self._file is not None:
+            self._flush_beats()
+            self._hand_over()
         file, self._file = self._file, None
         if file is not None and not file.close(CLOSE_S):
             _log.warning("decision log not closed", path=str(file.path), remedy="Look at the disk.")
@@ -159,8 +163,10 @@ class DecisionLog:
         self._beats.clear()  # the head says when everybody was heard
         self._packer, self._buffer = Packer(), bytearray()
         self._file = _SegmentFile(self._folder, header, reserve_bytes=self._segment_bytes_max)
-        self._append(loaded or Whole(snapshot.take(self._state), tuple(self._unacknowledged)))
-        self._cut()
+        self._write(loaded or Whole(snapshot.take(self._state), tuple(self._unacknowledged)))
+        self._dirty = bool(self._state.dirty)
+        self._hand_over()
+        self._packed = 0  # a head that is larger than a segment should be must not begin another
 
     def _append(self, entry: Entry) -> None:
         if self._file is None:
@@ -192,19 +198,23 @@ class DecisionLog:
 
     def _cut(self) -> None:
         """Hand what gathered to the disk; begin another segment where this one is full."""
-        self._cut_s = self._now_s
         if self._file is None:
             return
-        block, self._buffer = bytes(self._buffer), bytearray()
-        if block:
-            self._file.append(block)
+        self._hand_over()
         if self._file.error:
             self._give_up(self._file.error)
-        elif self._file.bytes >= self._segment_bytes_max:
+        elif self._packed >= COMPRESSION * self._segment_bytes_max:
             self._flush_beats()
-            self._file.append(bytes(self._buffer))
+            self._hand_over()
             self._file.finish()
             self._open(None)
+
+    def _hand_over(self) -> None:
+        self._cut_s = self._now_s
+        block, self._buffer = bytes(self._buffer), bytearray()
+        if block and self._file is not None:
+            self._file.append(block)
+            self._packed += len(block)
 
     def _give_up(self, why: str) -> None:
         """No log until a segment is tried again. Told once a failure."""
@@ -223,7 +233,6 @@ class _SegmentFile:
 
     def __init__(self, folder: Path, header: Header, *, reserve_bytes: int) -> None:
         self.path = folder / header.name
-        self.bytes = 0  # written
         self.error = ""
         self._header = header
         self._reserve_bytes = reserve_bytes
@@ -291,8 +300,8 @@ class _SegmentFile:
         if self._file is None:
             self._folder_ready()
             self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
-            self.bytes += self._file.write(self._header.encode())
-        self.bytes += self._file.write(block_of(block))
+            self._file.write(self._header.encode())
+        self._file.write(block_of(block))
         self._file.flush()
 
     def _folder_ready(self) -> None:

@@ -65,7 +65,7 @@ async def _trouble(rig: Rig) -> None:
     await rig.engine.stop()
 
 
-@pytest.mark.parametrize("segment_bytes_max", [1 << 20, 3000], ids=("one segment", "many"))
+@pytest.mark.parametrize("segment_bytes_max", [1 << 20, 500], ids=("one segment", "many"))
 def test_failed_commits_and_raised_terms_replay(tmp_path: Path, segment_bytes_max: int) -> None:
     """With small segments a snapshot also falls between a decision and its commit."""
     bounds = {"segment_bytes_max": segment_bytes_max, "block_bytes": 200}

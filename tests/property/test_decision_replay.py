@@ -30,7 +30,7 @@ from fal_scheduler.sim.replay import replay
 def test_random_histories_replay(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Also over seams: what a segment came to is what the next one begins with."""
     folder = tmp_path_factory.mktemp("log")
-    recorded_world(seed, folder, steps=120, segment_bytes_max=20_000, block_bytes=2_000)
+    recorded_world(seed, folder, steps=120, segment_bytes_max=3_000, block_bytes=1_000)
     report = replay_folder(folder)
     assert report.same, [run.view for run in report.runs if run.difference]
     assert sum(run.steps for run in report.runs) > 0

@@ -287,7 +287,7 @@ def test_files_are_for_their_owner_only_and_hold_no_join_secret(tmp_path: Path) 
 
 
 def test_a_full_segment_is_followed_by_another_that_begins_with_everything(tmp_path: Path) -> None:
-    recorded_world(5, tmp_path, steps=150, segment_bytes_max=12_000, block_bytes=1_000)
+    recorded_world(5, tmp_path, steps=150, segment_bytes_max=2_000, block_bytes=1_000)
     found = segments(tmp_path)
     assert len(found) > 1
     assert [one.header.segment for one in found] == list(range(len(found)))
