@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from fal_scheduler.core.fragmentation import (
+    NEVER,
     WHOLE,
     Demand,
     Ints,
@@ -54,6 +55,28 @@ def _free(shares: Shares, rows: Rows) -> Ints:
     return total
 
 
+class _Scored:
+    """A baseline whose score is a number of the row; `_score` sees rows that fit."""
+
+    def __init__(self, shares: Shares) -> None:
+        self._shares = shares
+        self._ranking = Ranking(shares, self._evaluate)
+
+    def choose(self, shares: Shares, demand: Demand) -> Choice | None:
+        """See `Policy`."""
+        return self._ranking.choose(shares, demand)
+
+    def _evaluate(self, demand: Demand, rows: Rows) -> tuple[Ints, Milli]:
+        scores, gpus = np.full(len(rows), NEVER, np.int64), np.full(len(rows), -1, np.int16)
+        fits = rows_that_fit(self._shares, demand, rows)
+        if fits.any():
+            scores[fits], gpus[fits] = self._score(demand, rows[fits])
+        return scores, gpus
+
+    def _score(self, demand: Demand, rows: Rows) -> tuple[Ints, Milli]:
+        raise NotImplementedError
+
+
 class RandomFit:
     """Any row where it fits, and any of its GPUs."""
 
@@ -76,16 +99,8 @@ class RandomFit:
         return Choice(row, (int(good[self._chance.integers(good.size)]),))
 
 
-class DotProduct:
+class DotProduct(_Scored):
     """The node whose free amounts and the demand have the smallest dot product."""
-
-    def __init__(self, shares: Shares) -> None:
-        self._shares = shares
-        self._ranking = Ranking(shares, self._score)
-
-    def choose(self, shares: Shares, demand: Demand) -> Choice | None:
-        """See `Policy`."""
-        return self._ranking.choose(shares, demand)
 
     def _score(self, demand: Demand, rows: Rows) -> tuple[Ints, Milli]:
         shares = self._shares
@@ -95,20 +110,12 @@ class DotProduct:
         return np.maximum(scores, 0), _tightest(shares, demand, rows)
 
 
-class BestFit:
+class BestFit(_Scored):
     """The node that is left with least, CPU and GPU weighted alike.
 
     The published score is then stretched to 0..100 over the nodes that fit, which changes the order of no two integers
     of that range and is left out.
     """
-
-    def __init__(self, shares: Shares) -> None:
-        self._shares = shares
-        self._ranking = Ranking(shares, self._score)
-
-    def choose(self, shares: Shares, demand: Demand) -> Choice | None:
-        """See `Policy`."""
-        return self._ranking.choose(shares, demand)
 
     def _score(self, demand: Demand, rows: Rows) -> tuple[Ints, Milli]:
         shares = self._shares
@@ -118,16 +125,8 @@ class BestFit:
         return np.maximum(scores, 0), _tightest(shares, demand, rows)
 
 
-class GpuPacking:
+class GpuPacking(_Scored):
     """GPUs that are shared already, then idle GPUs of used nodes, then idle nodes with few GPUs."""
-
-    def __init__(self, shares: Shares) -> None:
-        self._shares = shares
-        self._ranking = Ranking(shares, self._score)
-
-    def choose(self, shares: Shares, demand: Demand) -> Choice | None:
-        """See `Policy`."""
-        return self._ranking.choose(shares, demand)
 
     def _score(self, demand: Demand, rows: Rows) -> tuple[Ints, Milli]:
         free = self._shares.gpu_free[rows]
@@ -143,20 +142,15 @@ class GpuPacking:
         return scores, gpus
 
 
-class GpuClustering:
+class GpuClustering(_Scored):
     """Tasks of one class (a fraction, or so many GPUs) together on a node.
 
     It must be told what is placed and what leaves (`follow`), since free amounts do not say which classes a node holds.
     """
 
     def __init__(self, shares: Shares) -> None:
-        self._shares = shares
-        self._ranking = Ranking(shares, self._score)
+        super().__init__(shares)
         self._held: list[dict[int, int]] = [{} for _ in range(len(shares))]
-
-    def choose(self, shares: Shares, demand: Demand) -> Choice | None:
-        """See `Policy`."""
-        return self._ranking.choose(shares, demand)
 
     def follow(self, row: int, demand: Demand, by: int) -> None:
         """So many tasks more (or, below 0, fewer) of this demand are on the row."""

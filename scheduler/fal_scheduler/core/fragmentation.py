@@ -34,7 +34,7 @@ Bools = NDArray[np.bool_]
 WHOLE: Final = 1000  # thousandths of a GPU
 PPM: Final = 1_000_000
 NEVER: Final = -1  # the score of a row that does not fit
-SCORE_MAX: Final = 100
+_PERCENT: Final = 100
 
 
 class Demand(NamedTuple):
@@ -59,6 +59,7 @@ class Shares:
         self.memory_free: Ints = np.zeros(rows, np.int64)  # MiB
         self.gpu_free: Milli = np.full((rows, gpus_max), -1, np.int16)  # milli; -1: no such GPU
         self.kind: Milli = np.zeros(rows, np.int16)  # of its GPUs
+        self.gpu_total: Ints = np.zeros(rows, np.int64)  # sum of its free shares
         self.stamp: Ints = np.zeros(rows, np.int64)
         self.clock = 0  # counts changes
 
@@ -105,6 +106,7 @@ class Shares:
         """Mark a row as changed."""
         self.clock += 1
         self.stamp[row] = self.clock
+        self.gpu_total[row] = sum(share for share in self.gpu_free[row].tolist() if share > 0)
 
 
 def rows_that_fit(shares: Shares, demand: Demand, rows: NDArray[np.intp]) -> Bools:
@@ -130,28 +132,27 @@ def is_fraction(demand: Demand) -> bool:
     return demand.num_gpus == 1 and demand.gpu_milli < WHOLE
 
 
-def after(shares: Shares, demand: Demand, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], Bools]:
-    """What each way to place `demand` would leave: shares [row, way, GPU], and which ways there are [row, way].
+def ways_to_place(demand: Demand, free: NDArray[np.intp]) -> tuple[NDArray[np.intp], Bools]:
+    """What each way to place `demand` would leave of these shares [row, GPU]: [row, way, GPU], and which ways exist.
 
-    A fraction has one way for each GPU, everything else one: the GPUs of lowest index that have the share.
-    GPUs that do not exist count as full.
+    A fraction has one way for each GPU, everything else one: the GPUs of lowest index that have the share. Rows fit.
     """
-    free = np.maximum(shares.gpu_free[rows], 0).astype(np.intp)
     if not is_fraction(demand):
         enough = free >= max(demand.gpu_milli, 1)
         chosen = enough & (np.cumsum(enough, axis=1) <= demand.num_gpus)
-        return (free - chosen * demand.gpu_milli)[:, None, :], np.ones((len(rows), 1), np.bool_)
+        return (free - chosen * demand.gpu_milli)[:, None, :], np.ones((len(free), 1), np.bool_)
     width = free.shape[1]
     left = np.repeat(free[:, None, :], width, axis=1)
     every = np.arange(width)
     left[:, every, every] -= demand.gpu_milli
-    ways: Bools = free >= demand.gpu_milli
-    return np.maximum(left, 0), ways
+    return np.maximum(left, 0), free >= demand.gpu_milli
 
+
+_NO_GPU: Final = np.full(1, -1, np.int16)
 
 # _STEPS[k] is the least (F before - F after), in ppm of a milli-GPU, whose score is k + 1.
 _STEPS: Final = np.array(
-    [math.ceil(math.log(k / (SCORE_MAX - k)) * WHOLE * PPM) for k in range(1, SCORE_MAX)], dtype=np.int64
+    [math.ceil(math.log(k / (_PERCENT - k)) * WHOLE * PPM) for k in range(1, _PERCENT)], dtype=np.int64
 )
 
 
@@ -172,9 +173,7 @@ class Fragmentation:
         self._kind_class = {kind: place for place, kind in enumerate(named, start=1)}
         counts = sorted({task.num_gpus for task, _ in tasks})
         self._tables = [(count, self._table(count, named, tasks)) for count in counts]
-        self._before: Ints = np.zeros(len(shares), np.int64)
-        self._seen = -1
-        self._class_of_row: NDArray[np.intp] = np.zeros(len(shares), np.intp)
+        self._single = counts == [1]
 
     def _table(self, count: int, named: list[int], tasks: list[tuple[Demand, int]]) -> Ints:
         """Usable weight by (class of kind, CPUs covered, rank of the count-th largest share, rank of a share)."""
@@ -196,53 +195,106 @@ class Fragmentation:
 
     def stranded(self, rows: NDArray[np.intp]) -> Ints:
         """F of rows as they are, in ppm of a milli-GPU."""
-        self._refresh()
-        return self._before[rows]
+        rows = np.asarray(rows, np.intp)
+        free = np.maximum(self._shares.gpu_free[rows], 0).astype(np.intp)
+        stranded: Ints = self._stranded(rows, self._shares.cpu_free[rows], free[:, None, :])[:, 0]
+        return stranded
 
     def score(self, demand: Demand, rows: NDArray[np.intp]) -> tuple[Ints, Milli]:
-        """Scores (0..100, NEVER where it does not fit), and the GPU for a fraction (-1 for everything else)."""
+        """Scores (0..99, NEVER where it does not fit), and the GPU for a fraction (-1 for everything else)."""
         rows = np.asarray(rows, np.intp)
-        fits = rows_that_fit(self._shares, demand, rows)
+        scores, gpus = self.evaluate(demand, rows)
         if demand.memory_mib:
-            fits &= self._shares.memory_free[rows] >= demand.memory_mib
-        scores, gpus = np.full(len(rows), NEVER, np.int64), np.full(len(rows), -1, np.int16)
-        scores[fits], gpus[fits] = self.score_fitting(demand, rows[fits])
-        return scores, gpus
+            scores[self._shares.memory_free[rows] < demand.memory_mib] = NEVER
+        return scores, np.broadcast_to(gpus, rows.shape).copy() if len(gpus) != len(rows) else gpus
 
-    def score_fitting(self, demand: Demand, rows: NDArray[np.intp]) -> tuple[Ints, Milli]:
-        """`score` of rows that are known to fit."""
-        self._refresh()
-        left, ways = after(self._shares, demand, rows)
-        gain = self._before[rows][:, None] - self._stranded(rows, self._shares.cpu_free[rows] - demand.cpu_milli, left)
-        scores = np.searchsorted(_STEPS, gain, "right")
-        if not is_fraction(demand):
-            return scores[:, 0], np.full(len(rows), -1, np.int16)
-        scores = np.where(ways, scores, NEVER)
-        gpus = scores.argmax(axis=1)
-        return scores[np.arange(len(rows)), gpus], gpus.astype(np.int16)
-
-    def _refresh(self) -> None:
+    def evaluate(self, demand: Demand, rows: NDArray[np.intp]) -> tuple[Ints, Milli]:
+        """`score` of rows whose memory is enough; one -1 for all rows where no GPU is chosen."""
         shares = self._shares
-        if self._seen == shares.clock:
-            return
-        rows = np.flatnonzero(shares.stamp > self._seen)
+        free, cpu = shares.gpu_free.take(rows, axis=0), shares.cpu_free.take(rows)
+        fits = cpu >= demand.cpu_milli
+        if demand.num_gpus:
+            enough = free >= demand.gpu_milli
+            fits &= enough.any(axis=1) if demand.num_gpus == 1 else enough.sum(axis=1) >= demand.num_gpus
+        if demand.kinds:
+            fits &= np.isin(shares.kind.take(rows), demand.kinds)
+        if not fits.all():
+            good = fits.nonzero()[0]
+            scores = np.full(len(rows), NEVER, np.int64)
+            if not good.size:
+                return scores, _NO_GPU
+            gpus = np.zeros(len(rows), np.int16)
+            scores[good], gpus[good] = self._evaluate(demand, rows[good], free[good], cpu[good])
+            return scores, gpus
+        return self._evaluate(demand, rows, free, cpu) if len(rows) else (np.zeros(0, np.int64), _NO_GPU)
+
+    def _evaluate(self, demand: Demand, rows: NDArray[np.intp], free: Milli, cpu: Ints) -> tuple[Ints, Milli]:
+        """Rows that fit."""
+        there = np.maximum(free, 0).astype(np.intp)
+        if not is_fraction(demand):
+            left, _ = ways_to_place(demand, there)
+            both = self._stranded(
+                np.concatenate((rows, rows)),
+                np.concatenate((cpu, cpu - demand.cpu_milli)),
+                np.concatenate((there[:, None, :], left)),
+            )[:, 0]
+            return _STEPS.searchsorted(both[: len(rows)] - both[len(rows) :], "right"), _NO_GPU
+        if self._single:
+            gain = self._fraction_gain(demand, rows, there, cpu)
+        else:
+            left, _ = ways_to_place(demand, there)
+            before = self._stranded(rows, cpu, there[:, None, :])
+            gain = before - self._stranded(rows, cpu - demand.cpu_milli, left)
+        found = _STEPS.searchsorted(gain, "right")
+        found[free < demand.gpu_milli] = NEVER
+        return found.max(axis=1), found.argmax(axis=1).astype(np.int16)
+
+    def _place(self, rows: NDArray[np.intp], cpu: Ints) -> NDArray[np.intp]:
+        """Which kinds and which CPUs rows cover, as the table's first index."""
+        place: NDArray[np.intp] = self._cpus.searchsorted(cpu, "right")
         if self._kind_class:
-            self._class_of_row[rows] = [self._kind_class.get(int(kind), 0) for kind in shares.kind[rows]]
-        free = np.maximum(shares.gpu_free[rows], 0).astype(np.intp)
-        self._before[rows] = self._stranded(rows, shares.cpu_free[rows], free[:, None, :])[:, 0]
-        self._seen = shares.clock
+            of_kind = [self._kind_class.get(kind, 0) for kind in self._shares.kind[rows].tolist()]
+            place = place + np.array(of_kind, np.intp) * (len(self._cpus) + 1)
+        return place
 
     def _stranded(self, rows: NDArray[np.intp], cpu: Ints, left: NDArray[np.intp]) -> Ints:
         """F of hypothetical shares [row, way, GPU] with so much CPU [row]."""
         ranks = len(self._millis) + 1
-        place = self._class_of_row[rows] * (len(self._cpus) + 1) + np.searchsorted(self._cpus, cpu, "right")
-        rank = self._rank[left]
-        ordered = np.sort(left, axis=2) if any(count > 1 for count, _ in self._tables) else None
+        place = self._place(rows, cpu) * ranks
+        rank = self._rank.take(left)
+        ordered = None if self._single else np.sort(left, axis=2)
         total: Ints = left.sum(axis=2) * self._weight
         for count, table in self._tables:
             if count > left.shape[2]:
                 continue
-            nth = left.max(axis=2) if ordered is None else ordered[:, :, -count]
-            base = (place[:, None] * ranks + self._rank[nth]) * ranks
-            total -= (table[base[:, :, None] + rank] * left).sum(axis=2)
+            # A larger share covers no fewer tasks: the rank of the largest is the largest rank.
+            nth = rank.max(axis=2) if ordered is None else self._rank.take(ordered[:, :, -count])
+            base = (place[:, None] + nth) * ranks
+            total -= (table.take(base[:, :, None] + rank) * left).sum(axis=2)
         return total
+
+    def _fraction_gain(self, demand: Demand, rows: NDArray[np.intp], free: NDArray[np.intp], cpu: Ints) -> Ints:
+        """F before - F after for each GPU of rows that fit, where all typical tasks take one GPU at most.
+
+        Then only the largest share says which tasks fit, and it changes only where it is the one that is cut: so the
+        sum over GPUs is made once, each GPU's own term exchanged, and the largest's sum made anew.
+        """
+        ranks, table = len(self._millis) + 1, self._tables[0][1]
+        every, largest = np.arange(len(rows)), free.argmax(axis=1)
+        here = self._place(rows, cpu) * ranks
+        there = self._place(rows, cpu - demand.cpu_milli) * ranks
+        rank = self._rank.take(free)
+        top = rank.max(axis=1)
+        before = (table.take(((here + top) * ranks)[:, None] + rank) * free).sum(axis=1)
+        base = ((there + top) * ranks)[:, None]
+        terms = table.take(base + rank) * free
+        cut = np.maximum(free - demand.gpu_milli, 0)
+        usable: Ints = terms.sum(axis=1)[:, None] - terms + table.take(base + self._rank.take(cut)) * cut
+        then = free.copy()
+        then[every, largest] = cut[every, largest]
+        rank = self._rank.take(then)
+        base = ((there + rank.max(axis=1)) * ranks)[:, None]
+        usable[every, largest] = (table.take(base + rank) * then).sum(axis=1)
+        # A free share counts with the whole weight before what is usable is taken off; what is cut is no longer free.
+        usable += (demand.gpu_milli * self._weight - before)[:, None]
+        return usable

@@ -32,7 +32,6 @@ from fal_scheduler.core.fragmentation import (
     Shares,
     first_gpus,
     is_fraction,
-    rows_that_fit,
 )
 from fal_scheduler.core.gap_value import waste_table
 
@@ -42,8 +41,11 @@ Evaluate = Callable[[Demand, Rows], tuple[Ints, Milli]]
 
 DEFICIT_PPM: Final = 300_000
 _DEMANDS_MAX: Final = 1024
+_BACKLOG_MAX: Final = 512
 # Scores of `Falctl` are at least 0: no placement changes the cost by more than 2^20 milli (1000 GPUs of one node).
 _OFFSET: Final = 1 << 20
+_NO_GPU: Final = np.full(1, -1, np.int16)
+_FAR: Final = -(1 << 60)  # below everything that a placement can save
 
 
 class Choice(NamedTuple):
@@ -72,7 +74,11 @@ class _Column:
 
 
 class Ranking:
-    """The best row by a score that depends on nothing but the row and the demand (memory apart)."""
+    """The best row by a score that depends on nothing but the row and the demand (memory apart).
+
+    A demand that comes rarely would find thousands of changed rows. So that no single decision takes long, each also
+    catches up the demand that waited longest, once _BACKLOG_MAX changes have gathered.
+    """
 
     def __init__(self, shares: Shares, evaluate: Evaluate) -> None:
         self._shares = shares
@@ -89,9 +95,10 @@ class Ranking:
             raise ValueError("a policy chooses for the shares that it was made for")
         column = self._column(demand)
         scores = column.scores
-        if demand.memory_mib:
-            scores = np.where(shares.memory_free >= demand.memory_mib, scores, NEVER)
         row = int(scores.argmax())
+        if shares.memory_free[row] < demand.memory_mib:
+            scores = np.where(shares.memory_free >= demand.memory_mib, scores, NEVER)
+            row = int(scores.argmax())
         if scores[row] < 0:
             return None
         gpu = int(column.gpus[row])
@@ -99,21 +106,29 @@ class Ranking:
 
     def _column(self, demand: Demand) -> _Column:
         key = demand[:4]
-        column = self._columns.get(key)
+        columns = self._columns
+        column = columns.pop(key, None)
         if column is None:
-            if len(self._columns) >= _DEMANDS_MAX:
-                self._columns.clear()
-            column = self._columns[key] = _Column(len(self._shares))
-        shares = self._shares
-        if column.seen != shares.clock:
-            rows = (shares.stamp > column.seen).nonzero()[0]
-            fits = rows_that_fit(shares, demand, rows)
-            column.scores[rows] = NEVER
-            rows = rows[fits]
-            if rows.size:
-                column.scores[rows], column.gpus[rows] = self._evaluate(demand, rows)
-            column.seen = shares.clock
+            if len(columns) >= _DEMANDS_MAX:
+                columns.pop(next(iter(columns)))
+            column = _Column(len(self._shares))
+        columns[key] = column  # the one looked at longest ago stays first
+        self._refresh(column, demand)
+        oldest = next(iter(columns))
+        late = columns[oldest]
+        if self._shares.clock - late.seen > _BACKLOG_MAX:
+            del columns[oldest]
+            columns[oldest] = late
+            self._refresh(late, Demand(*oldest))
         return column
+
+    def _refresh(self, column: _Column, demand: Demand) -> None:
+        shares = self._shares
+        if column.seen == shares.clock:
+            return
+        rows = (shares.stamp > column.seen).nonzero()[0]
+        column.scores[rows], column.gpus[rows] = self._evaluate(demand, rows)
+        column.seen = shares.clock
 
 
 class Fgd:
@@ -125,7 +140,7 @@ class Fgd:
 
     def learn(self, typical: Typical) -> None:
         """Take other typical tasks from now on."""
-        self._ranking = Ranking(self._shares, Fragmentation(self._shares, typical).score_fitting)
+        self._ranking = Ranking(self._shares, Fragmentation(self._shares, typical).evaluate)
 
     def choose(self, shares: Shares, demand: Demand) -> Choice | None:
         """See `Policy`."""
@@ -143,11 +158,12 @@ class Falctl:
     def learn(self, typical: Typical) -> None:
         """Take other typical tasks from now on."""
         self._cpus, table = waste_table(typical)
-        # Milli: a score is the cost saved, so fractions of a thousandth of a GPU do not decide.
-        self._waste = table.ravel()
+        # One more entry before share 0 stands for "no such GPU" (-1), which wastes nothing.
+        self._waste = np.pad(table, ((0, 0), (1, 0))).ravel()
+        self._width = table.shape[1] + 1
         gpu = sum(task.gpu_milli * task.num_gpus * weight for task, weight in typical)
         cpu = sum(task.cpu_milli * weight for task, weight in typical if task.num_gpus)
-        self._milli_per_cpu_ppm = gpu * PPM // cpu if cpu else 0
+        self._fed_ppm = gpu * DEFICIT_PPM // cpu if cpu else 0  # weighted milli-GPU that a milli-CPU feeds
         self._ranking.forget()
 
     def choose(self, shares: Shares, demand: Demand) -> Choice | None:
@@ -155,28 +171,33 @@ class Falctl:
         return self._ranking.choose(shares, demand)
 
     def _score(self, demand: Demand, rows: Rows) -> tuple[Ints, Milli]:
-        """The cost saved in milli plus _OFFSET, at least 0, and the GPU for a fraction."""
-        shares = self._shares
-        free = np.maximum(shares.gpu_free[rows], 0).astype(np.intp)
-        cpu = shares.cpu_free[rows]
+        """The cost saved in milli plus _OFFSET, at least 0 where it fits, and the GPU for a fraction."""
+        shares, waste = self._shares, self._waste
+        free, cpu = shares.gpu_free.take(rows, axis=0), shares.cpu_free.take(rows)
         left = cpu - demand.cpu_milli
-        total = free.sum(axis=1)
-        asked = demand.gpu_milli * demand.num_gpus
-        feeds = self._milli_per_cpu_ppm
-        deficit = np.maximum(total * PPM - cpu * feeds, 0) - np.maximum((total - asked) * PPM - left * feeds, 0)
-        saved = deficit * DEFICIT_PPM // PPM if feeds else np.zeros(len(rows), np.int64)
-        before = np.searchsorted(self._cpus, cpu, "right") * 1001
-        level = np.searchsorted(self._cpus, left, "right") * 1001
-        same = self._waste[level[:, None] + free]
-        saved += self._waste[before[:, None] + free].sum(axis=1) - same.sum(axis=1)
-        if not is_fraction(demand):
-            enough = free >= max(demand.gpu_milli, 1)
-            chosen = enough & (np.cumsum(enough, axis=1) <= demand.num_gpus)
-            left_over = self._waste[level[:, None] + free - chosen * demand.gpu_milli]
-            saved += (same - left_over).sum(axis=1)
-            return saved // PPM + _OFFSET, np.full(len(rows), -1, np.int16)
-        ways = free >= demand.gpu_milli
-        of_gpu = same - self._waste[level[:, None] + np.where(ways, free - demand.gpu_milli, 0)]
-        scores = np.where(ways, (saved[:, None] + of_gpu) // PPM + _OFFSET, NEVER)
-        gpus = scores.argmax(axis=1)
-        return scores[np.arange(len(rows)), gpus], gpus.astype(np.int16)
+        level = self._cpus.searchsorted(left, "right") * self._width + 1
+        place = level[:, None] + free
+        then = waste.take(place)
+        level = self._cpus.searchsorted(cpu, "right") * self._width + 1
+        saved = waste.take(level[:, None] + free).sum(axis=1) - then.sum(axis=1)
+        if self._fed_ppm:
+            deficit = shares.gpu_total.take(rows) * DEFICIT_PPM - cpu * self._fed_ppm
+            change = demand.gpu_milli * demand.num_gpus * DEFICIT_PPM - demand.cpu_milli * self._fed_ppm
+            saved += np.maximum(deficit, 0) - np.maximum(deficit - change, 0)
+        enough = free >= max(demand.gpu_milli, 1)
+        fits = left >= 0
+        if demand.kinds:
+            fits &= np.isin(shares.kind[rows], demand.kinds)
+        if is_fraction(demand):
+            # Where the share is not enough the index means nothing; it is masked below.
+            then -= waste.take(np.maximum(place - demand.gpu_milli, 0))
+            then[~enough] = _FAR
+            saved += then.max(axis=1)
+            fits &= saved > _FAR // 2
+            return np.where(fits, saved // PPM + _OFFSET, NEVER), then.argmax(axis=1).astype(np.int16)
+        if demand.num_gpus:
+            count = enough.cumsum(axis=1)
+            fits &= count[:, -1] >= demand.num_gpus
+            chosen = enough & (count <= demand.num_gpus)
+            saved += ((then - waste.take(np.maximum(place - demand.gpu_milli, 0))) * chosen).sum(axis=1)
+        return np.where(fits, saved // PPM + _OFFSET, NEVER), _NO_GPU
