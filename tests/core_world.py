@@ -38,6 +38,7 @@ from fal_scheduler.core.events import (
     Tick,
 )
 from fal_scheduler.core.fleet import Fleet
+from fal_scheduler.core.gpu_events import QuarantineGpu, ReleaseGpu
 from fal_scheduler.core.model_events import (
     AddModel,
     AttestModel,
@@ -155,6 +156,8 @@ class SimNode:
     changed: dict[str, None] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)  # GPUs that two containers would have held
+    changed_at: dict[str, int] = field(default_factory=dict)  # GPU → generation at which its fitness changed last
+    retold: bool = False  # the inventory is told with the next report
 
     def assign(self, runners: tuple[Runner, ...], *, term: int) -> None:
         """The whole assignment set, as Complete brings it."""
@@ -204,7 +207,11 @@ class SimNode:
             cpu_milli=runner.cpu_milli,
             gpu_milli=runner.gpu_milli,
         )
-        if overlap:
+        stale = {gpu for gpu in runner.gpus if 0 < runner.assignment.inventory_generation < self.changed_at.get(gpu, 0)}
+        sick = {gpu.id for gpu in self.inventory.gpus if not gpu.healthy}
+        if stale or not sick.isdisjoint(runner.gpus):
+            status = replace(status, state=RunnerState.TERMINATED, refused=True, reason="GPU has changed", gpus=())
+        elif overlap:
             self.doubled += sorted(overlap)
             status = replace(status, state=RunnerState.TERMINATED, refused=True, reason="GPU is held", gpus=())
         self._set(status)
@@ -233,6 +240,19 @@ class SimNode:
         if have.serves:
             self._set(replace(have, wounded=True, reason="conmon died"))
 
+    def judge(self, gpu_id: str, fault: str) -> None:
+        """A GPU is found to be faulty, or with no fault to be well."""
+        generation = self.inventory.generation + 1
+        gpus = tuple(
+            replace(gpu, healthy=not fault, health_class=fault, health_reason=f"it is {fault}" if fault else "")
+            if gpu.id == gpu_id
+            else gpu
+            for gpu in self.inventory.gpus
+        )
+        self.inventory = replace(self.inventory, generation=generation, gpus=gpus)
+        self.changed_at[gpu_id] = generation
+        self.retold = True
+
     def use(self, runner_id: str, in_flight: int) -> None:
         """So many requests are under way in one container that serves; those of before have ended."""
         have = self.containers[runner_id]
@@ -244,6 +264,7 @@ class SimNode:
         """A new session with everything."""
         self.session += 1
         self.connected = True
+        self.retold = False
         self.changed.clear()
         self.gone.clear()
         return NodeHello(
@@ -262,7 +283,10 @@ class SimNode:
     def report(self, now_s: float) -> NodeReport:
         """What changed since the last one."""
         statuses = tuple(self.containers[id_] for id_ in self.changed if id_ in self.containers)
-        told = NodeReport(self.id, f"{self.id}-s{self.session}", now_s, statuses=statuses, gone=tuple(self.gone))
+        inventory, self.retold = self.inventory if self.retold else None, False
+        told = NodeReport(
+            self.id, f"{self.id}-s{self.session}", now_s, statuses=statuses, gone=tuple(self.gone), inventory=inventory
+        )
         self.changed.clear()
         self.gone.clear()
         return told
@@ -400,6 +424,11 @@ class World:
                 self.hello(node_id)
         for gateway_id in ("g1", "g2"):
             self.step(DemandTold(gateway_id, (), self.now_s))
+        for node_id, node in self.nodes.items():
+            for gpu in node.inventory.gpus:
+                node.judge(gpu.id, "")
+                self.step(ReleaseGpu(node_id, gpu.id))
+            self.report(node_id)
         for node in self.nodes.values():
             for runner_id in list(node.containers):
                 node.use(runner_id, 0)
@@ -528,7 +557,9 @@ def random_step(world: World) -> None:
     node_id = rng.choice(sorted(world.nodes))
     node = world.nodes[node_id]
     app_id = rng.choice(("default/app0", "default/app1", "default/app2", "default/app3", "other/app0", "other/app1"))
-    match rng.randrange(28):
+    match rng.randrange(29):
+        case 28:
+            _random_gpu_step(world, node_id)
         case 26 | 27:
             _random_demand(world, app_id)
         case 0 | 1:
@@ -639,6 +670,23 @@ def _random_node_step(world: World, node_id: str) -> None:
             world.step(LabelNode(node_id, {"rack": str(rng.randrange(3))}))
         case _:
             world.step(DeclareLost(rng.choice(("east", "west"))))
+
+
+def _random_gpu_step(world: World, node_id: str) -> None:
+    """A GPU's fault is found or passes, told at once or later; an operator takes one out or gives it back."""
+    rng, node = world.rng, world.nodes[node_id]
+    gpu = rng.choice(node.inventory.gpus).id
+    match rng.randrange(6):
+        case 0:
+            world.step(QuarantineGpu(node_id, gpu, "test"))
+        case 1:
+            world.step(ReleaseGpu(node_id, gpu))
+        case 2:
+            node.judge(gpu, "")
+        case _:
+            node.judge(gpu, rng.choice(("reset", "dead", "foreign", "slow")))
+    if rng.randrange(2):
+        world.report(node_id)
 
 
 def _random_model_step(world: World) -> None:
