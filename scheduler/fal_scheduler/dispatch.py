@@ -169,7 +169,8 @@ class Dispatcher:
     def _take_wants(self, gateway: _Gateway, wants: serving_pb2.Wants) -> None:
         if len(wants.wants) > WANTS_MAX:
             raise invalid("wants", len(wants.wants), "are too many", remedy=f"Tell at most {WANTS_MAX} at once.")
-        mine = [Want(x.app, x.slots, x.model, x.priority) for x in wants.wants if gateway.wants(x.app)]
+        now_s = self._clock.monotonic_s()
+        mine = [_want_in(x, now_s) for x in wants.wants if gateway.wants(x.app)]
         self.book.want(gateway.id, mine)
         for want in mine:
             gateway.refused.pop(want.app, None)  # a want is answered each time it is told
@@ -244,7 +245,7 @@ class Dispatcher:
             lease_id=lease.id,
             runner_id=lease.runner_id,
             node_id=runner.node_id if runner else "",
-            app=runner.app if runner else "",
+            app=lease.app,
             resident=runner.resident if runner else (),
             slots=lease.slots,
             term=self._engine.view.term,
@@ -301,8 +302,7 @@ class Dispatcher:
             gateway.leases.pop(lease_id, None)
             gateway.revoked[lease_id] = None
         if leases or revoked:
-            apps = [runner.app for lease in leases if (runner := self.book.runner(lease.runner_id))]
-            self._demand.slots_changed(gateway.id, apps)
+            self._demand.slots_changed(gateway.id, [lease.app for lease in leases])
             gateway.signal.set()
 
     async def expire(self, interval_s: float = EXPIRY_INTERVAL_S) -> None:
@@ -381,6 +381,11 @@ class Dispatcher:
 
 def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[at : at + size] for at in range(0, len(items), size)]
+
+
+def _want_in(want: serving_pb2.Want, now_s: float) -> Want:
+    age_s = want.oldest_age_s if 0.0 < want.oldest_age_s < 86_400.0 else 0.0  # what is no number counts as new
+    return Want(want.app, want.slots, want.model, want.priority, want.lora, want.queued, now_s - age_s)
 
 
 def _hello_in(message: serving_pb2.GatewayMessage, peer_name: str, role: Role) -> serving_pb2.GatewayHello:

@@ -85,6 +85,7 @@ class Settings:
     half_life_ms: int = 200_000  # of learnt arrival rates
     age_milli: int = 100  # how much a waiting second counts against a second of service saved
     cold_milli: int = 2_000  # weight of a request whose model is nowhere
+    ahead_milli: int = 1_000  # weight of the requests that are expected to arrive while a model loads
     bypass_ms: int = 150_000  # whoever waited so long is next
     bypass_max: int = 1_000  # or was passed over so many times
     fair_ms: int = 60_000  # runner time by which teams, or apps of one team, may be apart before the order heeds it
@@ -238,10 +239,10 @@ class DispatchOrder:
         view = _View(self, now_ms, free, busy)
         groups: dict[tuple[int, int, int, int], list[Waiting]] = {}
         for one in waiting:
-            level, *fair = self.precedence(one)
+            level, team, app = self.precedence(one)
             # At one level those who are due go first, the oldest of all before fairness.
-            due = -one.oldest_ms if self.due(one) else 1
-            groups.setdefault((level, due, *fair) if due == 1 else (level, due, 0, 0), []).append(one)
+            key = (level, -one.oldest_ms, 0, 0) if self.due(one) else (level, 1, team, app)
+            groups.setdefault(key, []).append(one)
         due_models = {one.model for one in waiting if self.due(one)}
         for key in sorted(groups):
             if key[1] != 1:
@@ -390,6 +391,7 @@ class _View:
         """How much less the queue waits in all with one more runner that has the model."""
         settings = self._order.settings
         load_ms = self._learnt.load_ms(model)
+        count += self._learnt.per_s_micro(model, self._now_ms) * load_ms // MICRO * settings.ahead_milli // 1_000_000
         ends = sorted(self._ends.get(model, ()))
         if not ends:
             weighed = load_ms + oldest_ms * settings.age_milli // 1000

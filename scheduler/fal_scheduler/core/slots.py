@@ -13,73 +13,36 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final, TypeVar
 
 from fal_contract.limits import LEASE_TTL_S
+from fal_scheduler.core.dispatch_order import DispatchOrder, Settings, Waiting
+from fal_scheduler.core.slot_records import Held, Key, Lease, SlotRunner, Want, joined
 
 K = TypeVar("K", bound=Hashable)
+_Asking = tuple[int, bool, int, str, Key, int]  # -level, cold, slots held, gateway, what, slots wanted
 
 # The gateway counts its seconds from the arrival of the lease, we count from the grant: the book waits longer, so
 # that no slot is given to a second gateway while the first still believes in it.
 LEASE_GRACE_S: Final = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class SlotRunner:
-    """A runner that requests may be sent to."""
-
-    id: str
-    app: str
-    node_id: str
-    capacity: int  # requests at once
-    resident: tuple[str, ...] = ()  # models loaded in it
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """`slots` slots of one runner, held by one gateway until `expires_at_s` on the monotonic clock."""
-
-    id: str
-    runner_id: str
-    gateway: str
-    slots: int
-    term: int
-    expires_at_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """What a gateway could use at once for one app beyond the slots that it holds."""
-
-    app: str
-    slots: int
-    model: str = ""  # preferred resident model; empty: any
-    priority: int = 0  # higher first
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A lease that a gateway says it holds from an earlier stream."""
-
-    lease_id: str
-    runner_id: str
-    slots: int
-
-
 class SlotBook:
     """All leases of one term."""
 
-    def __init__(self, term: int, *, ttl_s: float = LEASE_TTL_S) -> None:
+    def __init__(self, term: int, *, ttl_s: float = LEASE_TTL_S, settings: Settings | None = None) -> None:
         self.term = term
         self.ttl_s = ttl_s
+        self._order = DispatchOrder(settings)
         self._runners: dict[str, SlotRunner] = {}
         self._leases: dict[str, Lease] = {}
         self._leased: dict[str, int] = {}  # runner id -> slots out
         self._of_runner: dict[str, set[str]] = {}  # runner id -> lease ids
         self._open: dict[str, set[str]] = {}  # app -> runners with a free slot
         self._count: dict[str, int] = {}  # app -> runners
-        self._wants: dict[str, dict[tuple[str, str], Want]] = {}  # gateway -> (app, model) -> what is still unmet
+        self._shared: dict[str, None] = {}  # runners of several apps
+        self._wants: dict[str, dict[Key, Want]] = {}  # gateway -> what is still unmet
         self._held: dict[tuple[str, str], int] = {}  # (app, gateway) -> slots
         self._next = 0
 
@@ -92,14 +55,18 @@ class SlotBook:
             return []
         if old is not None and old.app != runner.app:
             raise ValueError(f"runner {runner.id} cannot move from app {old.app} to {runner.app}")
-        if old is None:
-            self._count[runner.app] = self._count.get(runner.app, 0) + 1
-        self._runners[runner.id] = runner
         revoked = []
+        if old is not None:
+            self._close(old)
+        self._runners[runner.id] = runner
+        for app in runner.serves:
+            _add(self._count, app, 1)
+        if runner.apps:
+            self._shared[runner.id] = None
         for lease in sorted(self._of(runner.id), key=lambda x: (x.expires_at_s, x.id), reverse=True):
-            if self._leased.get(runner.id, 0) <= runner.capacity:
-                break
-            revoked.append(self._drop(lease))
+            # An app that the runner serves no more loses its slots; others do where there are too many.
+            if self._leased.get(runner.id, 0) > runner.capacity or lease.app not in runner.serves:
+                revoked.append(self._drop(lease))
         self._reopen(runner.id)
         return revoked
 
@@ -109,12 +76,16 @@ class SlotBook:
         if runner is None:
             return []
         revoked = [self._drop(lease) for lease in sorted(self._of(runner_id), key=lambda x: x.id)]
+        self._close(runner)
         del self._runners[runner_id]
-        self._count[runner.app] -= 1
-        if not self._count[runner.app]:
-            del self._count[runner.app]
-        self._reopen(runner_id, runner.app)
         return revoked
+
+    def _close(self, runner: SlotRunner) -> None:
+        """Take the runner out of what is kept by app."""
+        for app in runner.serves:
+            _add(self._count, app, -1)
+            self._shut(runner.id, app)
+        self._shared.pop(runner.id, None)
 
     def runners(self, app: str) -> int:
         """How many runners of the app requests may be sent to."""
@@ -127,8 +98,7 @@ class SlotBook:
     def app_of(self, lease_id: str) -> str:
         """The app of a lease; empty where the book knows neither."""
         lease = self._leases.get(lease_id)
-        runner = self._runners.get(lease.runner_id) if lease is not None else None
-        return runner.app if runner is not None else ""
+        return lease.app if lease is not None else ""
 
     # -- gateways
 
@@ -152,19 +122,20 @@ class SlotBook:
             if known is not None or slots <= 0:
                 gone.append(entry.lease_id)
                 continue
+            app = self._runners[entry.runner_id].app  # gateways do not tell for which of its apps they took it
             kept.append(
-                self._put(Lease(entry.lease_id, entry.runner_id, gateway, slots, self.term, self._expiry(now_s)))
+                self._put(Lease(entry.lease_id, entry.runner_id, gateway, slots, self.term, self._expiry(now_s), app))
             )
         return kept, gone
 
     def want(self, gateway: str, wants: Sequence[Want]) -> None:
-        """Replace the gateway's list of wants; those for one app and model are taken together."""
-        table: dict[tuple[str, str], Want] = {}
+        """Replace the gateway's list of wants; those for one app, model and LoRA are taken together."""
+        table: dict[Key, Want] = {}
         for want in wants:
-            key = (want.app, want.model)
+            key = want.key
             have = table.get(key)
             if want.slots > 0:
-                table[key] = _joined(have, want) if have else want
+                table[key] = joined(have, want) if have else want
         if table:
             self._wants[gateway] = table
         else:
@@ -203,10 +174,11 @@ class SlotBook:
         return [self._drop(lease) for lease in dead]
 
     def grant(self, now_s: float) -> list[Lease]:
-        """Meet wants from free slots; new leases only, one for each gateway and runner.
+        """Meet wants from free slots; new leases only, one for each gateway, runner and app.
 
-        Order: higher priority, then the gateway with fewest slots of the app, then gateway id. Runner: one with the
-        wanted model loaded, then the idlest, then runner id. Both orders are total, so that a replay is exact.
+        Order: who waited too long, then higher priority (`dispatch_order`); apps and teams that share runners in turn;
+        what finds its model loaded; the gateway with fewest slots of the app; gateway id. Runner: one with the wanted
+        model loaded, then the idlest, then runner id. Both orders are total, so that a replay is exact.
         """
         by_app: dict[str, list[tuple[str, Want]]] = {}
         for gateway, table in self._wants.items():
@@ -214,42 +186,95 @@ class SlotBook:
                 if self._open.get(want.app):
                     by_app.setdefault(want.app, []).append((gateway, want))
         granted: list[Lease] = []
-        for app in sorted(by_app):
-            granted.extend(self._grant_app(app, by_app[app], now_s))
+        for apps in self._pools(sorted(by_app)):
+            granted.extend(self._grant_pool({app: by_app[app] for app in apps}, now_s))
         return granted
 
-    def _grant_app(self, app: str, asking: list[tuple[str, Want]], now_s: float) -> list[Lease]:
-        queue = [(-w.priority, self._held.get((app, g), 0), g, w.model, w.slots) for g, w in asking]
-        heapq.heapify(queue)
-        parts: dict[tuple[str, str], int] = {}
+    def _pools(self, apps: list[str]) -> list[list[str]]:
+        """Apps by the runners that they share, each list and all of them in order."""
+        first = {app: app for app in apps}
+        for runner_id in self._shared:
+            among = [first[app] for app in self._runners[runner_id].serves if app in first]
+            if len(among) > 1:
+                first = {app: min(among) if head in among else head for app, head in first.items()}
+        pools: dict[str, list[str]] = {}
+        for app, head in first.items():
+            pools.setdefault(head, []).append(app)
+        return [pools[head] for head in sorted(pools)]
+
+    def _grant_pool(self, asking: dict[str, list[tuple[str, Want]]], now_s: float) -> list[Lease]:
+        parts: dict[tuple[str, str, str], int] = {}
         extra: dict[str, int] = {}  # slots given in this pass, per runner
-        given: dict[tuple[str, str], int] = {}  # and per gateway and model wanted
-        idle = {model: self._runner_heap(app, model) for model in {w.model for _, w in asking}}
-        while queue:
-            priority, has, gateway, model, left = heapq.heappop(queue)
-            runner_id = self._idlest(idle[model], extra)
-            if runner_id is None:
-                break
+        given: dict[tuple[str, Key], int] = {}  # and per gateway and what was wanted
+        idle = self._runner_heaps(want.key for wants in asking.values() for _, want in wants)
+        queues = {app: self._queue(asking[app], now_s) for app in asking}
+        app = next(iter(asking))
+        shared = len(asking) > 1
+        while queues:
+            if shared:
+                app = self._next_app(queues)
+            queue = queues[app]
+            level, cold, has, gateway, key, left = queue[0]
+            runners = idle[key]
+            runner_id = self._idlest(runners, extra)
+            if runner_id is None:  # every heap of an app holds all its runners
+                del queues[app]
+                continue
+            if runners[0][0] and not cold:  # nothing free has this model (any more): first those who need no load
+                heapq.heapreplace(queue, (level, True, has, gateway, key, left))
+                continue
             extra[runner_id] = extra.get(runner_id, 0) + 1
-            parts[gateway, runner_id] = parts.get((gateway, runner_id), 0) + 1
-            given[gateway, model] = given.get((gateway, model), 0) + 1
+            part, want = (gateway, runner_id, app), (gateway, key)
+            parts[part] = parts.get(part, 0) + 1
+            given[want] = given.get(want, 0) + 1
+            if shared:
+                self._order.shares.charge(_team(app), app, 1, self._order.learnt.service_ms(key[1]))
             if left > 1:
-                heapq.heappush(queue, (priority, has + 1, gateway, model, left - 1))
-        for (gateway, model), slots in given.items():
-            self._lower(gateway, app, model, slots)
+                heapq.heapreplace(queue, (level, cold, has + 1, gateway, key, left - 1))
+            else:
+                heapq.heappop(queue)
+                if not queue:
+                    del queues[app]
+        for (gateway, key), slots in given.items():
+            self._lower(gateway, key, slots)
         expiry_s = self._expiry(now_s)
         return [
-            self._put(Lease(self._new_id(), runner_id, gateway, slots, self.term, expiry_s))
-            for (gateway, runner_id), slots in parts.items()
+            self._put(Lease(self._new_id(), runner_id, gateway, slots, self.term, expiry_s, app))
+            for (gateway, runner_id, app), slots in parts.items()
         ]
 
-    def _runner_heap(self, app: str, model: str) -> list[tuple[bool, int, str]]:
-        heap = []
-        for runner_id in self._open[app]:
-            runner = self._runners[runner_id]
-            heap.append((bool(model) and model not in runner.resident, self._leased.get(runner_id, 0), runner_id))
-        heapq.heapify(heap)
-        return heap
+    def _queue(self, asking: list[tuple[str, Want]], now_s: float) -> list[_Asking]:
+        queue = [(-self._level(w, now_s), False, self._held.get((w.app, g), 0), g, w.key, w.slots) for g, w in asking]
+        heapq.heapify(queue)
+        return queue
+
+    def _next_app(self, queues: dict[str, list[_Asking]]) -> str:
+        if len(queues) == 1:
+            return next(iter(queues))
+        return min(queues, key=lambda app: (queues[app][0][0], *self._order.shares.rank(_team(app), app), app))
+
+    def _level(self, want: Want, now_s: float) -> int:
+        if want.since_s is None:
+            return want.priority
+        age_ms = max(0, int((now_s - want.since_s) * 1000))
+        count = max(1, want.queued)
+        return self._order.level(Waiting("", _team(want.app), want.app, want.model, want.priority, count, age_ms))
+
+    def _runner_heaps(self, keys: Iterable[Key]) -> dict[Key, list[tuple[bool, int, str]]]:
+        """For each app and model the open runners, resident model first, then the idlest; LoRAs share one heap."""
+        heaps: dict[tuple[str, str], list[tuple[bool, int, str]]] = {}
+        found = {}
+        for key in keys:
+            app, model, _ = key
+            heap = heaps.get((app, model))
+            if heap is None:
+                heap = heaps[app, model] = []
+                for runner_id in self._open[app]:
+                    cold = bool(model) and model not in self._runners[runner_id].resident
+                    heap.append((cold, self._leased.get(runner_id, 0), runner_id))
+                heapq.heapify(heap)
+            found[key] = heap
+        return found
 
     def _idlest(self, heap: list[tuple[bool, int, str]], extra: dict[str, int]) -> str | None:
         """The first runner with a free slot; entries that this pass has outdated are put in order again."""
@@ -264,14 +289,14 @@ class SlotBook:
                 return runner_id
         return None
 
-    def _lower(self, gateway: str, app: str, model: str, slots: int) -> None:
+    def _lower(self, gateway: str, key: Key, slots: int) -> None:
         """So many slots less are wanted."""
         table = self._wants[gateway]
-        want = table[app, model]
+        want = table[key]
         if want.slots > slots:
-            table[app, model] = replace(want, slots=want.slots - slots)
+            table[key] = replace(want, slots=want.slots - slots)
             return
-        del table[app, model]
+        del table[key]
         if not table:
             del self._wants[gateway]
 
@@ -310,18 +335,22 @@ class SlotBook:
     def _count_slots(self, lease: Lease, change: int) -> None:
         if not change:
             return
-        app = self._runners[lease.runner_id].app
         _add(self._leased, lease.runner_id, change)
-        _add(self._held, (app, lease.gateway), change)
+        _add(self._held, (lease.app, lease.gateway), change)
         self._reopen(lease.runner_id)
 
-    def _reopen(self, runner_id: str, app: str = "") -> None:
+    def _reopen(self, runner_id: str) -> None:
         """Keep the index of runners with a free slot."""
-        runner = self._runners.get(runner_id)
-        app = runner.app if runner else app
-        if runner is not None and self._free(runner_id) > 0:
-            self._open.setdefault(app, set()).add(runner_id)
-        elif app in self._open:
+        runner = self._runners[runner_id]
+        free = self._free(runner_id) > 0
+        for app in runner.serves:
+            if free:
+                self._open.setdefault(app, set()).add(runner_id)
+            else:
+                self._shut(runner_id, app)
+
+    def _shut(self, runner_id: str, app: str) -> None:
+        if app in self._open:
             self._open[app].discard(runner_id)
             if not self._open[app]:
                 del self._open[app]
@@ -341,8 +370,8 @@ class SlotBook:
         return f"{self.term}-{self._next:08d}"
 
 
-def _joined(one: Want, other: Want) -> Want:
-    return replace(one, slots=one.slots + other.slots, priority=max(one.priority, other.priority))
+def _team(app: str) -> str:
+    return app.partition("/")[0]
 
 
 def _add(table: dict[K, int], key: K, change: int) -> None:

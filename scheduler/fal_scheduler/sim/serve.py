@@ -2,7 +2,7 @@
 
 Arrivals are compressed by `--speedup`; services last what the trace says; only requests that succeeded count. The wait
 of a request is from its arrival to the begin of its service, so it includes a load that it waited for. `falctl` is
-the production order (`core/dispatch_order.py`), which sees arrivals and ends of services when they happen, never before.
+the production order (`core/dispatch_order.py`), which hears of arrivals and ends when they happen.
 The others are the reference's: `random` and `affinity` serve first come first, `reorder` the oldest whose model is
 resident, unless the oldest of all has waited 600 s, `no-load` has every model everywhere.
 """
@@ -17,7 +17,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -98,7 +98,7 @@ def read_trace(path: Path, speedup: float) -> list[Request]:
 def _row(path: Path, line: int, row: dict[str, str]) -> tuple[float, float, str]:
     column = "gmt_create"
     try:
-        at = datetime.strptime(row[column], "%Y-%m-%d %H:%M:%S").replace(tzinfo=timezone.utc).timestamp()
+        at = datetime.strptime(row[column], "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp()
         column = "exec_time_seconds"
         took = float(row[column])
         if not 0.0 <= took <= 86_400.0:
@@ -216,7 +216,7 @@ def _runners(cluster: Cluster) -> tuple[list[FreeRunner], list[BusyRunner]]:
 
 def serve_reference(cluster: Cluster, policy: str, seed: int) -> Outcome:
     """One of the reference's policies: a load belongs to the request that it is for."""
-    rng = random.Random(seed)  # noqa: S311 - a seeded policy of the reference, no secret
+    rng = random.Random(seed)
 
     def dispatch() -> None:
         while cluster.queues:
