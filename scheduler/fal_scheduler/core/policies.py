@@ -140,7 +140,12 @@ class Fgd:
 
     def learn(self, typical: Typical) -> None:
         """Take other typical tasks from now on."""
-        self._ranking = Ranking(self._shares, Fragmentation(self._shares, typical).evaluate)
+        self._fragmentation = Fragmentation(self._shares, typical)
+        self._ranking = Ranking(self._shares, self.evaluate)
+
+    def evaluate(self, demand: Demand, rows: Rows) -> tuple[Ints, Milli]:
+        """See `Fragmentation.evaluate`."""
+        return self._fragmentation.evaluate(demand, rows)
 
     def choose(self, shares: Shares, demand: Demand) -> Choice | None:
         """See `Policy`."""
@@ -152,7 +157,7 @@ class Falctl:
 
     def __init__(self, shares: Shares, typical: Typical) -> None:
         self._shares = shares
-        self._ranking = Ranking(shares, self._score)
+        self._ranking = Ranking(shares, self.evaluate)
         self.learn(typical)
 
     def learn(self, typical: Typical) -> None:
@@ -170,7 +175,7 @@ class Falctl:
         """See `Policy`."""
         return self._ranking.choose(shares, demand)
 
-    def _score(self, demand: Demand, rows: Rows) -> tuple[Ints, Milli]:
+    def evaluate(self, demand: Demand, rows: Rows) -> tuple[Ints, Milli]:
         """The cost saved in milli plus _OFFSET, at least 0 where it fits, and the GPU for a fraction."""
         shares, waste = self._shares, self._waste
         free, cpu = shares.gpu_free.take(rows, axis=0), shares.cpu_free.take(rows)

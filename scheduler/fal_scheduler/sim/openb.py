@@ -48,7 +48,7 @@ class Trace(NamedTuple):
 def load(nodes: Path, tasks: Path) -> Trace:
     """Read both lists. Raises FalError that names the file, the line and the column at fault."""
     rows = list(_rows(nodes, _NODE_COLUMNS, field="nodes"))
-    models = sorted({row["model"] for _, row in rows})
+    models = sorted({row["model"] or "" for _, row in rows})
     kinds = {model: place for place, model in enumerate(models)}
     fleet = tuple(
         Node(
@@ -56,11 +56,11 @@ def load(nodes: Path, tasks: Path) -> Trace:
             _number(nodes, line, row, "cpu_milli", field="nodes"),
             _number(nodes, line, row, "memory_mib", field="nodes"),
             _number(nodes, line, row, "gpu", field="nodes", most=GPUS_MAX),
-            kinds[row["model"]],
+            kinds[row["model"] or ""],
         )
         for line, row in rows
     )
-    named = sorted((row["name"], line, row) for line, row in _rows(tasks, _TASK_COLUMNS, field="pods"))
+    named = sorted((row["name"] or "", line, row) for line, row in _rows(tasks, _TASK_COLUMNS, field="pods"))
     trace = Trace(fleet, tuple(_demand(tasks, line, row, kinds) for _, line, row in named), kinds)
     if not trace.capacity_milli:
         raise invalid("nodes", str(nodes), "has no GPU", remedy="Give a list of GPU nodes.")
@@ -114,7 +114,7 @@ def _number(path: Path, line: int, row: Mapping[str, str], column: str, *, field
 
 
 def _wrong(path: Path, line: int, column: str, row: Mapping[str, str], *, field: str, why: str) -> FalError:
-    return invalid(field, row[column], f"in column {column}, line {line} of {path} {why}", remedy="Correct that line.")
+    return invalid(field, row[column] or "", f"in column {column}, line {line} of {path} {why}", remedy="Correct that line.")
 
 
 def shares_of(trace: Trace, seed: int) -> Shares:
