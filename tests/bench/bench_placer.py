@@ -20,8 +20,10 @@ from harness import Options, Result, interleave, percentile, print_table, signif
 
 from core_world import GIB, sim_gpus
 from fal_scheduler.core.fleet import Fleet, Ints, NodeFacts
+from fal_scheduler.core.fleet_fragments import fragments_of
 from fal_scheduler.core.place import Ask, Placer, choose_gpus
-from fal_scheduler.core.records import PlacementRules, Resources, Spec
+from fal_scheduler.core.records import App, Change, PlacementRules, Resources, Revision, Spec
+from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Gpu, GpuLink
 
 MUST_REACH = "at least 1,000 placements a second"
@@ -93,10 +95,15 @@ class Times:
 
 def ours(fleet: Fleet, asks: Sequence[tuple[Spec, Ask]], times: Times) -> list[float]:
     """Seconds of each placement."""
-    placer, spent = Placer(fleet), []
+    state, placer, spent = State(), Placer(fleet), []
+    state.fleet = fleet
+    for ask, spec in {ask: spec for spec, ask in asks}.items():
+        for record in (Revision(ask.app, 1, spec, ""), App(ask.app, 1)):
+            state.apply(Change("", None, record))
+    fragments = fragments_of(state).score
     for number, (spec, ask) in enumerate(asks):
         began_s = time.perf_counter()
-        found = placer.place(spec, ask, times)
+        found = placer.place(spec, ask, times, fragments)
         assert found is not None
         held = found.gpus, found.memory_bytes, found.cpu_milli, found.gpu_milli
         fleet.hold(found.node_id, f"{ask.app}-{number}", *held, (ask.app,))

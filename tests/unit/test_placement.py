@@ -18,15 +18,18 @@ from fal_scheduler.core import invariants
 from fal_scheduler.core.boards import NUMA, NVLINK, PCIE, board_of
 from fal_scheduler.core.events import ApplyApp, Moment
 from fal_scheduler.core.explain import why_pending
+from fal_scheduler.core.fleet_fragments import FleetFragments, fragments_of
 from fal_scheduler.core.place import Ask, Placer
 from fal_scheduler.core.ranking import ReadyFn
 from fal_scheduler.core.records import (
+    App,
     AssignmentRef,
     Binding,
     Change,
     Node,
     PlacementRules,
     Pool,
+    Revision,
     Runner,
     Spec,
     key_of,
@@ -217,7 +220,7 @@ def test_instances_are_given_to_who_names_their_profile_only() -> None:
     assert (chosen(state, small), chosen(state, WHOLE)) == ("a", "b")
     assert chosen(state, replace(small, machine_type=("H100-80GB",))) == "a", "an instance is of its device's model"
     assert chosen(state, replace(WHOLE, machine_type=("H100-80GB",))) == "b"
-    assert chosen(state, replace(WHOLE, machine_type=(model,))) == "a"
+    assert chosen(state, replace(WHOLE, machine_type=("H100-80GB-MIG-1g.10gb",))) == "a"
     other = why_pending(state, replace(small, mig_profile="3g.40gb"))
     assert other.refused == (("mig", 2),)
     assert other.nearest_miss == "a has 1g.10gb, asked are 3g.40gb"
@@ -310,6 +313,42 @@ def test_equals_are_spread_over_failure_domains_then_fitted() -> None:
     moved = replace(state.pools["w"], zone="z1")
     state.apply(Change(key_of(moved), state.pools["w"], moved))
     assert chosen(state, far, a=1000, b=1000, c=4000) == "a", "a pool that moves takes its runners along"
+
+
+def test_what_strands_least_decides_among_equals() -> None:
+    """Two apps: one takes whole nodes, one single GPUs. The single one goes where no whole node is broken."""
+    state = fleet(p={})
+    for at, gpus in enumerate((1, 2)):
+        spec, name = Spec("host", num_gpus=gpus), f"t/app{at}"
+        for record in (Revision(name, 1, spec, ""), App(name, 1)):
+            state.apply(Change(key_of(record), None, record))
+    node(state, "a")
+    node(state, "b")
+    run(state, "t/x-1", "b", "GPU-b-0")
+    scores = fragments_of(state).score(WHOLE, np.array([0, 1]))
+    assert scores[1] > scores[0]
+    found = Placer(state.fleet).place(WHOLE, APP, None, fragments_of(state).score)
+    assert found is not None
+    assert found.node_id == "b"
+
+
+@settings(max_examples=30, deadline=None, database=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 1), st.sampled_from((0, 200, 500))), max_size=8))
+def test_scores_that_were_brought_along_are_those_made_anew(steps: list[tuple[str, int, int]]) -> None:
+    state = fleet(p={})
+    for name in "abc":
+        node(state, name)
+    for at, milli in enumerate((0, 300)):
+        record = Revision(f"t/app{at}", 1, replace(WHOLE, gpu_milli=milli), "")
+        state.apply(Change("k", None, record))
+        state.apply(Change("k", None, App(f"t/app{at}", 1)))
+    specs = (WHOLE, replace(WHOLE, gpu_milli=300), Spec("host", num_gpus=2))
+    rows = np.arange(3)
+    for number, (name, gpu, milli) in enumerate(steps):
+        run(state, f"t/app0-{number}", name, f"GPU-{name}-{gpu}", milli=milli)
+        for spec in specs:
+            kept = fragments_of(state).score(spec, rows)
+            assert kept.tolist() == FleetFragments().follow(state).score(spec, rows).tolist()
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------

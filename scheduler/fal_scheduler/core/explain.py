@@ -16,7 +16,7 @@ from typing import Final
 from fal_scheduler.core.driver_versions import rank
 from fal_scheduler.core.fleet import NOBODY, GpuClass, NodeFacts, Occupancy, kind_of, number_of, share_of
 from fal_scheduler.core.place import Placer, is_model, is_profile, memory_of, static_refusal
-from fal_scheduler.core.ranking import ANYBODY, Ask, ReadyFn
+from fal_scheduler.core.ranking import ANYBODY, Ask, FragmentsFn, ReadyFn
 from fal_scheduler.core.records import ModelState, Spec
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Gpu
@@ -74,13 +74,15 @@ class Verdict:
         return not self.filter
 
 
-def explain(state: State, spec: Spec, ask: Ask = ANYBODY, ready: ReadyFn | None = None) -> list[Verdict]:
+def explain(
+    state: State, spec: Spec, ask: Ask = ANYBODY, ready: ReadyFn | None = None, fragments: FragmentsFn | None = None
+) -> list[Verdict]:
     """A verdict for every node that has a record, in order of name and id. `ask`: who would get the runner."""
     nodes = sorted(state.nodes.values(), key=lambda node: (node.name, node.id))
     found = [_verdict(state, state.fleet.facts[node.id], node.name, spec, ask) for node in nodes]
     if not any(verdict.feasible for verdict in found):
         return found
-    ranked = Placer(state.fleet).rank(spec, ask, ready)
+    ranked = Placer(state.fleet).rank(spec, ask, ready, fragments)
     places = {node_id: place for place, node_id in enumerate(ranked)}
     return [
         replace(verdict, score=places[verdict.node_id], why=ranked[verdict.node_id]) if verdict.feasible else verdict

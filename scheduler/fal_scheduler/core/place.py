@@ -73,9 +73,8 @@ class _Joined:
 class Placer:
     """`place` with its caches: which rows could ever take a spec, by the parts of the spec that decide it."""
 
-    def __init__(self, fleet: Fleet, fragments: FragmentsFn | None = None) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._fragments = fragments
         self._version = -1
         self._masks: dict[object, tuple[Bools, ...]] = {}
         self._missing: dict[object, Ints] = {}
@@ -83,24 +82,39 @@ class Placer:
         self._classes: _Groups | None = None
         self._boards: dict[tuple[int, str], _Joined] = {}
 
-    def place(self, spec: Spec, ask: Ask = ANYBODY, ready: ReadyFn | None = None) -> Placement | None:
-        """The best node for one runner of `spec` now, or None."""
-        for ranking in self._rankings(spec, ask, ready):
+    def place(
+        self,
+        spec: Spec,
+        ask: Ask = ANYBODY,
+        ready: ReadyFn | None = None,
+        fragments: FragmentsFn | None = None,
+    ) -> Placement | None:
+        """The best node for one runner of `spec` now, or None.
+
+        `ready` predicts times (else all are equal), `fragments` scores what the placement would strand.
+        """
+        for ranking in self._rankings(spec, ask, ready, fragments):
             at, equal = ranking.first()
             return self._placement(spec, ask, ranking, at, equal)
         return None
 
     def rank(
-        self, spec: Spec, ask: Ask = ANYBODY, ready: ReadyFn | None = None
+        self,
+        spec: Spec,
+        ask: Ask = ANYBODY,
+        ready: ReadyFn | None = None,
+        fragments: FragmentsFn | None = None,
     ) -> dict[str, tuple[tuple[str, int], ...]]:
         """Every node that could take it, the best first, with its terms. Costs a sort: for explanations."""
         found: dict[str, tuple[tuple[str, int], ...]] = {}
-        for ranking in self._rankings(spec, ask, ready, all_types=True):
+        for ranking in self._rankings(spec, ask, ready, fragments, all_types=True):
             for at in ranking.order():
                 found.setdefault(self._fleet.node_ids[ranking.rows[at]], ranking.why(at))
         return found
 
-    def _rankings(self, spec: Spec, ask: Ask, ready: ReadyFn | None, *, all_types: bool = False) -> list[Ranking]:
+    def _rankings(
+        self, spec: Spec, ask: Ask, ready: ReadyFn | None, fragments: FragmentsFn | None, *, all_types: bool = False
+    ) -> list[Ranking]:
         """Feasible rows with their terms, one for each machine type; only the first unless `all_types`."""
         fleet = self._fleet.fresh()
         open_rows = self._open(spec, ask)
@@ -111,7 +125,7 @@ class Placer:
                 continue
             times = ready_of(fleet, rows, spec, ready)
             unmet = unmet_wishes(fleet, rows, spec, ask, self._labels_missing(spec))
-            found.append(Ranking(fleet, rows, spec, ask, times, unmet, self._fragments))
+            found.append(Ranking(fleet, rows, spec, ask, times, unmet, fragments))
             if not all_types:
                 break
         return found

@@ -87,6 +87,7 @@ class State:
         self.live: dict[str, NodeLive] = {}
         self.orphans: dict[tuple[str, str], None] = {}  # (node id, runner id)
         self.backoffs: dict[str, Backoff] = {}  # by app
+        self.apps_version = 0  # rises with every change of an app's record
         self.lifetimes: dict[str, int] = {}  # by app: seconds that its runners lived, the last ones most
         self.refusals: dict[str, int] = {}  # by app: how often in a row a node has turned a runner away
         self.failures: dict[str, RunnerStatus] = {}  # last words of runners that crashed and wait to be replaced
@@ -139,6 +140,7 @@ class State:
                 for node in [node for node in self.nodes.values() if node.pool == pool.name]:
                     self.refresh_node(node.id)
             case App() as app:
+                self.apps_version += 1
                 _set(self.apps, app.id, after)
                 self.rolling.pop(app.id, None)
                 if isinstance(after, App) and after.rollout is not None:

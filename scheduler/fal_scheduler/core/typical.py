@@ -26,11 +26,11 @@ class TypicalTasks:
         for demand in seen:
             self.observe(demand)
 
-    def observe(self, demand: Demand) -> None:
-        """A task arrived."""
+    def observe(self, demand: Demand, times: int = 1) -> None:
+        """A task arrived, or so many alike."""
         key = demand._replace(memory_mib=0)
-        self.arrivals += 1
-        self._counts[key] = self._counts.get(key, 0) + 1
+        self.arrivals += times
+        self._counts[key] = self._counts.get(key, 0) + times
         if len(self._counts) > DEMANDS_MAX:
             ranked = sorted(self._counts.items(), key=lambda one: -one[1])
             self._counts = dict(ranked[: DEMANDS_MAX // 2])
