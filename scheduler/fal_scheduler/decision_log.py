@@ -33,7 +33,7 @@ from fal_contract.limits import (
 from fal_scheduler.core import snapshot
 from fal_scheduler.core.events import Event, Moment, NodeReport, Outcome
 from fal_scheduler.core.log_codec import Packer, UnknownType
-from fal_scheduler.core.log_entries import Beats, Committed, Entry, Failed, Loaded, Stepped, Whole
+from fal_scheduler.core.log_entries import Beats, Committed, Ended, Entry, Failed, Loaded, Stepped, Whole
 from fal_scheduler.core.records import Change
 from fal_scheduler.core.replayer import describe, redacted
 from fal_scheduler.core.state import State
@@ -135,8 +135,8 @@ class DecisionLog:
 
     def close(self) -> None:
         """See Recorder. Waits for the disk, for ten seconds at most."""
+        self._append(self._ended())
         if self._file is not None:
-            self._flush_beats()
             self._hand_over()
         file, self._file = self._file, None
         if file is not None and not file.close(CLOSE_S):
@@ -146,6 +146,12 @@ class DecisionLog:
     def wait_for_disk(self, timeout_s: float) -> bool:
         """Until nothing waits for the disk; False where it took longer. For tests and for who copies a log."""
         return self._file is None or self._file.wait(timeout_s)
+
+    def _ended(self) -> Ended:
+        try:
+            return Ended(snapshot.fingerprints(self._state) if self._file is not None else {})
+        except (UnknownType, OverflowError, ValueError, RecursionError):
+            return Ended({})
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from fal_scheduler import decision_files, decision_log
 from fal_scheduler.core import log_codec, snapshot
 from fal_scheduler.core.events import Moment, NodeReport, Outcome, RedeemToken, ScaleApp, Tick
 from fal_scheduler.core.log_codec import Packer, UnknownType, Unpacker
-from fal_scheduler.core.log_entries import Beats, Stepped, Whole
+from fal_scheduler.core.log_entries import Beats, Ended, Stepped, Whole
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.records import Goal, Pool, ScaleOverride
 from fal_scheduler.core.state import State
@@ -258,7 +258,7 @@ def test_heartbeats_that_change_nothing_are_gathered(log: tuple[DecisionLog, Sta
     tick(log[0], 5.0)
     log[0].close()
     told = entries_of(tmp_path)[1:]
-    assert [type(entry) for entry in told] == [Beats, Stepped]
+    assert [type(entry) for entry in told] == [Beats, Stepped, Ended]
     assert told[0] == Beats((("n-1", "s-n-1", 4.5), ("n-2", "s-n-2", 4.5)))
 
 
@@ -267,7 +267,7 @@ def test_a_heartbeat_while_work_is_left_is_a_step(log: tuple[DecisionLog, State]
     tick(log[0], 1.0)
     log[0].stepped(NodeReport("n-1", "s", 1.5), Moment(1.5, WALL_S), (), Outcome())
     log[0].close()
-    assert [type(entry) for entry in entries_of(tmp_path)] == [Whole, Stepped, Stepped]
+    assert [type(entry) for entry in entries_of(tmp_path)] == [Whole, Stepped, Stepped, Ended]
 
 
 def test_files_are_for_their_owner_only_and_hold_no_join_secret(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_disk_that_refuses_is_told_once_and_tried_again(tmp_path: Path, monkey
     log.close()
     (segment,) = segments(blocked)
     read = list(segment.entries())
-    assert [type(entry) for entry in read] == [Whole] + 9 * [Stepped]
+    assert [type(entry) for entry in read] == [Whole, *(9 * [Stepped]), Ended]
     assert segment.header.first > 1
 
 

@@ -122,7 +122,16 @@ class TermRaised:
     term: int
 
 
-Entry = Loaded | Whole | Founded | Suspected | Stepped | Beats | Committed | Failed | TakenBack | Froze | TermRaised
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The term ended in order: a digest for each table of the State (`core.snapshot.fingerprints`)."""
+
+    fingerprints: Mapping[str, str]
+
+
+Entry = (
+    Loaded | Whole | Founded | Suspected | Stepped | Beats | Committed | Failed | TakenBack | Froze | TermRaised | Ended
+)
 
 
 class Recorder(Protocol):
@@ -166,6 +175,6 @@ class NoRecorder:
 
 
 __all__ = [
-    "Beats", "Committed", "Entry", "Failed", "Founded", "Froze", "Loaded", "NoRecorder", "Recorder", "Stepped",
+    "Beats", "Committed", "Ended", "Entry", "Failed", "Founded", "Froze", "Loaded", "NoRecorder", "Recorder", "Stepped",
     "Suspected", "TakenBack", "TermRaised", "Whole",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from fal_scheduler.core.events import Event, Moment, NodeReport, Outcome, Redeem
 from fal_scheduler.core.log_entries import (
     Beats,
     Committed,
+    Ended,
     Entry,
     Failed,
     Founded,
@@ -112,6 +113,8 @@ class Replayer:
             case TakenBack():
                 now = self._the_core().taken_back(Moment(entry.now_s, entry.wall_s))
                 return _compare([("effects", entry.effects, now.effects)])
+            case Ended():
+                return self._ended(entry)
             case Froze():
                 now = self._the_core().freeze(list(entry.violations), Moment(entry.now_s, entry.wall_s))
                 return _compare([("effects", entry.effects, now.effects)])
@@ -134,6 +137,16 @@ class Replayer:
         if not differing:
             return None
         return Difference("state at the segment's head", "as its snapshot says", f"differs in {', '.join(differing)}")
+
+    def _ended(self, entry: Ended) -> Difference | None:
+        """Tables that the log's release did not have are not compared."""
+        now = snapshot.fingerprints(self.state)
+        differing = [name for name, then in entry.fingerprints.items() if now.get(name) != then]
+        return (
+            Difference("state at the term's end", "as it was", f"differs in {', '.join(differing)}")
+            if differing
+            else None
+        )
 
     def _step(self, entry: Stepped) -> Difference | None:
         core, moment = self._the_core(), Moment(entry.now_s, entry.wall_s)
