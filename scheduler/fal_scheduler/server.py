@@ -45,6 +45,7 @@ from fal_scheduler.join import JoinRefusal, JoinServer, NodeGrant
 from fal_scheduler.leader import Leader
 from fal_scheduler.leadership import CurrentLeadership
 from fal_scheduler.options import Listen, Options
+from fal_scheduler.prediction_metrics import PredictionMetrics
 from fal_scheduler.revocations import RevocationIndex
 from fal_scheduler.standby_manifests import ManifestMirror
 from fal_scheduler.store.interface import Member, Store
@@ -140,6 +141,7 @@ class Scheduler:
         registry = CollectorRegistry()
         self._statistics = Statistics()
         registry.register(self._statistics)
+        self._predictions = PredictionMetrics(registry)
         self._lag = LoopLag(registry)
         self._telemetry = TelemetryServer(registry, self._health)
         self._server: grpc.aio.Server | None = None
@@ -263,7 +265,8 @@ class Scheduler:
     async def _sample(self) -> None:
         while True:
             calls = {f"rpc_{name}": float(value) for name, value in self._guard.statistics().items()}
-            self._statistics.sample({**self._leader.statistics(), **calls})
+            predicted = self._predictions.sample(self._current.get().view if self._current.leads else None)
+            self._statistics.sample({**self._leader.statistics(), **calls, **predicted})
             await asyncio.sleep(SAMPLE_INTERVAL_S)
 
     def _call_refused(self, refusal: Refusal) -> None:

@@ -147,8 +147,10 @@ class Bench:
 
     def _evict(self, name: str, node: str) -> None:
         def gone() -> bool:
+            if not self._on(name, node).artifact_id:
+                return True
             self._cluster.call("EvictModel", pb.EvictModelRequest(id=f"default/{name}", nodes=[node]))
-            return not self._on(name, node).bytes_disk
+            return False
 
         self._until(gone, f"{name} is gone from {node}")
 
