@@ -12,6 +12,7 @@ from random import Random
 
 from core_world import CountingIds, World, random_step, spec_of
 from fal_contract.errors import FalError
+from fal_scheduler import decision_files
 from fal_scheduler.core.events import ApplyApp, Event, Moment, Outcome
 from fal_scheduler.core.log_entries import TermRaised
 from fal_scheduler.core.step import Core
@@ -95,6 +96,7 @@ def _record(into: Path) -> None:
     """Both golden logs: a random history of the core, and the terms of one scheduler of a simulated cluster."""
     from sim.cluster import Profile, play
 
+    decision_files._cpu = lambda: "x86_64"  # whoever recorded it is nobody's business
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         recorded_world(GOLDEN_WORLD_SEED, root / "world", steps=GOLDEN_WORLD_STEPS)

@@ -22,7 +22,11 @@ import numpy as np
 
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import DECISION_LOG_AGE_MAX_S, DECISION_LOG_BLOCK_BYTES_MAX, DECISION_LOG_BYTES_MAX
+from fal_scheduler.core import log_entries, step
 from fal_scheduler.core.log_codec import Unpacker
+
+# What a log may hold is known by the modules that are loaded: these load all of them.
+HOLDS: Final = (log_entries.Stepped, step.Core)
 
 FORMAT: Final = 1
 MAGIC: Final = b"falctl decisions 1\n"
