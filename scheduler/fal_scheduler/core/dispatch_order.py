@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Final
 
 MICRO: Final = 1_000_000
-SERVICE_MS: Final = 30_000  # expected of a model that was never served
+SERVICE_MS: Final = 30_000  # expected before anything was served; then of a new model what all models take
+SERVICES_HEEDED: Final = 20  # the mean over about so many of the last
 MODELS_MAX: Final = 10_000  # learnt about; beyond, the one not asked for longest is forgotten
 QUEUE_LOOKED_AT_MAX: Final = 64  # requests of one model that a load is weighed for
 
@@ -97,7 +98,7 @@ class Learnt:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._arrivals: dict[str, tuple[int, int]] = {}  # model -> decayed count in micro, at ms
-        self._service: dict[str, int] = {}
+        self._service: dict[str, tuple[int, int]] = {}  # model -> mean ms, of how many; "": of all models
         self._load: dict[str, int] = {}
 
     def arrived(self, model: str, now_ms: int, count: int) -> None:
@@ -114,8 +115,10 @@ class Learnt:
     def served(self, model: str, took_ms: int) -> None:
         """One request of the model took so long, its wait not counted."""
         if model in self._arrivals:
-            have = self._service.get(model, SERVICE_MS)
-            self._service[model] = have + (max(1, took_ms) - have) // 20
+            for name in (model, ""):
+                mean, count = self._service.get(name, (0, 0))
+                count = min(count + 1, SERVICES_HEEDED)
+                self._service[name] = (mean + (max(1, took_ms) - mean) // count, count)
 
     def loaded(self, model: str, took_ms: int) -> None:
         """A load of the model took so long."""
@@ -125,7 +128,7 @@ class Learnt:
 
     def service_ms(self, model: str) -> int:
         """Expected service of one request."""
-        return max(1, self._service.get(model, SERVICE_MS))
+        return max(1, (self._service.get(model) or self._service.get("") or (SERVICE_MS, 0))[0])
 
     def load_ms(self, model: str) -> int:
         """Expected load of the model."""
@@ -167,18 +170,29 @@ class Shares:
     def __init__(self, quantum_ms: int) -> None:
         self._quantum_ms = max(1, quantum_ms)
         self._finish: dict[str, int] = {}
-        self._now: dict[str, int] = {}  # team -> start tag served last; "": among teams
+        self._now: dict[str, int] = {}  # team -> time among its apps; "": among teams
 
     def rank(self, team: str, app: str) -> tuple[int, int]:
         """Smaller is next; differences below the quantum do not show."""
         return self._start("", team) // self._quantum_ms, self._start(team, app) // self._quantum_ms
 
+    def backlogged(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """These teams and apps wait. Who was away begins where the last of them stands, and catches up with nobody.
+
+        The time moves to the least of their tags, not to the tag served last as in the paper: a runner that is warm for
+        another may be served out of turn, and that must not cost whose turn it was.
+        """
+        least: dict[str, int] = {}
+        for team, app in pairs:
+            for flow, name in (("", team), (team, app)):
+                start = self._start(flow, name)
+                least[flow] = min(least.get(flow, start), start)
+        self._now.update(least)
+
     def charge(self, team: str, app: str, weight: int, cost_ms: int) -> None:
         """One request of theirs began."""
         for flow, name, cost in (("", team, cost_ms // max(1, weight)), (team, app, cost_ms)):
-            start = self._start(flow, name)
-            self._now[flow] = start
-            self._finish[f"{flow}\n{name}"] = start + cost
+            self._finish[f"{flow}\n{name}"] = self._start(flow, name) + cost
         if len(self._finish) > MODELS_MAX:  # who is not ahead of the others has nothing to remember
             self._finish = {key: end for key, end in self._finish.items() if end > self._now.get(key.split("\n")[0], 0)}
 
@@ -244,10 +258,19 @@ class DispatchOrder:
             key = (level, -one.oldest_ms, 0, 0) if self.due(one) else (level, 1, team, app)
             groups.setdefault(key, []).append(one)
         due_models = {one.model for one in waiting if self.due(one)}
+        older: dict[str, None] = {}  # models of the overdue looked at so far
+        last_team, last_app = (max(key[n] for key in groups) for n in (2, 3))
         for key in sorted(groups):
             if key[1] != 1:
-                decision = self._choose_due(view, min(groups[key], key=lambda x: x.key), due_models)
+                decision = None
+                for one in sorted(groups[key], key=lambda x: x.key):
+                    decision = decision or self._choose_due(view, one, older)
+                    older[one.model] = None
             else:
+                # Who is behind others by more than the quantum may load at a price that falls as it falls behind:
+                # runners that are warm for the others only would else keep its share from it.
+                behind = max(0, last_team - key[2] - 1) + max(0, last_app - key[3] - 1)
+                view.behind_ms = behind * self.settings.fair_ms
                 decision = self._serve(view, groups[key]) or self._load(view, groups[key], due_models)
             if decision is not None:
                 return decision
@@ -259,6 +282,7 @@ class DispatchOrder:
             return
         listed = list(waiting)
         served = next(x for x in listed if x.key == decision.key)
+        self.shares.backlogged((x.team, x.app) for x in listed)
         self.shares.charge(served.team, served.app, served.weight, self.learnt.service_ms(served.model))
         passed = {}
         for one in listed:
@@ -270,14 +294,14 @@ class DispatchOrder:
 
     # --- one group ---------------------------------------------------------------------------------------------------
 
-    def _choose_due(self, view: _View, one: Waiting, due_models: Collection[str]) -> Decision | None:
+    def _choose_due(self, view: _View, one: Waiting, older: Collection[str]) -> Decision | None:
         """The overdue one gets a runner that has its model, else the next that may load it."""
         decision = self._serve(view, [one])
         if decision is not None or view.is_loading(one.model):
             return decision
-        # What is free with a model that another overdue one waits for is left to that one: else they would take turns
-        # at loading, and neither be served.
-        runner = view.cheapest(one, due_models)
+        # What is free with a model that an older one waits for is left to that one: else they would take turns at
+        # loading, and neither be served.
+        runner = view.cheapest(one, older)
         return Decision(one.key, runner.id, True, one.model) if runner is not None else None
 
     def _serve(self, view: _View, group: list[Waiting]) -> Decision | None:
@@ -301,7 +325,7 @@ class DispatchOrder:
             if runner is None:
                 continue
             saved = view.saved_ms(model, queue.count, queue.oldest_ms)
-            if saved <= view.price_ms(runner):
+            if saved + view.behind_ms <= view.price_ms(runner):
                 continue
             time_ms = self.learnt.load_ms(model) + queue.count * self.learnt.service_ms(model)
             index = saved * 1000 // time_ms + queue.oldest_ms * self.settings.age_milli // 50_000
@@ -320,6 +344,7 @@ class _View:
         self._order = order
         self._learnt = order.learnt
         self._now_ms = now_ms
+        self.behind_ms = 0  # runner time that those who are being looked at are behind others
         self._free = free
         self._busy_square_milli = (1000 * len(busy) // (len(free) + len(busy))) ** 2 // 1000
         self._copies: dict[str, int] = {}

@@ -228,6 +228,7 @@ class SlotBook:
             parts[part] = parts.get(part, 0) + 1
             given[want] = given.get(want, 0) + 1
             if shared:
+                self._order.shares.backlogged((_team(x), x) for x in queues)
                 self._order.shares.charge(_team(app), app, 1, self._order.learnt.service_ms(key[1]))
             if left > 1:
                 heapq.heapreplace(queue, (level, cold, has + 1, gateway, key, left - 1))
