@@ -42,6 +42,7 @@ class Serving:
     arrived: dict[str, int] = field(default_factory=dict)  # not told yet
     counts: list[int] = field(default_factory=list)  # runners of the app that `run` was given, second by second
     told: tuple[AppDemand, ...] = ()
+    ends: dict[str, str] = field(default_factory=dict)  # runner -> why it was asked to end
 
     def deploy(self, app: str = "default/a", *, gpus: int = 1, **scaling: float) -> None:
         """An app with these scaling values; `max_concurrency` is 8 unless given."""
@@ -82,6 +83,7 @@ class Serving:
         self._give_requests()
         self.tell()
         world.settle()
+        self._note_ends()
         for node_id, node in world.nodes.items():
             world.deliver(node_id)
             for runner_id, status in list(node.containers.items()):
@@ -94,6 +96,12 @@ class Serving:
             world.report(node_id)
         world.settle()
         world.tick(1.0)
+        self._note_ends()
+
+    def _note_ends(self) -> None:
+        for runner in self.world.state.runners.values():
+            if runner.goal is not Goal.RUN:
+                self.ends.setdefault(runner.id, runner.goal_reason)
 
     def _end_requests(self) -> None:
         for runner_id, ends in self.busy.items():

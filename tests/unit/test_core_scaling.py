@@ -15,8 +15,9 @@ from fal_contract.errors import Code, FalError
 from fal_contract.limits import FAILOVER_GRACE_S
 from fal_scheduler.core.demand_events import AppDemand, DemandTold
 from fal_scheduler.core.events import ApplyApp, DeleteApp, Moment, ScaleApp
+from fal_scheduler.core.forecast import foretold_runners
 from fal_scheduler.core.records import Goal, ScaleOverride, Scaling
-from fal_scheduler.core.scaling import UNUSED_S, foretold_runners, runners_for
+from fal_scheduler.core.scaling import UNUSED_S, runners_for
 from fal_scheduler.core.serving import why_not_serving
 from fal_scheduler.core.views import wanted
 

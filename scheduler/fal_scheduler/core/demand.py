@@ -87,6 +87,7 @@ class Demand:
         self.bring_back_ms: dict[str, int] = {}  # app -> how long its last runners took from their making to ready
         self.wanted: dict[str, int] = {}  # app -> runners that should be there, as reconcile found last
         self.look_at_s: dict[str, float] = {}  # app -> when time alone may change what it should have
+        self.room_sought_s: dict[str, float] = {}  # app that waits -> when idle runners were looked at for it
         self.gave_way: dict[str, str] = {}  # runner that ends early -> app that waits for its place
 
     def set_load(self, app_id: str, gateway_id: str, load: GatewayLoad | None) -> bool:
@@ -175,7 +176,14 @@ class Demand:
         """The app is gone."""
         for gateway_id in list(self.loads.get(app_id, ())):
             self.set_load(app_id, gateway_id, None)
-        for table in (self.arrivals, self.requests, self.bring_back_ms, self.wanted, self.look_at_s):
+        for table in (
+            self.arrivals,
+            self.requests,
+            self.bring_back_ms,
+            self.wanted,
+            self.look_at_s,
+            self.room_sought_s,
+        ):
             table.pop(app_id, None)
 
     def forget_runner(self, runner_id: str) -> None:

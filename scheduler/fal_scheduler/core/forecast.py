@@ -17,6 +17,9 @@ from typing import Final
 MICRO: Final = 1_000_000
 MINUTE_S: Final = 60
 BIN_MINUTES: Final = 15
+BRING_BACK_MS: Final = 30_000  # where nobody has measured how long an app's runner takes to be ready
+WORTH_IT: Final = MICRO // 2  # one request in two such times
+FORECAST_LOOK_S: Final = 15.0  # how often an app's forecast is looked at
 BINS: Final = 24 * 60 // BIN_MINUTES
 _FAST_MINUTES: Final = 8
 _SLOW_MINUTES: Final = 64
@@ -91,4 +94,25 @@ class Arrivals:
         return self.rate_at(middle_s) * int(horizon_s) // MINUTE_S
 
 
-__all__ = ["BINS", "BIN_MINUTES", "MICRO", "Arrivals"]
+def foretold_runners(rate: int, ahead_ms: int, request_ms: int, multiplexing: int, worth: int = WORTH_IT) -> int:
+    """Runners that will be busy, from `rate` (millionths of a request per minute) and the time of one request.
+
+    None where fewer than `worth` millionths of a request are to be expected in the `ahead_ms` that a start takes, else
+    at least one.
+    """
+    busy = rate * request_ms // (1000 * MINUTE_S)  # millionths of requests under way (Little's law)
+    runners = max(1, -(-busy // (MICRO * max(1, multiplexing))))
+    return runners if rate * ahead_ms // (1000 * MINUTE_S) >= worth else 0
+
+
+__all__ = [
+    "BINS",
+    "BIN_MINUTES",
+    "BRING_BACK_MS",
+    "FORECAST_LOOK_S",
+    "MICRO",
+    "MINUTE_S",
+    "WORTH_IT",
+    "Arrivals",
+    "foretold_runners",
+]

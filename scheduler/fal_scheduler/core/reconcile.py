@@ -14,6 +14,7 @@ Called by `step` only.
 from __future__ import annotations
 
 from fal_scheduler.core.builds import end_of_task
+from fal_scheduler.core.keep_warm import make_room
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.records import App, Goal, ModelState, Revision, Spec
 from fal_scheduler.core.rollout import advance, finish, give_way, targets
@@ -63,6 +64,7 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
     if not work.full:
         state.asked.pop(app_id, None)
     place_waiting(work, placer, app, revision, current.unplaced)
+    make_room(work, placer, app, revision)
     for _ in range(share.new + more - max(share.new, current.count)):
         if not _replace_ahead(work, placer, app, revision):
             break

@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from fal_contract.limits import FAILOVER_GRACE_S
-from fal_scheduler.core.forecast import MICRO, MINUTE_S
+from fal_scheduler.core.forecast import BRING_BACK_MS, FORECAST_LOOK_S, foretold_runners
 from fal_scheduler.core.records import App, Goal, Runner, Scaling
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Health
 from fal_scheduler.core.work import Work
 
 UNUSED_S: Final = 10.0  # fal's: a new runner that never gets a request
-FORECAST_LOOK_S: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,27 +187,10 @@ def _foretold(state: State, app: App, scaling: Scaling, requests: int, wall_s: f
     return min(expected, runners_for(scaling, requests) + scaling.forecast_concurrency)
 
 
-BRING_BACK_MS: Final = 30_000  # where nobody has measured how long an app's runner takes to be ready
-WORTH_IT: Final = MICRO // 2  # one request in two such times
-
-
-def foretold_runners(rate: int, ahead_ms: int, request_ms: int, multiplexing: int) -> int:
-    """Runners that will be busy, from `rate` (millionths of a request per minute) and the time of one request.
-
-    At least one where half a request or more is to be expected while a runner would start.
-    """
-    busy = rate * request_ms // (1000 * MINUTE_S)  # millionths of requests under way (Little's law)
-    runners = max(1, -(-busy // (MICRO * max(1, multiplexing))))
-    while_starting = rate * ahead_ms // (1000 * MINUTE_S)
-    return runners if while_starting >= WORTH_IT else 0
-
-
 __all__ = [
-    "BRING_BACK_MS",
     "UNUSED_S",
     "Need",
     "desired",
-    "foretold_runners",
     "in_grace",
     "kept_until_s",
     "needed",

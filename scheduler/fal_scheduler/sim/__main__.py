@@ -24,6 +24,7 @@ class Verb(NamedTuple):
 
 
 VERBS: Final[dict[str, Verb]] = {
+    "forecast": Verb("fal_scheduler.sim.forecast", "the forecast of arrivals on a trace: its error, and what it saves"),
     "place": Verb("fal_scheduler.sim.place", "placement policies on a trace of tasks: how much of the GPUs they fill"),
     "serve": Verb("fal_scheduler.sim.serve", "the order of requests on a trace: loads of models, and waits"),
     "replay": Verb("fal_scheduler.sim.replay", "a scheduler's decision log, decided again: is every decision the same"),

@@ -1,0 +1,156 @@
+"""What is worth keeping: (arrivals x time to bring it back) for each GiB that it takes. Pure.
+
+`value` is the one formula for all tiers: a runner that idles (the GiB of its GPUs), a model in memory or on disk (the
+GiB of its files). `make_room` uses it where GPUs are scarce: while a request waits for an app that finds no place,
+runners that idle and that nothing asks for (no floor, no buffer, no demand) end before their keep_alive, the least
+valuable first, as many of one node as the waiting runner needs there, and no more before these are gone. Called by
+`reconcile`. Without such a request keep_alive is what the operator set it to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from fal_scheduler.core.explain import model_awaited
+from fal_scheduler.core.forecast import BRING_BACK_MS
+from fal_scheduler.core.place import Placer
+from fal_scheduler.core.records import App, Goal, Revision, Runner, Spec
+from fal_scheduler.core.scaling import in_grace, needed
+from fal_scheduler.core.starts import ask_of, backoff_of, times_of
+from fal_scheduler.core.state import State
+from fal_scheduler.core.stops import stop
+from fal_scheduler.core.told import Health
+from fal_scheduler.core.work import Work
+
+IDLE_S: Final = 2.0  # a pause between two requests is no idleness
+LOOK_S: Final = 1.0
+LOOKS_PER_S: Final = 8  # of all apps that wait, as each looks at every runner
+NODES_TRIED_MAX: Final = 16
+GIB: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """A runner that nothing asks for. `value`: what keeping it is worth, a number to compare."""
+
+    runner: Runner
+    value: int
+    since_s: float
+
+    @property
+    def order(self) -> tuple[int, float, str]:
+        """The least valuable first, of equals the longest idle."""
+        return self.value, self.since_s, self.runner.id
+
+
+def value(rate: int, bring_back_ms: int, size_bytes: int) -> int:
+    """Seconds of waiting that keeping it saves, by GiB and time, as an integer to compare.
+
+    `rate`: millionths of a request per minute. What takes no room is worth keeping above everything that does.
+    """
+    return rate * max(1, bring_back_ms) * GIB // max(1, size_bytes)
+
+
+def value_of(state: State, runner: Runner, wall_s: float) -> int:
+    """What keeping an idle runner is worth: by the device memory that it holds, else its memory."""
+    demand, facts = state.demand, state.fleet.facts.get(runner.node)
+    sizes = {gpu.id: gpu.memory_bytes for gpu in facts.gpus} if facts is not None else {}
+    held_bytes = sum(sizes.get(gpu, 0) for gpu in runner.gpus) * (runner.gpu_milli or 1000) // 1000
+    back_ms = demand.bring_back_ms.get(runner.app, BRING_BACK_MS)
+    return value(demand.rate(runner.app, wall_s), back_ms, held_bytes or runner.memory_bytes)
+
+
+def make_room(work: Work, placer: Placer, app: App, revision: Revision) -> None:
+    """Let idle runners of others end for an app for which a request waits and no place is free."""
+    state, now_s = work.state, work.moment.now_s
+    demand = state.demand
+    unplaced = any(not state.runners[id_].node for id_ in state.runners_by_app.get(app.id, ()))
+    if not unplaced or not demand.queued(app.id) or work.full or state.hold_all or not state.settled:
+        return
+    if backoff_of(work, app.id, revision.number) is not None or model_awaited(state, revision.spec):
+        return
+    pause_s = max(LOOK_S, len(state.waiting) / LOOKS_PER_S)
+    demand.look(app.id, now_s + pause_s)
+    if now_s - demand.room_sought_s.get(app.id, -pause_s) < pause_s:
+        return
+    demand.room_sought_s[app.id] = now_s
+    if app.id in demand.gave_way.values() or in_grace(state, now_s):
+        return  # those that give way already have to end first
+    victims = _cheapest(work, placer, app.id, revision.spec, idle_runners(work, but=app.id))
+    for one in victims:
+        stop(work, one.runner, Goal.DRAIN, f"idle for {now_s - one.since_s:.0f} s; gives way to {app.id}")
+        if state.runners[one.runner.id].goal is Goal.DRAIN:
+            demand.gave_way[one.runner.id] = app.id
+
+
+def idle_runners(work: Work, *, but: str = "") -> list[Idle]:
+    """Runners without a request that nothing asks for, the least valuable first."""
+    state, now_s, wall_s = work.state, work.moment.now_s, work.moment.wall_s
+    found: list[Idle] = []
+    for app_id in sorted(state.demand.wanted):
+        app = state.apps.get(app_id)
+        if app is None or app_id == but or app.deleting or app.rollout is not None or app_id in state.frozen:
+            continue
+        ready = [one for id_ in state.runners_by_app.get(app_id, ()) if _ready(state, one := state.runners[id_])]
+        if not ready:
+            continue
+        spare = len(ready) - needed(state, app, state.scaling_of(app), now_s, wall_s).runners
+        idle = sorted((one for runner in ready if (one := _idle(work, runner)) is not None), key=lambda one: one.order)
+        found += idle[: max(0, spare)]
+    return sorted(found, key=lambda one: one.order)
+
+
+def _ready(state: State, runner: Runner) -> bool:
+    status = state.status_of(runner)
+    return runner.goal is Goal.RUN and status is not None and status.serves
+
+
+def _idle(work: Work, runner: Runner) -> Idle | None:
+    state, now_s = work.state, work.moment.now_s
+    status, live = state.status_of(runner), state.live.get(runner.node)
+    if status is None or status.in_flight or state.health_of(runner.node) is not Health.READY:
+        return None
+    if (live is not None and live.hold) or runner.id in state.frozen:
+        return None
+    since_s = state.demand.usage_of(runner.id, now_s).idle_since_s
+    return Idle(runner, value_of(state, runner, work.moment.wall_s), since_s) if now_s - since_s >= IDLE_S else None
+
+
+def _cheapest(work: Work, placer: Placer, app_id: str, spec: Spec, idle: list[Idle]) -> list[Idle]:
+    """Of one node those whose end makes a place for `spec`, of least value together; none where no node would do."""
+    by_node: dict[str, list[Idle]] = {}
+    for one in idle:  # in order of value, so the nodes are in order of their least
+        by_node.setdefault(one.runner.node, []).append(one)
+    best: tuple[int, int, str] | None = None
+    found: list[Idle] = []
+    for node_id in list(by_node)[:NODES_TRIED_MAX]:
+        victims = _enough(work, placer, app_id, spec, by_node[node_id])
+        cost = (sum(one.value for one in victims), len(victims), node_id)
+        if victims and (best is None or cost < best):
+            best, found = cost, victims
+    return found
+
+
+def _enough(work: Work, placer: Placer, app_id: str, spec: Spec, idle: list[Idle]) -> list[Idle]:
+    """The first of `idle`, all on one node, without which placement finds a place there; found out by trying."""
+    fleet = work.state.fleet
+    gone: list[Idle] = []
+    placed = False
+    for one in idle:
+        runner = one.runner
+        fleet.release(runner.node, runner.id, runner.gpus, runner.memory_bytes, runner.cpu_milli, runner.apps)
+        gone.append(one)
+        if placer.place(spec, ask_of(work, app_id), times_of(work.state, app_id)) is not None:
+            placed = True
+            break
+    for one in reversed(gone):
+        runner = one.runner
+        holds = runner.gpus, runner.memory_bytes, runner.cpu_milli, runner.gpu_milli
+        fleet.hold(runner.node, runner.id, *holds, runner.apps)
+    if not placed:
+        return []
+    return gone
+
+
+__all__ = ["Idle", "idle_runners", "make_room", "value", "value_of"]
