@@ -1,10 +1,9 @@
 """`place`: FGD decisions per second ÷ vectorised Random-fit decisions per second, on the openb trace in one process.
 
-A decision is choosing and holding; the fleet begins empty and 1.3 times its GPUs are asked for, so that most of the run
-is a nearly full fleet. Random-fit does what every policy must: finds all nodes where the task fits, in numpy. Also timed:
-our own policy, and both on 10,000 nodes of 8 GPUs. Seconds are of processor time, so that other processes of the
-machine do not count; percentiles are of the wall clock. The trace is looked for in `FALCTL_OPENB`, else in
-`../shared/data/openb`; without it the benchmark skips.
+A decision is choosing and holding; the fleet begins empty and 1.3 times its GPUs are asked for, so that it fills up.
+Random-fit does what every policy must: finds all nodes where the task fits, in numpy. Also timed: our own policy, and
+both on 10,000 nodes of 8 GPUs. Seconds are of processor time, so that other processes of the machine do not count. The
+trace is looked for in `FALCTL_OPENB`, else in `../shared/data/openb`; without it the benchmark skips.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from harness import Options, Paired, Result, interleave, print_table
+from harness import Options, Paired, Result, interleave, percentile, print_table
 
 from fal_scheduler.sim.openb import Trace, arrivals, load, shares_of
 from fal_scheduler.sim.place import large_fleet
@@ -34,7 +33,7 @@ def played(trace: Trace, policy: str, *, tasks_max: int = 1 << 20, each: bool = 
 
 def p99_ms(one: Played) -> float:
     """Of single decisions."""
-    return sorted(one.took_s)[int(len(one.took_s) * 0.99)] * 1000
+    return percentile(one.took_cpu_s, 0.99) * 1000
 
 
 async def run(options: Options) -> Result:

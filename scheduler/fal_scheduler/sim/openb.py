@@ -114,7 +114,8 @@ def _number(path: Path, line: int, row: Mapping[str, str], column: str, *, field
 
 
 def _wrong(path: Path, line: int, column: str, row: Mapping[str, str], *, field: str, why: str) -> FalError:
-    return invalid(field, row[column] or "", f"in column {column}, line {line} of {path} {why}", remedy="Correct that line.")
+    where = f"in column {column}, line {line} of {path}"
+    return invalid(field, row[column] or "", f"{where} {why}", remedy="Correct that line.")
 
 
 def shares_of(trace: Trace, seed: int) -> Shares:

@@ -129,6 +129,7 @@ def _timed(trace: Trace, name: str, seed: int, arrival: float, tasks_max: int) -
         "p50_ms": round(float(took_ms[0]), 4),
         "p99_ms": round(float(took_ms[1]), 4),
         "max_ms": round(float(took_ms[2]), 4),
+        "p99_cpu_ms": round(float(np.percentile(np.array(played.took_cpu_s) * 1000, 99)), 4),
     }
 
 

@@ -66,7 +66,8 @@ class Played:
     decisions: int = 0
     wall_s: float = 0.0
     cpu_s: float = 0.0
-    took_s: list[float] = field(default_factory=list)  # of each decision, where they were asked for
+    took_s: list[float] = field(default_factory=list)  # wall clock of each decision, where they were asked for
+    took_cpu_s: list[float] = field(default_factory=list)  # the same in processor time
 
 
 class Run:
@@ -110,9 +111,10 @@ def once_through(run: Run, tasks: Sequence[Demand], *, capacity_milli: int, at_p
     asked = allocated = counted = total = 0
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     for demand in tasks:
-        begun_s = time.perf_counter() if each else 0.0
+        begun_s, begun_cpu_s = (time.perf_counter(), time.thread_time()) if each else (0.0, 0.0)
         choice = run.place(demand)
         if each:
+            played.took_cpu_s.append(time.thread_time() - begun_cpu_s)
             played.took_s.append(time.perf_counter() - begun_s)
         size = demand.gpu_milli * demand.num_gpus
         asked += size
