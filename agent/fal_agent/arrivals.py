@@ -122,6 +122,13 @@ class Arrivals:
                 await task
         self._following.clear()
 
+    async def cancel_reads(self) -> None:
+        """A process that waits for weights cannot be killed before its wait ends (a D state inside FUSE)."""
+        if self.arriving:
+            with contextlib.suppress(FalError):
+                status = await self._driver.status(launch.container_id(self._runner_id))
+                await self._cache.cancel_reads(processes_of(status.pid if status else None))
+
     async def abandon(self) -> None:
         """The runner has ended: stop following, and end the recordings that nobody asked for."""
         await self.close()

@@ -17,7 +17,7 @@ from typing import Final
 
 from fal_agent import build_output, launch, liveness, serving
 from fal_agent.aftermath import exit_of, gpu_in_use, log_tail
-from fal_agent.arrivals import PASSING, Arrivals, processes_of
+from fal_agent.arrivals import PASSING, Arrivals
 from fal_agent.core.assignments import Assignment, Goal
 from fal_agent.core.entries import allowed
 from fal_agent.core.tasks import (
@@ -382,7 +382,7 @@ class Runner:
         id, driver = launch.container_id(self.id), self._tools.driver
         try:
             if action is Action.KILL:
-                await self._cancel_reads()
+                await self._arrivals.cancel_reads()
                 status = await driver.kill(id)
             else:
                 status = await driver.stop(id, grace_s=self.task.assignment.termination_grace_s)
@@ -392,13 +392,6 @@ class Runner:
             self._exit_seen(None)
         else:
             self._exit_seen(status)
-
-    async def _cancel_reads(self) -> None:
-        """A process that waits for weights cannot be killed before its wait ends (a D state inside FUSE)."""
-        if self._arrivals.arriving:
-            with contextlib.suppress(FalError):
-                status = await self._tools.driver.status(launch.container_id(self.id))
-                await self._tools.cache.cancel_reads(processes_of(status.pid if status else None))
 
     def _weights_failed(self, why: str) -> None:
         self._see(fail(self.task, why))

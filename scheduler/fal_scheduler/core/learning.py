@@ -46,6 +46,7 @@ DEFAULTS: Final = {
 }
 
 
+_TIERS_ALIKE: Final = {"weights": ("origin", "peer"), "setup": ("arrived", "disk", "memory")}
 NO_LINE: Final = RobustLine(0)
 
 
@@ -78,9 +79,11 @@ class Learning:
         return len(have.points) if have is not None else 0
 
     def line(self, family: str) -> RobustLine:
-        """A family's line, or what is assumed."""
+        """A family's line; the nearest relative's where it has taught nothing; else what is assumed."""
         have = self.families.get(family)
-        return have.line if have is not None and have.points else default_line(family)
+        if have is None or not have.points:
+            have = next((self.families[one] for one in _relatives(family) if self.known(one)), None)
+        return have.line if have is not None else default_line(family)
 
     def ratio_milli(self, family: str, subject: str) -> int:
         """A subject's ratio, drawn towards 1 where few points are known."""
@@ -105,7 +108,7 @@ class Learning:
         for subject in subjects:
             plain = plain * MILLI // self.ratio_milli(family, subject)
         have.points = (*kept, (x, plain, wall_s))[-POINTS_MAX:]
-        have.line = fit([(a, b) for a, b, _ in have.points], default_line(family))
+        have.line = fit([(a, b) for a, b, _ in have.points], self._prior(family))
         self._changed(family, "")
         for subject in subjects:
             said = self.at(family, x, [other for other in subjects if other != subject])
@@ -121,7 +124,7 @@ class Learning:
             return
         have = self._family(family)
         have.points = tuple((x, y, at_s) for x, y, at_s in points)[-POINTS_MAX:]
-        have.line = fit([(x, y) for x, y, _ in have.points], default_line(family))
+        have.line = fit([(x, y) for x, y, _ in have.points], self._prior(family))
         self.version += 1
         self.log.append((family, ""))
 
@@ -138,6 +141,11 @@ class Learning:
         self.log.append((family, subject))
 
     # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _prior(self, family: str) -> RobustLine:
+        """The shape of a line that its own points do not show yet."""
+        nearest = next((self.families[one] for one in _relatives(family) if self.known(one)), None)
+        return nearest.line if nearest is not None else default_line(family)
 
     def _family(self, family: str) -> LearntFamily:
         have = self.families.pop(family, None) or LearntFamily()
@@ -170,6 +178,13 @@ class Learning:
         self.version += 1
         self.log.append((family, subject))
         self.unsaved[f"{family}|{subject}" if subject else family] = None
+
+
+def _relatives(family: str) -> list[str]:
+    """Families whose times are most like this one's: the same part from another tier."""
+    part, _, rest = family.partition("/")
+    tier, bar, gpu = rest.partition("/")
+    return [f"{part}/{other}{bar}{gpu}" for other in _TIERS_ALIKE.get(part, ()) if other != tier]
 
 
 def default_line(family: str) -> RobustLine:

@@ -112,7 +112,10 @@ class State:
         self.learning = Learning()  # how long parts of a start take
         self.predictions: dict[str, Expectation] = {}  # of runners that are not ready yet
         self.outcomes: dict[str, Expectation] = {}  # of those that became ready last
-        # The leader's own.
+        self._make_own()
+
+    def _make_own(self) -> None:
+        """What is the leader's own."""
         self.term = 0
         self.store_revision = 0
         self.term_began_s = 0.0
