@@ -295,7 +295,13 @@ class Cluster:
 
     def post(self, app: str, *, timeout_s: float = 60.0, accept: str = "image/png", **body: Any) -> Answer:
         """One request through the gateway."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=timeout_s)
+        return self.post_to(self.http_port, app, timeout_s=timeout_s, accept=accept, **body)
+
+    def post_to(
+        self, port: int, app: str, *, timeout_s: float = 60.0, accept: str = "image/png", **body: Any
+    ) -> Answer:
+        """As `post`, through the gateway on that port."""
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
         try:
             self._send(connection, app, accept, body)
             with connection.getresponse() as answer:

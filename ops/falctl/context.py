@@ -80,8 +80,8 @@ async def connected() -> AsyncIterator[grpc.aio.Channel]:
             await _must_lead(channel)
         except FalError as error:
             await channel.close(None)
-            if error.code not in _ELSEWHERE:
-                raise
+            if error.code not in _ELSEWHERE and search.dialled in profile.servers:
+                raise  # of a hint it may be another network's machine of that address
             if search.failed(error):
                 continue
             standby = error if error.code is Code.NOT_LEADER else standby

@@ -34,6 +34,7 @@ class Directory:
         self._roster = Roster("", 0, ())
         self._trouble = "the store has not been asked yet"
         self._announced_s = float("-inf")
+        self.found = asyncio.Event()  # set once somebody was known to lead
         self.manifests: Callable[[], tuple[int, bool]] = lambda: (0, False)  # a standby's copies
 
     async def run(self) -> None:
@@ -46,8 +47,9 @@ class Directory:
                     _log.warning("roster_unknown", message=str(error))
                 self._trouble = str(error)
                 self._current.lose_sight()
-            except OSError as error:
-                self._trouble = str(error)
+            except Exception as error:  # a mistake in what only informs must not end a leader
+                _log.exception("roster_failed")
+                self._trouble = repr(error)
                 self._current.lose_sight()
             await asyncio.sleep(LOOK_S if self.knows_leader else LOOK_WITHOUT_LEADER_S)
 
@@ -59,12 +61,14 @@ class Directory:
             self._announced_s = now_s
         self._roster = await self._store.roster()
         self._trouble = ""
+        if self._roster.leader:
+            self.found.set()
         self._current.see(self._roster.addresses_of(self._roster.leader))
 
     @property
     def knows_leader(self) -> bool:
         """Whether somebody is known to lead."""
-        return self._current.leads or bool(self._roster.leader)
+        return self._current.leads or self._roster.leader not in ("", self._own().name)
 
     @property
     def leader_addresses(self) -> tuple[str, ...]:
@@ -76,7 +80,8 @@ class Directory:
         """As `GetLeader` answers."""
         own, roster = self._own(), self._roster
         leads = self._current.get() if self._current.leads else None
-        leader = own.name if leads is not None else roster.leader
+        said = roster.leader if roster.leader != own.name else ""  # we lead no longer, whatever the last look said
+        leader = own.name if leads is not None else said
         members = {one.name: one for one in (*roster.members, own)}
         if leader and leader not in members:
             members[leader] = Member(leader)

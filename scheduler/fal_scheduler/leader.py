@@ -15,7 +15,7 @@ from typing import Final
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
 from fal_contract.ids import random_suffix
-from fal_contract.limits import RECONNECT_CAP_S
+from fal_contract.limits import ELECTION_RETRY_CAP_S
 from fal_contract.telemetry import get_logger
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
@@ -96,7 +96,7 @@ class Leader:
                 if error.code in FATAL:
                     raise
                 _log.error("leadership_not_won", code=str(error.code), message=str(error))
-                await asyncio.sleep(self._rng.uniform(0.0, RECONNECT_CAP_S))
+                await asyncio.sleep(self._rng.uniform(0.0, ELECTION_RETRY_CAP_S))
             finally:
                 await engine.stop()
 

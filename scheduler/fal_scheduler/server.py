@@ -187,7 +187,12 @@ class Scheduler:
             task.result()
 
     async def _began(self) -> None:
-        await self._leader.began.wait()
+        """Leading, or standing by while another leads."""
+        while not self._leader.began.is_set():
+            await self._directory.found.wait()
+            if self._directory.leader_addresses:
+                return
+            await self._leader.began.wait()
 
     async def _listen(self) -> None:
         kept = _kept_ports(self._options.data_dir)

@@ -2,8 +2,8 @@
 
 The store holds digests only; manifests lie beside it, on the disk of whoever led when they were made. Each standby asks
 the leader every second what is new, over mutual TLS as a scheduler, and keeps what proves itself (a listing by its
-hash, the rest by the CA's signature). What is newer than the last copy when a leader dies, nodes that have it bring back
-(`manifest_desk`).
+hash, the rest by the CA's signature). What is newer than the last copy when a leader dies, nodes that have it bring
+back (`manifest_desk`).
 
 Runs in every scheduler; idle while it leads. Blocks on small files in threads only.
 """
@@ -73,6 +73,9 @@ class ManifestMirror:
                 self._say(str(error))
             except OSError as error:
                 self._say(f"a manifest cannot be kept: {error.strerror}")
+            except Exception:  # a mistake here must not keep anybody from leading
+                _log.exception("mirror_failed")
+                self.complete = False
             await asyncio.sleep(LOOK_S)
 
     async def _follow(self, address: str) -> None:

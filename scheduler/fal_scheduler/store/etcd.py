@@ -100,6 +100,7 @@ class EtcdStore:
             self._client, prefix=root + b"/v1/member/", leader_key=self._leader_key, term_key=self._term_key
         )
         self._lead: _Leadership | None = None
+        self._opened = False
         self._revision = 0  # as of our election, last commit or load
         self._must_load = False  # the outcome of a commit is not known
         self._renewals = 0
@@ -113,8 +114,10 @@ class EtcdStore:
         try:
             response = await self._client.txn(compare, success, [_get(self._format_key)])
         except (EtcdRefused, EtcdSilent) as error:
-            await self.close()
+            if not self._opened:  # else others here use the connection: who stands by is asked all the time
+                await self.close()
             raise unavailable(error) from error
+        self._opened = True
         if response.succeeded:
             return
         text = response.responses[0].response_range.kvs[0].value

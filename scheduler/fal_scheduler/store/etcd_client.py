@@ -174,7 +174,7 @@ class EtcdClient:
                 async with asyncio.timeout(share_s):
                     if await _reached(endpoint.channel, patient=len(self._addresses) == 1):
                         return endpoint
-            except TimeoutError:
+            except (TimeoutError, grpc.aio.UsageError):  # the latter: it was closed meanwhile
                 pass
             tried.append(endpoint.address)
             self._next_endpoint()
