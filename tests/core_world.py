@@ -545,7 +545,7 @@ def records_of(state: State) -> list[Record]:
 def _records(state: State) -> dict[str, object]:
     tables = (state.pools, state.nodes, state.tokens, state.revocations, state.apps, state.revisions)
     found: dict[str, object] = {"meta": state.meta}
-    for table in (*tables, state.models, state.runners, state.usage, state.usage_days):
+    for table in (*tables, state.models, state.runners, state.usage, state.usage_days, state.quotas):
         found.update({key_of(record): record for record in table.values()})  # type: ignore[attr-defined]
     found.update({key_of(wish): wish for wish in state.catalog.all_wishes()})
     return found

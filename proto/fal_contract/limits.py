@@ -73,6 +73,10 @@ MASS_STOP_SHARE: Final = 0.1
 MASS_STOP_RUNNERS_MIN: Final = 3
 FAILOVER_GRACE_S: Final = 300.0
 
+# Quotas.
+QUOTA_GPU_MILLI_MAX: Final = 1_000_000_000
+TEAMS_MAX: Final = 10_000
+
 # Usage ledger.
 USAGE_CHECKPOINT_S: Final = 43_200.0  # a running container's usage is written down so often
 USAGE_DETAILS_KEPT_S: Final = 172_800.0  # of one container; then in sums of a day

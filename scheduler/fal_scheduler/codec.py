@@ -14,7 +14,14 @@ from google.protobuf.message import DecodeError
 
 from fal_contract.errors import Code, FalError
 from fal_contract.v1 import state_pb2 as pb
-from fal_scheduler.codec_nodes import node_from_pb, node_to_pb, pool_from_pb, pool_to_pb
+from fal_scheduler.codec_nodes import (
+    node_from_pb,
+    node_to_pb,
+    pool_from_pb,
+    pool_to_pb,
+    quota_from_pb,
+    quota_to_pb,
+)
 from fal_scheduler.codec_spec import scale_from_pb, scale_to_pb, spec_from_pb, spec_to_pb
 from fal_scheduler.codec_usage import usage_day_from_pb, usage_day_to_pb, usage_from_pb, usage_to_pb
 from fal_scheduler.codec_weights import (
@@ -36,6 +43,7 @@ from fal_scheduler.core.records import (
     Model,
     Node,
     Pool,
+    Quota,
     Record,
     Residency,
     Revision,
@@ -79,6 +87,8 @@ def encode(record: Record) -> bytes:
             message = pb.Record(version=RECORD_VERSION, token=_token_to_pb(record))
         case Revocation():
             message = pb.Record(version=RECORD_VERSION, revocation=_revocation_to_pb(record))
+        case Quota():
+            message = pb.Record(version=RECORD_VERSION, quota=quota_to_pb(record))
         case Usage():
             message = pb.Record(version=RECORD_VERSION, usage=usage_to_pb(record))
         case UsageDay():
@@ -365,6 +375,7 @@ _DECODE: Final[dict[str, Callable[[pb.Record], Record]]] = {
     "wish": lambda message: wish_from_pb(message.wish),
     "cache_entry": lambda message: cache_entry_from_pb(message.cache_entry),
     "runner": lambda message: _runner_from_pb(message.runner),
+    "quota": lambda message: quota_from_pb(message.quota),
     "usage": lambda message: usage_from_pb(message.usage),
     "usage_day": lambda message: usage_day_from_pb(message.usage_day),
     "secret": lambda message: _secret_from_pb(message.secret),

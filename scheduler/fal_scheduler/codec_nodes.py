@@ -1,9 +1,9 @@
-"""Pools and nodes between records and messages, field by field. Used by `codec` and by the APIs."""
+"""Pools, nodes and quotas between records and messages, field by field. Used by `codec` and by the APIs."""
 
 from __future__ import annotations
 
 from fal_contract.v1 import state_pb2 as pb
-from fal_scheduler.core.records import Drain, Node, Pool
+from fal_scheduler.core.records import Drain, Node, Pool, Quota
 
 
 def pool_to_pb(pool: Pool) -> pb.Pool:
@@ -104,3 +104,15 @@ def node_from_pb(node: pb.Node) -> Node:
         drain=_drain_from_pb(node.drain) if node.HasField("drain") else None,
         quarantined_gpus=dict(node.quarantined_gpus),
     )
+
+
+def quota_to_pb(quota: Quota) -> pb.Quota:
+    """A quota for the wire."""
+    return pb.Quota(
+        team=quota.team, gpu_milli=quota.gpu_milli, no_borrowing=not quota.borrow, generation=quota.generation
+    )
+
+
+def quota_from_pb(quota: pb.Quota) -> Quota:
+    """A quota from the wire."""
+    return Quota(quota.team, quota.gpu_milli, not quota.no_borrowing, quota.generation)

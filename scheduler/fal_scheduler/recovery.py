@@ -17,6 +17,7 @@ from fal_scheduler.core.invariants import Violation
 from fal_scheduler.core.records import META_KEY, Change, Meta
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Alarm
+from fal_scheduler.core.waiting import enter
 from fal_scheduler.store_mark import check_mark
 
 
@@ -30,7 +31,10 @@ def recover(records: Mapping[str, bytes], *, term: int, revision: int, now_s: fl
     suspicion.resume(state)
     learnt_shards.load(state.learning, state.learnt.values())
     state.dirty.update(dict.fromkeys(state.apps))
-    state.waiting.update(dict.fromkeys(runner.app for runner in state.runners.values() if not runner.node))
+    for runner in state.runners.values():
+        revision = state.revisions.get((runner.app, runner.revision))
+        if not runner.node and revision is not None:
+            enter(state, runner.app, revision.spec, runner.created_at_s)
     state.grace_over = not state.runners  # there is nothing that a new leader could take for unused
     state.settled = not any(not node.revoked for node in state.nodes.values())
     return state, [found for part in invariants.audit(state) for found in part]

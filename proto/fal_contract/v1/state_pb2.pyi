@@ -169,6 +169,7 @@ class Record(_message.Message):
     SECRET_FIELD_NUMBER: _builtins.int
     LEARNT_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
     USAGE_DAY_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of the record's layout. A reader refuses a version above its own."""
@@ -201,6 +202,8 @@ class Record(_message.Message):
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     @_builtins.property
+    def quota(self) -> Global___Quota: ...
+    @_builtins.property
     def usage_day(self) -> Global___UsageDay: ...
     def __init__(
         self,
@@ -220,13 +223,14 @@ class Record(_message.Message):
         secret: Global___Secret | None = ...,
         learnt: Global___Learnt | None = ...,
         usage: Global___Usage | None = ...,
+        quota: Global___Quota | None = ...,
         usage_day: Global___UsageDay | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "learnt", b"learnt", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "usage", b"usage", "usage_day", b"usage_day", "wish", b"wish"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "learnt", b"learnt", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "quota", b"quota", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "usage", b"usage", "usage_day", b"usage_day", "wish", b"wish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "learnt", b"learnt", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "usage", b"usage", "usage_day", b"usage_day", "version", b"version", "wish", b"wish"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "cache_entry", b"cache_entry", "kind", b"kind", "learnt", b"learnt", "meta", b"meta", "model", b"model", "node", b"node", "pool", b"pool", "quota", b"quota", "revision", b"revision", "revocation", b"revocation", "runner", b"runner", "secret", b"secret", "token", b"token", "usage", b"usage", "usage_day", b"usage_day", "version", b"version", "wish", b"wish"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["meta", "pool", "node", "token", "revocation", "app", "revision", "model", "runner", "wish", "cache_entry", "secret", "learnt", "usage", "usage_day"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["meta", "pool", "node", "token", "revocation", "app", "revision", "model", "runner", "wish", "cache_entry", "secret", "learnt", "usage", "quota", "usage_day"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -2220,3 +2224,37 @@ class UsageRow(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UsageRow: _TypeAlias = UsageRow  # noqa: Y015
+
+@_typing.final
+class Quota(_message.Message):
+    """GPUs that a team may hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEAM_FIELD_NUMBER: _builtins.int
+    GPU_MILLI_FIELD_NUMBER: _builtins.int
+    NO_BORROWING_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    team: _builtins.str
+    """The team."""
+    gpu_milli: _builtins.int
+    """Thousandths of GPUs."""
+    no_borrowing: _builtins.bool
+    """It may hold no more, also while nobody else waits."""
+    generation: _builtins.int
+    """Raised by one on every change."""
+    def __init__(
+        self,
+        *,
+        team: _builtins.str = ...,
+        gpu_milli: _builtins.int = ...,
+        no_borrowing: _builtins.bool = ...,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "gpu_milli", b"gpu_milli", "no_borrowing", b"no_borrowing", "team", b"team"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quota: _TypeAlias = Quota  # noqa: Y015

@@ -8,6 +8,7 @@ Every value in the store is one Record. A record's key names its kind, and its t
   team/T/app/NAME   team/T/revision/NAME/00000003   team/T/model/NAME   team/T/runner/NAME-SUFFIX
   team/T/wish/NAME/TARGET                cache/NAMESPACE/KEY                   team/T/secret/NAME
   learnt/SHARD
+  usage/ASSIGNMENT                       usage-day/2026-11-21/000
 Heartbeats, runner phases, leases and measurements are never stored; agents tell them again.
 """
 

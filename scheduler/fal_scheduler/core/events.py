@@ -29,6 +29,7 @@ from fal_scheduler.core.model_events import (
 )
 from fal_scheduler.core.node_events import NodeCommand, NodeNotice
 from fal_scheduler.core.pack_events import AccessTold, PackCommand
+from fal_scheduler.core.quota_events import QuotaCommand
 from fal_scheduler.core.records import Change, Pool, ScaleOverride, Spec
 from fal_scheduler.core.rollout_events import RolloutCommand
 from fal_scheduler.core.secret_events import SecretCommand
@@ -208,6 +209,7 @@ Command = (
     | PackCommand
     | SecretCommand
     | RolloutCommand
+    | QuotaCommand
     | NodeCommand
     | GpuCommand
 )

@@ -148,8 +148,33 @@ def _reason(verdicts: list[Verdict], closest: Verdict, spec: Spec) -> str:
     return f"none of {len(verdicts)} nodes can take it ({why}); closest: {closest.detail}"
 
 
-def _verdict(state: State, facts: NodeFacts, name: str, spec: Spec, ask: Ask) -> Verdict:
-    held = state.fleet.occupancy.get(facts.node_id) or Occupancy()
+def takes(state: State, node_id: str, spec: Spec, ask: Ask) -> bool:
+    """Whether one node could take a runner of `spec` now."""
+    facts = state.fleet.facts.get(node_id)
+    return facts is not None and _verdict(state, facts, facts.node_id, spec, ask).feasible
+
+
+def takes_without(state: State, node_id: str, spec: Spec, ask: Ask, gone: tuple[str, ...]) -> bool:
+    """Whether it could if the runners `gone`, which are on it, were not."""
+    facts, held = state.fleet.facts.get(node_id), state.fleet.occupancy.get(node_id)
+    if facts is None or held is None:
+        return False
+    stay = {gpu: {id_: milli for id_, milli in by.items() if id_ not in gone} for gpu, by in held.holders.items()}
+    holders = {gpu: by for gpu, by in stay.items() if by}
+    rest = Occupancy(holders, dict(held.apps), held.memory_bytes, held.cpu_milli)
+    for runner_id in gone:
+        runner = state.runners[runner_id]
+        rest.memory_bytes -= runner.memory_bytes
+        rest.cpu_milli -= runner.cpu_milli
+        for app in runner.apps:
+            rest.apps[app] -= 1
+    rest.apps = {app: count for app, count in rest.apps.items() if count > 0}
+    return _verdict(state, facts, facts.node_id, spec, ask, rest).feasible
+
+
+def _verdict(state: State, facts: NodeFacts, name: str, spec: Spec, ask: Ask, held: Occupancy | None = None) -> Verdict:
+    """What placement thinks of one node, or would if it held only `held`."""
+    held = held or state.fleet.occupancy.get(facts.node_id) or Occupancy()
     found = _standing(state, facts, name) or (_avoided(name) if facts.node_id in ask.avoid else None)
     found = found or _static(facts, name, spec) or _company(held, name, spec)
     if found is None and spec.num_gpus:
@@ -177,7 +202,7 @@ def _standing(state: State, facts: NodeFacts, name: str) -> _Refusal | None:
 
 
 def _avoided(name: str) -> _Refusal:
-    return "avoided", f"{name} is what the runner is to get away from", 0
+    return "avoided", f"{name} is kept free for another app, or is what the runner is to get away from", 0
 
 
 def _company(held: Occupancy, name: str, spec: Spec) -> _Refusal | None:

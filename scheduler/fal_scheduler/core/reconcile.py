@@ -23,6 +23,7 @@ from fal_scheduler.core.scaling import desired
 from fal_scheduler.core.starts import backoff_of, grow, new_runner, place_waiting, placed
 from fal_scheduler.core.state import State
 from fal_scheduler.core.stops import relieve, shrink, stop
+from fal_scheduler.core.waiting import enter
 from fal_scheduler.core.work import Work
 
 
@@ -31,7 +32,7 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
     state = work.state
     app = state.apps.get(app_id)
     if app is None or app_id in state.frozen:
-        state.waiting.pop(app_id, None)
+        state.waiting.pop(app_id)
         return
     if app.deleting:
         _delete(work, app)
@@ -173,7 +174,7 @@ def _replace_ahead(work: Work, placer: Placer, app: App, revision: Revision) -> 
     runner = new_runner(work, app, revision)
     assigned = placed(work, placer, runner, revision, urgent=False)
     if assigned is None:
-        state.waiting[app.id] = None  # looked at again when something becomes free
+        enter(state, app.id, revision.spec, work.moment.wall_s)  # looked at again when something becomes free
         return False
     work.put(assigned, None)
     return True
@@ -199,7 +200,8 @@ def _delete(work: Work, app: App) -> None:
     work.drop(app)
     state.pending.pop((app.id, app.revision), None)
     state.demand.forget_app(app.id)
-    for table in (state.backoffs, state.refusals, state.waiting, state.stops_held, state.dirty, state.asked):
+    state.waiting.pop(app.id)
+    for table in (state.backoffs, state.refusals, state.stops_held, state.dirty, state.asked, state.preempt_at_s):
         table.pop(app.id, None)
     state.lifetimes.pop(app.id, None)
     work.log("APP_DELETED", app.id, "its runners are gone; the app is forgotten")

@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import Any, Final
 
 from fal_contract.ids import name_of, team_of
+from fal_scheduler.core.learnt_record import Learnt
 from fal_scheduler.core.spec_records import HOST_IMAGE as HOST_IMAGE
 from fal_scheduler.core.spec_records import BuildTask as BuildTask
 from fal_scheduler.core.spec_records import PlacementRules as PlacementRules
@@ -22,7 +23,6 @@ from fal_scheduler.core.spec_records import Resources as Resources
 from fal_scheduler.core.spec_records import RolloutPolicy as RolloutPolicy
 from fal_scheduler.core.spec_records import Scaling as Scaling
 from fal_scheduler.core.spec_records import Spec as Spec
-from fal_scheduler.core.learnt_record import Learnt
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.usage_records import Usage as Usage
 from fal_scheduler.core.usage_records import UsageDay as UsageDay
@@ -308,6 +308,16 @@ class Secret:
 
 
 @dataclass(frozen=True, slots=True)
+class Quota:
+    """GPUs that a team may hold; with `borrow` more, while nobody within their quota waits."""
+
+    team: str
+    gpu_milli: int
+    borrow: bool = True
+    generation: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Residency:
     """A model loaded in a runner."""
 
@@ -384,6 +394,7 @@ Record = (
     | Secret
     | Learnt
     | Usage
+    | Quota
     | UsageDay
 )
 
@@ -406,6 +417,7 @@ _KEYS: Final[dict[type, Callable[[Any], str]]] = {
     Pool: lambda one: f"pool/{one.name}",
     JoinToken: lambda one: f"token/{one.id}",
     Revocation: lambda one: f"revoked/{one.serial}",
+    Quota: lambda one: f"quota/{one.team}",
     Usage: lambda one: f"usage/{one.assignment}",
     UsageDay: lambda one: f"usage-day/{one.day}/{one.part:03d}",
     Meta: lambda one: META_KEY,

@@ -15,6 +15,7 @@ a rollout goes on, and goes back, whoever leads and whether or not anybody watch
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -26,7 +27,7 @@ from fal_scheduler.core.explain import explain, model_awaited, summarise
 from fal_scheduler.core.records import App, Goal, Rollout, RolloutPolicy, Runner, Spec
 from fal_scheduler.core.rollout_events import RolloutCommand, SetRevision, SetRollout
 from fal_scheduler.core.runner_groups import Runners
-from fal_scheduler.core.state import State
+from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.stops import stop
 from fal_scheduler.core.work import Work
 
@@ -259,7 +260,13 @@ def targets(work: Work, app: App, current: Runners, old: Runners, wanted: int) -
         new = canaries(wanted, rollout.canary_perc)
         return Targets(new, wanted - min(new, ready), keep_old=True)
     if rollout.phase == RECREATING and (old.count or _leaving(work.state, app)):
-        return Targets(0, wanted if old.count and blocked(work.state, spec) else 0)
+        why = blocked(work.state, spec) if old.count else ""
+        key = (app.id, app.revision)
+        if why:
+            work.state.pending[key] = Pending(f"revision {app.revision} is not begun: {why}", found_at_s=math.inf)
+        else:
+            work.state.pending.pop(key, None)
+        return Targets(0, wanted if why else 0)
     if rollout.phase == ROLLING_BACK:  # what failed is no help: all that is missing at once
         return Targets(wanted, rest)
     step = max(1, wanted * spec.rollout.disturbed_perc // 100)

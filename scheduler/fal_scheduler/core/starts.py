@@ -9,16 +9,21 @@ from dataclasses import replace
 from typing import Final
 
 from fal_contract.ids import team_of
+from fal_scheduler.core import quotas
 from fal_scheduler.core.events import AppChanged
 from fal_scheduler.core.explain import model_awaited, why_pending
 from fal_scheduler.core.fleet_fragments import fragments_of
 from fal_scheduler.core.gpu_faults import generation_of
 from fal_scheduler.core.place import Ask, Placer
+from fal_scheduler.core.preemption import keep_free_no_more, preempt
 from fal_scheduler.core.ranking import ReadyFn
 from fal_scheduler.core.ready_at import ready_ms
 from fal_scheduler.core.records import App, AssignmentRef, Binding, Residency, Revision, Runner, Spec
+from fal_scheduler.core.scaling import in_grace
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Backoff
+from fal_scheduler.core.waiting import enter, reserved_for_others
+from fal_scheduler.core.waiting_line import PLACE, QUOTA, affinity_of, need_of
 from fal_scheduler.core.work import Work
 
 PENDING_TEXT_AGE_S: Final = 1.0  # how often the reason of a pending runner is worked out anew
@@ -71,17 +76,27 @@ def place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unpl
             assigned = placed(work, placer, runner, revision)
             if assigned is None:
                 note_pending(work, runner, revision)
+                _make_room(work, app, revision)
                 break
             work.put(assigned, runner)
+            keep_free_no_more(work, app.id)
     state = work.state
-    unplaced_left = any(not state.runners[id_].node for id_ in state.runners_by_app.get(app.id, ()))
-    if (
-        unplaced_left or backoff_of(work, app.id, revision.number) is not None
-    ):  # the tick that ends the backoff looks at it again
-        state.waiting[app.id] = None
+    mine = (state.runners[id_] for id_ in state.runners_by_app.get(app.id, ()))
+    left = [runner.created_at_s for runner in mine if not runner.node]
+    if left or backoff_of(work, app.id, revision.number) is not None:  # the tick that ends the backoff looks again
+        enter(state, app.id, revision.spec, min(left, default=work.moment.wall_s))
     else:
-        state.waiting.pop(app.id, None)
+        state.waiting.pop(app.id)
         state.pending.pop((app.id, revision.number), None)
+
+
+def _make_room(work: Work, app: App, revision: Revision) -> None:
+    """Who waits in front of all others that no place was found for may take one from what has less right to it."""
+    state = work.state
+    if state.hold_all or not state.settled or in_grace(state, work.moment.now_s) or model_awaited(state, revision.spec):
+        return
+    if not quotas.refusal(state, team_of(app.id), revision.spec):
+        preempt(work, app, revision.spec)
 
 
 def placed(
@@ -101,6 +116,13 @@ def placed(
     state, spec = work.state, revision.spec
     if state.hold_all or not state.settled or model_awaited(state, spec):
         return None
+    need = need_of(spec, team_of(runner.app))
+    if need in state.waiting.asleep and not avoid:
+        return None  # nothing has changed that could admit one of its class
+    if quotas.refusal(state, team_of(runner.app), spec):
+        enter(state, runner.app, spec, runner.created_at_s)
+        state.waiting.sleep(need, QUOTA)
+        return None
     if urgent is None:
         urgent = state.demand.queued(runner.app) > 0
     ask = ask_of(work, runner.app, urgent=urgent, avoid=avoid)
@@ -108,6 +130,9 @@ def placed(
         spec, ask, times_of(state, runner.app), lambda spec, rows: fragments_of(state).score(spec, rows)
     )
     if found is None:
+        if not avoid:
+            enter(state, runner.app, spec, runner.created_at_s)
+            state.waiting.sleep(need, PLACE)
         return None
     terms = {name: str(value) for name, value in found.why}
     share = {"gpu_milli": str(found.gpu_milli)} if found.gpu_milli else {}
@@ -129,10 +154,10 @@ def placed(
 
 def _wake_company(state: State, app_id: str) -> None:
     """Apps that wait to be beside this one are tried again."""
-    for waiting in state.waiting:
-        app = state.apps.get(waiting)
-        if app is not None and app_id in state.revision_of(app).spec.placement.affinity:
-            state.dirty[waiting] = None
+    for need in list(state.waiting.asleep):
+        if app_id in affinity_of(need):
+            del state.waiting.asleep[need]
+            state.awake[need] = None
 
 
 def times_of(state: State, app_id: str) -> ReadyFn:
@@ -143,19 +168,22 @@ def times_of(state: State, app_id: str) -> ReadyFn:
 def ask_of(work: Work, app_id: str, *, urgent: bool = True, avoid: frozenset[str] = frozenset()) -> Ask:
     """Who asks for a place, as placement wants to know it."""
     hold_s = work.state.lifetimes.get(app_id, 0)
-    return Ask(app_id, team_of(app_id), urgent, avoid, work.moment.now_s, hold_s)
+    kept = reserved_for_others(work.state, app_id)
+    return Ask(app_id, team_of(app_id), urgent, avoid | kept, work.moment.now_s, hold_s)
 
 
 def note_pending(work: Work, runner: Runner, revision: Revision) -> None:
     """Keep why it has no node; worked out anew once a second at most, and once for all of one revision."""
     state, now_s = work.state, work.moment.now_s
-    state.waiting[runner.app] = None
+    enter(state, runner.app, revision.spec, runner.created_at_s)
     key = (revision.app, revision.number)
     have = state.pending.get(key)
     if have is not None and now_s - have.found_at_s < PENDING_TEXT_AGE_S:
         return
-    if awaited := model_awaited(state, revision.spec):
-        state.pending[key] = Pending(awaited, found_at_s=now_s)
+    refused = quotas.refusal(state, team_of(runner.app), revision.spec)
+    if awaited := model_awaited(state, revision.spec) or refused:
+        counts = ((quotas.FILTER, 1),) if awaited == refused else ()
+        state.pending[key] = Pending(awaited, refused=counts, found_at_s=now_s)
         if have is None or have.reason != awaited:
             work.emit(AppChanged(revision.app))
     elif state.explanations_left > 0:
@@ -164,6 +192,21 @@ def note_pending(work: Work, runner: Runner, revision: Revision) -> None:
         work.emit(AppChanged(revision.app))
     elif have is None:  # the next tick works it out
         state.pending[key] = Pending("no node can take it now", found_at_s=float("-inf"))
+
+
+def refresh_reasons(work: Work) -> None:
+    """Work out anew, a few at a tick, why runners wait, where something has changed since."""
+    state = work.state
+    for app_id, number in list(state.pending):
+        if not state.explanations_left:
+            return
+        revision, pending = state.revisions.get((app_id, number)), state.pending[app_id, number]
+        if revision is None or pending.found_at_s >= state.capacity_at_s:
+            continue
+        mine = (state.runners[id_] for id_ in state.runners_by_app.get(app_id, ()))
+        runner = next((one for one in mine if not one.node and one.revision == number), None)
+        if runner is not None:
+            note_pending(work, runner, revision)
 
 
 def _residencies(work: Work, spec: Spec) -> tuple[Residency, ...]:

@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from fal_contract.ids import team_of
 from fal_scheduler.core.cache_facts import CacheFacts
 from fal_scheduler.core.catalog import Catalog
 from fal_scheduler.core.demand import Demand
@@ -28,6 +29,7 @@ from fal_scheduler.core.records import (
     Model,
     Node,
     Pool,
+    Quota,
     Revision,
     Revocation,
     Runner,
@@ -39,6 +41,7 @@ from fal_scheduler.core.records import (
 from fal_scheduler.core.tokens import JoinToken
 from fal_scheduler.core.told import Alarm, Backoff, BuildFailure, Health, Hold, Inventory, NodeLive, RunnerStatus
 from fal_scheduler.core.usage_records import Usage, UsageDay
+from fal_scheduler.core.waiting_line import Need, Waiting
 
 if TYPE_CHECKING:
     from fal_scheduler.core.expectations import Expectation
@@ -75,6 +78,7 @@ class State:
         self.catalog = Catalog()  # models, wishes, cache entries
         self.runners: dict[str, Runner] = {}
         self.secrets: dict[str, Secret] = {}
+        self.quotas: dict[str, Quota] = {}  # by team
         self.learnt: dict[str, Learnt] = {}  # as it was saved last; `learning` is what counts
         self.usage: dict[str, Usage] = {}  # of containers, by assignment; not folded yet
         self.usage_days: dict[tuple[str, int], UsageDay] = {}  # by day and part
@@ -104,7 +108,14 @@ class State:
         self.dirty: dict[str, None] = {}  # apps to be reconciled
         self.explanations_left = EXPLANATIONS_PER_TICK_MAX
         self.capacity_at_s = 0.0  # when what placement looks at changed last; older reasons are worked out anew
-        self.waiting: dict[str, None] = {}  # apps with runners that have no node
+        self.waiting = Waiting()  # apps with runners that have no node
+        self.freed: dict[str, None] = {}  # nodes on which something became free since waiters were looked at
+        self.freed_all = False  # something changed that concerns every waiter
+        self.awake: dict[Need, None] = {}  # classes of waiters that may find a place now
+        self.reserved: dict[str, str] = {}  # nodes that are kept free, and for which app
+        self.reserved_at_s: dict[str, float] = {}  # since when, monotonic
+        self.preempt_at_s: dict[str, float] = {}  # by app: when it may look for victims again, monotonic
+        self.held_milli: dict[str, int] = {}  # by team: thousandths of GPUs that its runners hold
         self.asked: dict[str, None] = {}  # apps whose stops an operator's command asks for, until they are done
         self.stops_held: dict[str, None] = {}  # apps with stops that wait for a confirm
         self.stops_recent: deque[float] = deque()  # when this leader stopped runners by itself
@@ -162,6 +173,8 @@ class State:
                 self.catalog.set_wish(before, after)
             case CacheEntry() as entry:
                 _set(self.catalog.cache_entries, (entry.namespace, entry.key), after)
+            case Quota() as quota:
+                _set(self.quotas, quota.team, after)
             case Usage() as usage:
                 _set(self.usage, usage.assignment, after)
             case UsageDay() as day:
@@ -184,6 +197,7 @@ class State:
                 _discard(self.runners_by_node, before.node, before.id)
                 held = before.gpus, before.memory_bytes, before.cpu_milli
                 self.fleet.release(before.node, before.id, *held, before.apps)
+                self._hold_milli(before, -1)
             if before.assignment is not None:
                 _discard(self.runners_by_assignment, before.assignment.id, before.id)
             if after is None:
@@ -199,8 +213,15 @@ class State:
                 self.runners_by_node.setdefault(after.node, {})[after.id] = None
                 holds = after.gpus, after.memory_bytes, after.cpu_milli, after.gpu_milli
                 self.fleet.hold(after.node, after.id, *holds, after.apps)
+                self._hold_milli(after, 1)
         if before is not None and before.node and (after is None or after.node != before.node):
             self._return_orphan(before)
+
+    def _hold_milli(self, runner: Runner, sign: int) -> None:
+        """What its team holds of GPUs."""
+        team = team_of(runner.app)
+        held = self.held_milli.get(team, 0) + sign * len(runner.gpus) * (runner.gpu_milli or 1000)
+        _set(self.held_milli, team, held or None)
 
     def _settle_orphan(self, node_id: str, runner_id: str) -> None:
         """A container that was an orphan has a record now: its hold is the record's."""

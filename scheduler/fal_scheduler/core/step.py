@@ -24,10 +24,14 @@ from fal_scheduler.core import (
     model_commands,
     news,
     packs,
+    preemption,
+    quotas,
     rollout,
     scaling,
     secrets,
+    starts,
     usage,
+    waiting,
 )
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry, FailBuild, PutCacheEntry, TrimCache
 from fal_scheduler.core.cache_events import CacheTold
@@ -75,6 +79,7 @@ from fal_scheduler.core.model_events import (
 from fal_scheduler.core.node_events import CancelDrain, DeclareLost, DrainNode, LabelNode, NodeNotice, RemoveNode
 from fal_scheduler.core.pack_events import PackImage, PutImage, RemoveModel
 from fal_scheduler.core.place import Placer
+from fal_scheduler.core.quota_events import SetQuota, UnsetQuota
 from fal_scheduler.core.reconcile import reconcile
 from fal_scheduler.core.records import Change
 from fal_scheduler.core.rollout_events import SetRevision, SetRollout
@@ -108,6 +113,8 @@ class Core:
         try:
             reply = _take(work, event)
             _reconcile(work, self.placer)
+            if isinstance(event, Tick):
+                starts.refresh_reasons(work)
             violations = invariants.check(self.state, work.changes) if work.changes else []
         except FalError:
             work.undo()
@@ -223,6 +230,8 @@ def _model_command(work: Work, event: Command) -> Reply:
             return packs.command(work, event)
         case DrainNode() | CancelDrain() | LabelNode() | RemoveNode() | DeclareLost():
             return drain.command(work, event)
+        case SetQuota() | UnsetQuota():
+            return quotas.command(work, event)
         case SetRollout() | SetRevision():
             return rollout.command(work, event)
         case SetSecret() | UnsetSecret():
@@ -249,9 +258,7 @@ def _tick(work: Work, event: Tick) -> None:
     for app_id, backoff in state.backoffs.items():
         if backoff.until_s <= now_s and app_id in state.waiting:
             state.dirty[app_id] = None
-    for (app_id, _), pending in state.pending.items():
-        if pending.found_at_s < state.capacity_at_s:
-            state.dirty[app_id] = None
+    preemption.tick(work)
     if not state.grace_over and now_s - state.term_began_s >= FAILOVER_GRACE_S:
         state.grace_over = True
         state.dirty.update(dict.fromkeys(state.apps))
@@ -272,8 +279,16 @@ def _settle(work: Work) -> None:
 
 
 def _reconcile(work: Work, placer: Placer) -> None:
-    """Every app that is dirty, as far as one step goes."""
+    """Every app that is dirty, as far as one step goes; before them those that wait and may find a place now."""
     state = work.state
+    waiting.wake(state)
+    if state.awake:
+        for app_id in waiting.turns(state):
+            reconcile(work, placer, app_id)
+            if work.full:
+                state.dirty[app_id] = None
+                return
+            state.dirty.pop(app_id, None)
     while state.dirty and not work.full:
         app_id = next(iter(state.dirty))
         reconcile(work, placer, app_id)

@@ -121,6 +121,8 @@ def app_reason(state: State, app: App) -> str:
     if backoff is not None and not phases:
         return failed_text(backoff.failures, backoff.last)
     waiting = [phase for phase in phases if phase.reason]
+    if not waiting and (blocked := state.pending.get((app.id, app.revision))) is not None:
+        return blocked.reason
     if not waiting:
         return "its runners are being made"
     return min(waiting, key=lambda phase: _TELLING.get(phase.state, len(_TELLING))).reason

@@ -80,7 +80,7 @@ class Work:
             usage.note_end(self, before)
         if before is not None and before.node and (after is None or after.node != before.node):
             self.emit(AssignmentChanged(before.node, runner.id))
-            self.capacity_grew()
+            self.capacity_grew(before.node)
             self._lived(before)
         if after is not None and after.node:
             self.emit(AssignmentChanged(after.node, runner.id))
@@ -107,9 +107,15 @@ class Work:
         lived_s = max(1, int(self.moment.wall_s - began_s))
         state.lifetimes[gone.app] = (3 * state.lifetimes.get(gone.app, lived_s) + lived_s) // 4
 
-    def capacity_grew(self) -> None:
-        """Something became free or allowed: runners that wait for a node are tried again."""
-        self.state.dirty.update(self.state.waiting)
+    def capacity_grew(self, node_id: str = "") -> None:
+        """Something became free on a node, or (without one) something was allowed that may concern everybody.
+
+        Runners that wait for a node and could be admitted by it are tried again (`core.waiting`).
+        """
+        if node_id:
+            self.state.freed[node_id] = None
+        else:
+            self.state.freed_all = True
         self.state.capacity_at_s = self.moment.now_s
 
     def emit(self, effect: Effect) -> None:

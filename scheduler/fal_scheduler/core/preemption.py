@@ -1,0 +1,170 @@
+"""What waits in front and has the right to a place takes it from what has less. Pure.
+
+An app may take from runners whose priority is lower by `PREEMPTION_GAP` at least, and a team within its quota from what
+others hold above theirs. Never below a team's quota, never more of an app's runners than may be disturbed at once,
+never from build tasks. On every node that could take the runner, the fewest victims are chosen, then the youngest;
+the node with the fewest is taken. Victims are drained: they finish their requests. The node is kept free for who
+preempts, until it is placed, wants nothing any more, or `RESERVED_S` are over.
+
+With at most 16 GPUs on a node every set of up to three victims is looked at; larger sets are grown from the largest
+holders, the youngest first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Final
+
+from fal_contract.ids import team_of
+from fal_scheduler.core import quotas
+from fal_scheduler.core.disruption import allowed
+from fal_scheduler.core.explain import takes_without
+from fal_scheduler.core.ranking import Ask
+from fal_scheduler.core.records import App, Goal, Runner, Spec
+from fal_scheduler.core.state import State
+from fal_scheduler.core.stops import stop
+from fal_scheduler.core.waiting import reserved_for_others
+from fal_scheduler.core.work import Work
+
+PREEMPTION_GAP: Final = 10  # points of priority
+RESERVED_S: Final = 600.0
+LOOK_EVERY_S: Final = 1.0  # an app that waits looks for victims so often at most
+NODES_LOOKED_AT_MAX: Final = 2000
+SETS_EXACT_MAX: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Victims:
+    """Runners of one node that would make room, in order of id."""
+
+    node_id: str
+    runners: tuple[Runner, ...]
+
+    @property
+    def cost(self) -> tuple[int, int, float, str]:
+        """Fewer first, of lower priority, then younger, then the node's id."""
+        youngest = -sum(runner.created_at_s for runner in self.runners) / max(1, len(self.runners))
+        return len(self.runners), max(one.priority for one in self.runners), youngest, self.node_id
+
+
+def preempt(work: Work, app: App, spec: Spec) -> bool:
+    """Make room for a runner of `app`, which waits in front. True where victims leave, or already do."""
+    state, now_s = work.state, work.moment.now_s
+    if app.id in state.reserved.values():
+        return True
+    if now_s < state.preempt_at_s.get(app.id, 0.0) or work.full:
+        return False
+    state.preempt_at_s[app.id] = now_s + LOOK_EVERY_S
+    found = find(state, app, spec)
+    if found is None:
+        return False
+    state.reserved[found.node_id] = app.id
+    state.reserved_at_s[found.node_id] = now_s
+    for victim in found.runners:
+        why = f"preempted by {app.id} (priority {spec.priority} over {victim.priority})"
+        claims = quotas.within(state, team_of(app.id), quotas.milli_of(spec))
+        if claims and victim.priority > spec.priority - PREEMPTION_GAP:
+            why = f"taken back for team {team_of(app.id)}, which is within its quota"
+        stop(work, victim, Goal.DRAIN, why)
+        work.log("RUNNER_PREEMPTED", victim.id, why, by=app.id, node=found.node_id)
+    return True
+
+
+def find(state: State, app: App, spec: Spec) -> Victims | None:
+    """The best victims for one runner of `app`; None where nobody may be asked to leave."""
+    ask = Ask(app.id, team_of(app.id), avoid=reserved_for_others(state, app.id))
+    best: Victims | None = None
+    looked = 0
+    for node_id in sorted(state.runners_by_node):
+        eligible = _eligible(state, app, spec, node_id)
+        if not eligible:
+            continue
+        looked += 1
+        if looked > NODES_LOOKED_AT_MAX:
+            break
+        found = _fewest(state, node_id, eligible, spec, ask)
+        if found is not None and (best is None or found.cost < best.cost):
+            best = found
+    return best
+
+
+def _eligible(state: State, app: App, spec: Spec, node_id: str) -> list[Runner]:
+    """Who may be asked to leave, the youngest of the lowest priority first."""
+    claims = quotas.within(state, team_of(app.id), quotas.milli_of(spec))
+    found = []
+    for runner_id in state.runners_by_node[node_id]:
+        runner = state.runners[runner_id]
+        revision = state.revisions.get((runner.app, runner.revision))
+        if runner.goal is not Goal.RUN or runner_id in state.frozen or runner.app == app.id:
+            continue
+        if revision is None or revision.spec.build is not None:
+            continue
+        lower = runner.priority <= spec.priority - PREEMPTION_GAP
+        reclaimed = claims and team_of(runner.app) in state.quotas and team_of(runner.app) != team_of(app.id)
+        if (lower or reclaimed) and quotas.borrowed_milli(state, team_of(runner.app)) > 0:
+            found.append(runner)
+    found.sort(key=lambda one: (one.priority, -one.created_at_s, one.id))
+    return found
+
+
+def _fewest(state: State, node_id: str, eligible: list[Runner], spec: Spec, ask: Ask) -> Victims | None:
+    if not takes_without(state, node_id, spec, ask, tuple(one.id for one in eligible)):
+        return None  # not even all of them
+    best: Victims | None = None
+    for count in range(1, min(SETS_EXACT_MAX, len(eligible)) + 1):
+        for chosen in combinations(eligible, count):
+            if _may_go(state, chosen) and takes_without(state, node_id, spec, ask, tuple(one.id for one in chosen)):
+                found = Victims(node_id, tuple(sorted(chosen, key=lambda one: one.id)))
+                if best is None or found.cost < best.cost:
+                    best = found
+        if best is not None:
+            return best
+    grown: list[Runner] = []
+    for runner in sorted(eligible, key=lambda one: (-quotas.held_by(one), one.priority, -one.created_at_s, one.id)):
+        if _may_go(state, (*grown, runner)):
+            grown.append(runner)
+        if takes_without(state, node_id, spec, ask, tuple(one.id for one in grown)):
+            return Victims(node_id, tuple(sorted(grown, key=lambda one: one.id)))
+    return None
+
+
+def _may_go(state: State, chosen: tuple[Runner, ...]) -> bool:
+    """No team falls below its quota, no app has more disturbed than it allows."""
+    by_team: dict[str, int] = {}
+    by_app: dict[str, int] = {}
+    for runner in chosen:
+        team = team_of(runner.app)
+        by_team[team] = by_team.get(team, 0) + quotas.held_by(runner)
+        by_app[runner.app] = by_app.get(runner.app, 0) + 1
+    if any(milli > quotas.borrowed_milli(state, team) for team, milli in by_team.items()):
+        return False
+    return all(count <= allowed(state, app_id, _running(state, app_id)) for app_id, count in by_app.items())
+
+
+def _running(state: State, app_id: str) -> int:
+    return sum(1 for id_ in state.runners_by_app.get(app_id, ()) if state.runners[id_].goal is Goal.RUN)
+
+
+def tick(work: Work) -> None:
+    """Nodes that were kept free for long enough, or for nobody any more, are everybody's again."""
+    state, now_s = work.state, work.moment.now_s
+    for node_id, app_id in list(state.reserved.items()):
+        if app_id not in state.waiting or now_s - state.reserved_at_s[node_id] >= RESERVED_S:
+            release(work, node_id)
+
+
+def keep_free_no_more(work: Work, app_id: str) -> None:
+    """The app has its place."""
+    for node_id in [node_id for node_id, owner in work.state.reserved.items() if owner == app_id]:
+        release(work, node_id)
+
+
+def release(work: Work, node_id: str) -> None:
+    """The node is everybody's again."""
+    work.state.reserved.pop(node_id, None)
+    work.state.reserved_at_s.pop(node_id, None)
+    work.capacity_grew(node_id)
+
+
+__all__ = ["PREEMPTION_GAP", "Victims", "find", "keep_free_no_more", "preempt", "release", "tick"]
