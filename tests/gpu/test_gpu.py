@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,29 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
             return await main
 
     return asyncio.run(bounded())
+
+
+def test_a_gpu_is_checked_and_its_events_are_listened_to(tmp_path: Path) -> None:
+    """The check finds a sound, idle GPU sound; the thread that waits for events begins and ends."""
+
+    async def main() -> None:
+        inventory = NvmlInventory(read_host=lambda: read_host(tmp_path))
+        heard: list[object] = []
+        inventory.listen(heard.append)
+        try:
+            gpu = (await inventory.snapshot()).gpus[0]
+            assert gpu.clock_mhz > 0
+            assert 0 < gpu.pcie_width <= gpu.pcie_width_max
+            assert "nvml-events" in {thread.name for thread in threading.enumerate()}
+            checked = await inventory.check(gpu.id)
+            assert checked.passed, checked.text
+            assert (await inventory.snapshot()).gpus[0].ok
+        finally:
+            await inventory.close()
+        assert "nvml-events" not in {thread.name for thread in threading.enumerate()}
+        assert heard == []
+
+    run(main())
 
 
 @pytest.fixture(scope="module")

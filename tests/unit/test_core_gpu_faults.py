@@ -10,7 +10,7 @@ import pytest
 from core_world import World, spec_of
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import GPU_REFUSALS_FREE_MAX
-from fal_scheduler.core.events import ApplyApp
+from fal_scheduler.core.events import ApplyApp, RevokeNode
 from fal_scheduler.core.gpu_commands import gpu_named
 from fal_scheduler.core.gpu_events import QuarantineGpu, ReleaseGpu
 from fal_scheduler.core.gpu_faults import as_placed, dead, faulty
@@ -247,3 +247,12 @@ def test_a_node_that_refuses_on_and_on_is_a_failure_after_a_while() -> None:
     node.changed_at = {}
     work(world, rounds=40)
     assert len(serving(world)) == 1
+
+
+def test_a_node_that_is_revoked_takes_its_alarms_along() -> None:
+    world = deployed(nodes=3)
+    [runner] = runners(world)
+    judged(world, runner, "reset")
+    assert alarms(world)
+    world.step(RevokeNode(runner.node))
+    assert alarms(world) == []

@@ -11,7 +11,7 @@ from typing import Final
 
 from fal_contract.errors import Code, FalError, invalid, not_found
 from fal_contract.ids import team_of
-from fal_scheduler.core import tokens, usage
+from fal_scheduler.core import gpu_faults, tokens, usage
 from fal_scheduler.core.events import (
     AcceptCluster,
     ApplyApp,
@@ -165,6 +165,7 @@ def revoke_node(work: Work, event: RevokeNode) -> Reply:
     if node.revoked:
         return Reply("unchanged", node.id)
     work.put(replace(node, revoked=True), node)
+    gpu_faults.forget(work, node.id)
     subject = f"node/{node.id}"
     work.put(Revocation(event.serial or node.id, subject, work.moment.wall_s, event.reason), None)
     live = state.live.get(node.id)

@@ -95,6 +95,13 @@ def tell(work: Work, node: Node) -> None:
                 state.dirty[runner.app] = None
 
 
+def forget(work: Work, node_id: str) -> None:
+    """The node goes for good, and alarms about its GPUs with it."""
+    for kind, subject in list(work.state.alarms):
+        if kind == ALARM and subject.startswith(f"{node_id}/"):
+            work.settle(kind, subject)
+
+
 def _remedy(node: Node, gpu: Gpu) -> str:
     release = f"`falctl gpu release {node.name} {gpu.id}`"
     match gpu.health_class:
@@ -112,4 +119,4 @@ def _remedy(node: Node, gpu: Gpu) -> str:
             return f"Check cooling, power and slot; it is looked at by itself, or {release}."
 
 
-__all__ = ["as_placed", "dead", "faulty", "generation_of", "tell"]
+__all__ = ["as_placed", "dead", "faulty", "forget", "generation_of", "tell"]
