@@ -101,3 +101,42 @@ def test_wants_for_one_app_and_model_add_up() -> None:
     book.want("g", [Want("t/a", 2, priority=1), Want("t/a", 3, priority=4), Want("t/a", 0)])
     assert book.unmet("g") == [Want("t/a", 5, priority=4)]
     assert [x.slots for x in book.grant(0.0)] == [5]
+
+
+def test_apps_that_share_a_runner_take_turns_by_team_and_app() -> None:
+    book = book_of(SlotRunner("t/r", "t/a", "n1", 24, (), ("t/b", "u/c")))
+    book.want("g", [Want(app, 24) for app in ("t/a", "t/b", "u/c")])
+    # Two teams, so one half each; in t two apps, so a half of that each.
+    assert {x.app: x.slots for x in book.grant(0.0)} == {"t/a": 6, "t/b": 6, "u/c": 12}
+    assert book.leased("t/r") == 24
+    assert book.runners("u/c") == 1
+
+
+def test_an_app_that_leaves_a_runner_loses_its_slots_there() -> None:
+    book = book_of(SlotRunner("t/r", "t/a", "n1", 4, (), ("t/b",)))
+    book.want("g", [Want("t/a", 1), Want("t/b", 1)])
+    leases = {x.app: x for x in book.grant(0.0)}
+    assert book.put_runner(SlotRunner("t/r", "t/a", "n1", 4)) == [leases["t/b"]]
+    assert book.leases() == (leases["t/a"],)
+    assert (book.runners("t/a"), book.runners("t/b")) == (1, 0)
+    book.want("g", [Want("t/b", 1)])
+    assert book.grant(0.0) == []
+    assert [x.app for x in book.remove_runner("t/r")] == ["t/a"]
+
+
+def test_who_waits_too_long_comes_before_priority_and_before_a_resident_model() -> None:
+    book = book_of(SlotRunner("t/r", "t/a", "n1", 1, ("t/warm",)))
+    book.want("old", [Want("t/a", 1, "t/cold", since_s=0.0, queued=3)])
+    book.want("new", [Want("t/a", 1, "t/warm", since_s=100.0)])
+    (lease,) = book.grant(100.0)
+    assert lease.gateway == "new"  # nobody is overdue: what is loaded goes first
+    book.give_back("new", lease.id, 1)
+    book.want("new", [Want("t/a", 1, "t/warm", since_s=1_000.0)])
+    assert [x.gateway for x in book.grant(1_000.0)] == ["old"]
+
+
+def test_wants_for_other_loras_are_kept_apart() -> None:
+    book = book_of(SlotRunner("t/r", "t/a", "n1", 3))
+    book.want("g", [Want("t/a", 2, "t/m", lora="t/x"), Want("t/a", 2, "t/m", lora="t/y")])
+    assert sum(x.slots for x in book.grant(0.0)) == 3
+    assert [(x.lora, x.slots) for x in book.unmet("g")] in ([("t/x", 1)], [("t/y", 1)])

@@ -1,0 +1,106 @@
+"""`falctl sim serve`: the reference's rows, ours on the real trace, a small trace by hand, and wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fal_scheduler.core.dispatch_order import Settings
+from fal_scheduler.sim.__main__ import main
+from fal_scheduler.sim.serve import PRESETS, Request, read_trace, simulate
+
+TRACE = Path(__file__).parents[3] / "shared" / "data" / "gentd26" / "requests_nov.csv"
+HEADER = "gmt_create,predict_type,predict_status,exec_time_seconds,checkpoint_model_version_id\n"
+LINES = (
+    "2024-11-15 10:00:06,T,SUCCEED,4.0,M1\n2024-11-15 10:00:00,T,SUCCEED,10.0,M0\n2024-11-15 10:00:01,T,FAILED,9.0,M0\n"
+)
+
+real = pytest.mark.skipif(not TRACE.is_file(), reason=f"the GenTD26 trace is not at {TRACE}")
+
+
+def run(requests: list[Request], policy: str, gpus: int = 16, settings: Settings | None = None) -> dict[str, float]:
+    return simulate(requests, policy, gpus=gpus, load_ms=22_000, settings=settings or Settings())
+
+
+@pytest.fixture(scope="module")
+def trace() -> list[Request]:
+    return read_trace(TRACE, 6.0)
+
+
+@real
+@pytest.mark.parametrize(
+    ("policy", "loads", "mean_s", "p95_s", "max_s"),
+    [
+        ("random", 0.803, 93.2, 371, 702),
+        ("affinity", 0.639, 86.9, 370, 707),
+        ("no-load", 0.0, 1.4, 10.8, 54),
+        ("reorder", None, 25.5, 85.5, 246),  # its rule for the runner that loads is not told: ours loads more
+    ],
+)
+def test_reference_rows(
+    trace: list[Request], policy: str, loads: float | None, mean_s: float, p95_s: float, max_s: float
+) -> None:
+    """Arrivals 6 times closer, services as long as the trace says, succeeded ones only: that reading gives the rows."""
+    ours = run(trace, policy)
+    assert ours["requests"] == 14_033
+    if loads is not None:
+        assert ours["loads_per_request"] == pytest.approx(loads, abs=0.015)
+        assert ours["mean_wait_s"] == pytest.approx(mean_s, rel=0.03)
+    else:
+        assert ours["mean_wait_s"] <= mean_s
+    assert ours["p95_wait_s"] == pytest.approx(p95_s, rel=0.03)
+    assert ours["max_wait_s"] == pytest.approx(max_s, rel=0.15)
+
+
+def test_a_trace_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One GPU: M0 loads 22 s and runs 10; M1, which came at 1 s, waits for both and its own load: 54 s less 1."""
+    path = tmp_path / "t.csv"
+    path.write_text(HEADER + LINES)
+    assert main(["serve", "--trace", str(path), "--gpus", "1", "--policy", "falctl", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["loads_per_request"] == 1.0
+    assert figures["mean_wait_s"] == pytest.approx((22 + 53) / 2)
+    assert figures["max_wait_s"] == 53.0
+    assert main(["serve", "--trace", str(path), "--gpus", "2", "--policy", "random"]) == 0
+    assert "mean_wait_s        22.0" in capsys.readouterr().out
+
+
+def test_same_models_share_a_load() -> None:
+    requests = [Request(at, 1_000, "M0") for at in range(0, 10_000, 1_000)]
+    assert run(requests, "falctl", 1)["loads_per_request"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "wrong"),
+    [
+        (["--gpus", "0"], HEADER + LINES, "gpus"),
+        (["--speedup", "nan"], HEADER + LINES, "speedup"),
+        (["--load-s", "-1"], HEADER + LINES, "load_s"),
+        (["--bypass-s", "0"], HEADER + LINES, "bypass_s"),
+        ([], "a,b\n1,2\n", "gmt_create"),
+        ([], HEADER, "holds 0 requests"),
+        ([], HEADER + "2024-11-15 10:00:06,T,SUCCEED,soon,M1\n", "line 2: 'soon' in column exec_time_seconds"),
+        ([], HEADER + "yesterday,T,SUCCEED,1.0,M1\n", "line 2: 'yesterday' in column gmt_create"),
+        ([], HEADER + "2024-11-15 10:00:06,T,SUCCEED\n", "line 2"),
+        ([], None, "cannot be read"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str | None, wrong: str
+) -> None:
+    path = tmp_path / "t.csv"
+    if text is not None:
+        path.write_text(text)
+    assert main(["serve", "--trace", str(path), *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert wrong in err
+    assert err.count("\n") == 1
+
+
+def test_presets_differ_in_settings_only() -> None:
+    assert set(PRESETS) == {"few-loads", "short-wait"}
+    assert all(isinstance(preset, Settings) for preset in PRESETS.values())
