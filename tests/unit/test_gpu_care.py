@@ -370,7 +370,7 @@ def test_what_is_in_use_is_not_given_back(play: Callable[..., Rig]) -> None:
 )
 def test_orders_that_cannot_be(play: Callable[..., Rig], order: dict[str, Any], word: str) -> None:
     async def scenario(rig: Rig, one: str, two: str) -> None:
-        result = await rig.care.order(agent_pb2.GpuOrder(**{"id": 1, "gpu": one} | order))
+        result = await rig.care.order(agent_pb2.GpuOrder(**{"id": 1, "gpu": one} | order))  # type: ignore[arg-type]
         assert word in result.error
         assert result.remedy
 

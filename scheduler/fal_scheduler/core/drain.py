@@ -15,7 +15,7 @@ from typing import Final
 
 from fal_contract.errors import Code, FalError, invalid, not_found
 from fal_contract.limits import LABEL_CHARS_MAX, LABELS_MAX, NOTICE_MARGIN_S
-from fal_scheduler.core import usage
+from fal_scheduler.core import gpu_faults, usage
 from fal_scheduler.core.events import NodeChanged, Reply, Revoked
 from fal_scheduler.core.node_events import (
     CancelDrain,
@@ -165,6 +165,7 @@ def _forget(work: Work, node: Node) -> None:
     before = state.revocations.get(node.id)
     work.put(Revocation(node.id, subject, work.moment.wall_s, "removed"), before)
     work.drop(state.nodes[node.id])
+    gpu_faults.forget(work, node.id)
     state.live.pop(node.id, None)
     work.emit(Revoked(subject))
     work.emit(NodeChanged(node.id))
