@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import SystemRandom
 from typing import Any
@@ -20,17 +21,18 @@ from fal_scheduler.core.records import Spec
 from fal_scheduler.core.replayer import LoggedIds
 from fal_scheduler.core.state import State
 from fal_scheduler.core.step import Core
+from fal_scheduler.core.told import BuildFailure
 from fal_scheduler.decision_files import segments
 from fal_scheduler.sim.__main__ import main
 from fal_scheduler.sim.replay import replay
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(seed=st.integers(0, 2**32))
 def test_random_histories_replay(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Also over seams: what a segment came to is what the next one begins with."""
     folder = tmp_path_factory.mktemp("log")
-    recorded_world(seed, folder, steps=120, segment_bytes_max=3_000, block_bytes=1_000)
+    recorded_world(seed, folder, steps=80, segment_bytes_max=3_000, block_bytes=1_000)
     report = replay_folder(folder)
     assert report.same, [run.view for run in report.runs if run.difference]
     assert sum(run.steps for run in report.runs) > 0
@@ -68,7 +70,7 @@ class _Worst(Placer):
         for node_id in sorted(fleet.facts, reverse=True):
             gpus = fleet.free_gpus(node_id)
             if fleet.facts[node_id].ready and len(gpus) >= len(best.gpus) and node_id != best.node_id:
-                return Placement(node_id, gpus[: len(best.gpus)], best.memory_bytes, best.cpu_milli)
+                return replace(best, node_id=node_id, gpus=gpus[: len(best.gpus)])
         return best
 
 
@@ -80,7 +82,7 @@ class _Salted(Placer):
         if best is None or not best.gpus:
             return best
         gpus = SystemRandom().sample(self._fleet.free_gpus(best.node_id), len(best.gpus))
-        return Placement(best.node_id, tuple(gpus), best.memory_bytes, best.cpu_milli)
+        return replace(best, gpus=tuple(gpus))
 
 
 @pytest.mark.parametrize("placer", [_Worst, _Salted])
@@ -95,6 +97,35 @@ def test_what_is_decided_otherwise_is_found_and_named(placer: type[Placer], reco
     assert "runner" in run.difference.then
     assert run.difference.then != run.difference.now
     assert run.view["difference"]["entry"] == run.differs_at > 0  # type: ignore[index]
+
+
+def test_a_core_that_crashes_is_a_difference(recorded: Path) -> None:
+    class Crashing(Core):
+        __slots__ = ()
+
+        def step(self, event, moment):  # type: ignore[no-untyped-def]
+            raise KeyError("planted")
+
+    report = replay(segments(recorded), make_core=lambda state, ids: Crashing(state, Placer(state.fleet), ids))
+    (run,) = report.runs
+    assert run.difference is not None
+    assert "planted" in run.difference.now
+
+
+def test_what_only_the_end_shows_is_a_difference(recorded: Path) -> None:
+    class Forgetful(Core):
+        __slots__ = ()
+
+        def step(self, event, moment):  # type: ignore[no-untyped-def]
+            outcome = super().step(event, moment)
+            self.state.build_failures["ns", "key"] = BuildFailure("planted", "")
+            return outcome
+
+    report = replay(segments(recorded), make_core=lambda state, ids: Forgetful(state, Placer(state.fleet), ids))
+    (run,) = report.runs
+    assert run.difference is not None
+    assert run.difference.part == "state at the term's end"
+    assert "build_failures" in run.difference.now
 
 
 def test_an_id_too_many_is_a_difference(recorded: Path) -> None:

@@ -194,8 +194,8 @@ def test_a_state_brought_back_is_the_same(lived: World) -> None:
 def test_a_difference_is_named(lived: World) -> None:
     restored = snapshot.restore(back(snapshot.take(lived.state)))
     restored.stall_total_s += 1.0
-    restored.waiting["default/other"] = None
-    assert sorted(snapshot.differences(lived.state, restored)) == ["stall_total_s", "waiting"]
+    restored.asked["default/other"] = None
+    assert sorted(snapshot.differences(lived.state, restored)) == ["asked", "stall_total_s"]
 
 
 def test_a_table_that_is_not_known_is_told() -> None:

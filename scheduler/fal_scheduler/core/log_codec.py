@@ -90,11 +90,16 @@ class Packer:
 
     def pack(self, value: object) -> bytes:
         """The bytes of `value`, after those of definitions that it needs. Raises UnknownType."""
+        definitions, packed = self.pack_apart(value)
+        return definitions + packed
+
+    def pack_apart(self, value: object) -> tuple[bytes, bytes]:
+        """The bytes of definitions that are needed now, and those of `value`."""
         packed = bytes(self._packer.pack(value))
         if not self._definitions:
-            return packed
+            return b"", packed
         definitions, self._definitions = self._definitions, []
-        return b"".join([*(bytes(self._packer.pack(one)) for one in definitions), packed])
+        return b"".join(bytes(self._packer.pack(one)) for one in definitions), packed
 
     def _default(self, value: Any) -> object:
         encode = self._encoders.get(type(value))

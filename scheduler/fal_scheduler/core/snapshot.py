@@ -63,7 +63,8 @@ def check(state: State) -> None:
 
 
 def fingerprints(state: State) -> dict[str, str]:
-    """A digest for each attribute, the fleet's columns among them; equal states have equal ones, on every machine."""
+    """For each attribute, the fleet's columns among them, "SHAPE.VALUE": digests of the classes and fields in it (empty
+    where it holds none), and of what they hold. Equal states have equal ones, on every machine."""
     found = {name: _digest(value) for name, value in take(state).items()}
     fleet = state.fleet.fresh()
     for name, value in vars(fleet).items():
@@ -80,7 +81,8 @@ def differences(one: State, other: State) -> list[str]:
 
 
 def _digest(value: object) -> str:
-    return blake3.blake3(Packer().pack(value)).hexdigest(16)
+    shape, packed = Packer().pack_apart(value)
+    return f"{blake3.blake3(shape).hexdigest(8) if shape else ''}.{blake3.blake3(packed).hexdigest(16)}"
 
 
 __all__ = ["FLEET_KEPT", "check", "differences", "fingerprints", "restore", "take"]
