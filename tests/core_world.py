@@ -49,6 +49,7 @@ from fal_scheduler.core.model_events import (
 )
 from fal_scheduler.core.node_events import CancelDrain, DeclareLost, DrainNode, LabelNode, NodeNotice
 from fal_scheduler.core.place import Placer
+from fal_scheduler.core.quota_events import SetQuota, UnsetQuota
 from fal_scheduler.core.records import (
     Change,
     Goal,
@@ -434,6 +435,7 @@ class World:
                 node.use(runner_id, 0)
         for what in ("node", "store", "stop", "stops"):
             self.step(Confirm(what))
+        self.step(UnsetQuota("default"))
         for node_id in self.nodes:
             self.step(CancelDrain(node_id))
         for app_id in list(self.state.rolling):
@@ -574,6 +576,8 @@ def random_step(world: World) -> None:
             )
             if rng.randrange(2) == 0:
                 spec, digest = replace(spec, model=rng.choice(MODELS)), f"{digest} with a model"
+            if rng.randrange(3) == 0:
+                spec, digest = replace(spec, priority=rng.choice((-20, 20))), f"{digest} of some priority"
             if rng.randrange(2) == 0:
                 policy = RolloutPolicy(
                     recreate=rng.randrange(4) == 0,
@@ -655,7 +659,7 @@ def _random_demand(world: World, app_id: str) -> None:
 def _random_node_step(world: World, node_id: str) -> None:
     """A drain, its end, a notice, a label: what becomes of nodes that are there."""
     rng, live = world.rng, world.state.live.get(node_id)
-    match rng.randrange(5):
+    match rng.randrange(6):
         case 0:
             kind, deadline_s = rng.choice(("drain", "maintenance", "reboot")), rng.choice((None, 30.0))
             world.step(
@@ -668,6 +672,10 @@ def _random_node_step(world: World, node_id: str) -> None:
             world.step(NodeNotice(node_id, live.session_id, kind, 60.0, "told by the cloud", world.now_s))
         case 3:
             world.step(LabelNode(node_id, {"rack": str(rng.randrange(3))}))
+        case 4 if rng.randrange(2):
+            world.step(SetQuota("default", 1000 * rng.randrange(8), rng.randrange(2) == 0))
+        case 4:
+            world.step(UnsetQuota("default"))
         case _:
             world.step(DeclareLost(rng.choice(("east", "west"))))
 

@@ -1,10 +1,10 @@
 """What waits in front and has the right to a place takes it from what has less. Pure.
 
 An app may take from runners whose priority is lower by `PREEMPTION_GAP` at least, and a team within its quota from what
-others hold above theirs. Never below a team's quota, never more of an app's runners than may be disturbed at once,
-never from build tasks. On every node that could take the runner, the fewest victims are chosen, then the youngest;
-the node with the fewest is taken. Victims are drained: they finish their requests. The node is kept free for who
-preempts, until it is placed, wants nothing any more, or `RESERVED_S` are over.
+others hold above theirs. Never below a team's quota, never more of an app's runners at once than may be disturbed (the
+others follow), never from build tasks. On every node that could take the runner, the fewest victims are chosen, then
+the youngest; the node with the fewest is taken. Victims are drained: they finish their requests. The node is kept free
+for who preempts, until it is placed, wants nothing any more, or `RESERVED_S` are over.
 
 With at most 16 GPUs on a node every set of up to three victims is looked at; larger sets are grown from the largest
 holders, the youngest first.
@@ -22,14 +22,17 @@ from fal_scheduler.core.disruption import allowed
 from fal_scheduler.core.explain import takes_without
 from fal_scheduler.core.ranking import Ask
 from fal_scheduler.core.records import App, Goal, Runner, Spec
+from fal_scheduler.core.scaling import in_grace
 from fal_scheduler.core.state import State
 from fal_scheduler.core.stops import stop
 from fal_scheduler.core.waiting import reserved_for_others
+from fal_scheduler.core.waiting_line import PLACE
 from fal_scheduler.core.work import Work
 
 PREEMPTION_GAP: Final = 10  # points of priority
 RESERVED_S: Final = 600.0
-LOOK_EVERY_S: Final = 1.0  # an app that waits looks for victims so often at most
+LOOK_EVERY_S: Final = 5.0  # an app that waits looks for victims so often at most
+LOOKS_PER_TICK_MAX: Final = 2  # each goes through the nodes
 NODES_LOOKED_AT_MAX: Final = 2000
 SETS_EXACT_MAX: Final = 3
 
@@ -61,14 +64,22 @@ def preempt(work: Work, app: App, spec: Spec) -> bool:
         return False
     state.reserved[found.node_id] = app.id
     state.reserved_at_s[found.node_id] = now_s
+    _take(work, app, spec, found)
+    return True
+
+
+def _take(work: Work, app: App, spec: Spec, found: Victims) -> None:
+    """Drain victims, of each app as many as may be disturbed now; the tick goes on with the others."""
+    state = work.state
+    claims = quotas.within(state, team_of(app.id), quotas.milli_of(spec))
     for victim in found.runners:
+        if work.full or not allowed(state, victim.app, _running(state, victim.app)):
+            continue
         why = f"preempted by {app.id} (priority {spec.priority} over {victim.priority})"
-        claims = quotas.within(state, team_of(app.id), quotas.milli_of(spec))
         if claims and victim.priority > spec.priority - PREEMPTION_GAP:
             why = f"taken back for team {team_of(app.id)}, which is within its quota"
         stop(work, victim, Goal.DRAIN, why)
         work.log("RUNNER_PREEMPTED", victim.id, why, by=app.id, node=found.node_id)
-    return True
 
 
 def find(state: State, app: App, spec: Spec) -> Victims | None:
@@ -130,16 +141,12 @@ def _fewest(state: State, node_id: str, eligible: list[Runner], spec: Spec, ask:
 
 
 def _may_go(state: State, chosen: tuple[Runner, ...]) -> bool:
-    """No team falls below its quota, no app has more disturbed than it allows."""
+    """No team falls below its quota."""
     by_team: dict[str, int] = {}
-    by_app: dict[str, int] = {}
     for runner in chosen:
         team = team_of(runner.app)
         by_team[team] = by_team.get(team, 0) + quotas.held_by(runner)
-        by_app[runner.app] = by_app.get(runner.app, 0) + 1
-    if any(milli > quotas.borrowed_milli(state, team) for team, milli in by_team.items()):
-        return False
-    return all(count <= allowed(state, app_id, _running(state, app_id)) for app_id, count in by_app.items())
+    return all(milli <= quotas.borrowed_milli(state, team) for team, milli in by_team.items())
 
 
 def _running(state: State, app_id: str) -> int:
@@ -147,11 +154,40 @@ def _running(state: State, app_id: str) -> int:
 
 
 def tick(work: Work) -> None:
-    """Nodes that were kept free for long enough, or for nobody any more, are everybody's again."""
+    """Go on with what is under way, look again for who waits in front, and give back what is kept for nobody."""
     state, now_s = work.state, work.moment.now_s
     for node_id, app_id in list(state.reserved.items()):
-        if app_id not in state.waiting or now_s - state.reserved_at_s[node_id] >= RESERVED_S:
+        app = state.apps.get(app_id)
+        if app is None or app_id not in state.waiting or now_s - state.reserved_at_s[node_id] >= RESERVED_S:
             release(work, node_id)
+        elif node_id in state.runners_by_node:
+            spec = state.revision_of(app).spec
+            ask = Ask(app.id, team_of(app.id), avoid=reserved_for_others(state, app.id))
+            eligible = _eligible(state, app, spec, node_id)
+            leaving = any(state.runners[id_].goal is not Goal.RUN for id_ in state.runners_by_node[node_id])
+            if eligible and not leaving and (found := _fewest(state, node_id, eligible, spec, ask)) is not None:
+                _take(work, app, spec, found)
+    if not in_grace(state, now_s):
+        _look_again(work)
+
+
+def _look_again(work: Work) -> None:
+    """The first of classes that sleep, a few at a tick: who may be asked to leave changes without any capacity."""
+    state, now_s = work.state, work.moment.now_s
+    looks = 0
+    for need, why in list(state.waiting.asleep.items()):
+        app = state.apps.get(state.waiting.by_need[need][0][1])
+        if (
+            app is None
+            or why != PLACE
+            or state.preempt_at_s.get(app.id, 0.0) > now_s
+            or app.id in state.reserved.values()
+        ):
+            continue
+        looks += 1
+        if looks > LOOKS_PER_TICK_MAX:
+            return
+        preempt(work, app, state.revision_of(app).spec)
 
 
 def keep_free_no_more(work: Work, app_id: str) -> None:

@@ -52,6 +52,7 @@ def grow(work: Work, placer: Placer, app: App, revision: Revision, missing: int)
         work.put(assigned or runner, None)
         if assigned is None:
             note_pending(work, runner, revision)
+            _make_room(work, app, revision)
 
 
 def new_runner(work: Work, app: App, revision: Revision) -> Runner:
