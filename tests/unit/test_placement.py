@@ -344,10 +344,11 @@ def test_scores_that_were_brought_along_are_those_made_anew(steps: list[tuple[st
         state.apply(Change("k", None, App(f"t/app{at}", 1)))
     specs = (WHOLE, replace(WHOLE, gpu_milli=300), Spec("host", num_gpus=2))
     rows = np.arange(3)
+    keeping = FleetFragments(direct_max=0)
     for number, (name, gpu, milli) in enumerate(steps):
         run(state, f"t/app0-{number}", name, f"GPU-{name}-{gpu}", milli=milli)
         for spec in specs:
-            kept = fragments_of(state).score(spec, rows)
+            kept = keeping.follow(state).score(spec, rows)
             assert kept.tolist() == FleetFragments().follow(state).score(spec, rows).tolist()
 
 

@@ -15,6 +15,7 @@ from fal_scheduler.codec_spec import scale_from_pb, spec_from_pb
 from fal_scheduler.core.events import ApplyApp, DeleteApp, ScaleApp
 from fal_scheduler.core.explain import why_pending
 from fal_scheduler.core.model_commands import check_image, check_models
+from fal_scheduler.core.place import Ask
 from fal_scheduler.core.records import App, ModelState, Spec
 from fal_scheduler.core.secrets import check_secrets
 from fal_scheduler.core.state import State
@@ -65,7 +66,7 @@ def _current(state: State, app_id: str) -> Spec | None:
 
 def _reply(state: State, app_id: str, spec: Spec, before: Spec | None, outcome: str) -> cluster_pb2.ApplyAppReply:
     app = state.apps.get(app_id)
-    found = why_pending(state, spec)
+    found = why_pending(state, spec, Ask(app_id, team_of(app_id)))
     return cluster_pb2.ApplyAppReply(
         app=app_view(state, app) if app is not None else None,
         outcome=outcome,

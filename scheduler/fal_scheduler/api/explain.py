@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from fal_contract.errors import FalError, not_found
+from fal_contract.ids import team_of
 from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
 from fal_scheduler.api.runners import find_runner
 from fal_scheduler.api.views import app_view, node_view, placement_view
 from fal_scheduler.core.explain import explain as explain_nodes
 from fal_scheduler.core.explain import summarise
+from fal_scheduler.core.fleet_fragments import fragments_of
+from fal_scheduler.core.place import Ask
 from fal_scheduler.core.records import Node, Spec
+from fal_scheduler.core.starts import times_of
 from fal_scheduler.core.told import Health
 from fal_scheduler.core.views import failed_text
 from fal_scheduler.leadership import Leadership
@@ -47,7 +51,7 @@ def _app(leader: Leadership, app_id: str) -> cluster_pb2.ExplainReply:
         when = f"in {left_s:.0f} s" if left_s >= 0.5 else "now"
         reply.lines.append(f"{failed_text(backoff.failures, backoff.last)}; tried again {when}")
         reply.lines.extend(f"  | {line}" for line in backoff.last.log_tail)
-    _consider(reply, leader, state.revision_of(app).spec)
+    _consider(reply, leader, app_id, state.revision_of(app).spec)
     return reply
 
 
@@ -70,7 +74,7 @@ def _runner(leader: Leadership, view: cluster_pb2.RunnerView) -> cluster_pb2.Exp
     binding = view.runner.bindings[0]
     revision = state.revisions.get((binding.app, binding.revision))
     if not view.runner.node and revision is not None:
-        _consider(reply, leader, revision.spec)
+        _consider(reply, leader, binding.app, revision.spec)
     return reply
 
 
@@ -104,9 +108,11 @@ def _is_ready(state: int) -> bool:
     return state in (state_pb2.RUNNER_STATE_IDLE, state_pb2.RUNNER_STATE_RUNNING)
 
 
-def _consider(reply: cluster_pb2.ExplainReply, leader: Leadership, spec: Spec) -> None:
+def _consider(reply: cluster_pb2.ExplainReply, leader: Leadership, app_id: str, spec: Spec) -> None:
     """What placement would find for one more runner now."""
-    verdicts = explain_nodes(leader.view, spec)
+    state = leader.view
+    ask = Ask(app_id, team_of(app_id), hold_s=state.lifetimes.get(app_id, 0))
+    verdicts = explain_nodes(state, spec, ask, times_of(state, app_id), fragments_of(state).score)
     reply.placement.CopyFrom(placement_view(summarise(verdicts, spec)))
     for verdict in verdicts:
         reply.verdicts.add(

@@ -1,9 +1,9 @@
 """How placements fragment the fleet: the published score (`core.fragmentation`) on the fleet's own columns.
 
 Pure. The typical tasks are what the cluster's apps ask for, each app as often as it may have runners: that follows from
-the records alone, so that a new leader and a replay score alike; it needs no history and forgets none. Scores of one
-demand are kept for all rows and brought along where rows changed. A share that other teams' runners leave counts as
-free, which it is for that team.
+the records alone, so that a new leader and a replay score alike; it needs no history and forgets none. Where many rows
+are compared, a demand's scores of all rows are kept and brought along. A share that other teams' runners leave counts
+as free, which it is for that team.
 
 Read by placement, after time, price and spread. Must change nothing but its caches.
 """
@@ -23,6 +23,7 @@ from fal_scheduler.core.records import Spec
 from fal_scheduler.core.state import State
 from fal_scheduler.core.typical import TypicalTasks
 
+DIRECT_MAX: Final = 256  # rows are scored when asked; of more, the scores of all rows are kept
 RUNNERS_COUNTED_MAX: Final = 100  # of one app: a large limit is no forecast
 _DEMANDS_MAX = 256
 
@@ -30,7 +31,8 @@ _DEMANDS_MAX = 256
 class FleetFragments:
     """Scores for the fleet of one State; `score` has the shape that `Placer.place` takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, direct_max: int = DIRECT_MAX) -> None:
+        self._direct_max = direct_max
         self._fleet: Fleet | None = None
         self._made: tuple[int, int, int] | None = None
         self._kinds: list[tuple[str, int, str]] = []
@@ -77,6 +79,8 @@ class FleetFragments:
             return np.zeros(len(rows), np.int64)
         # Kinds are a filter that these rows have passed; of other rows the score means nothing.
         demand = self._demand(spec)._replace(kinds=())
+        if len(rows) <= self._direct_max:
+            return self._fragmentation.score(demand, rows)[0]
         have = self._kept.pop(demand, None)
         if have is None:
             if len(self._kept) >= _DEMANDS_MAX:

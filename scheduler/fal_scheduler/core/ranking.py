@@ -10,7 +10,7 @@ Pure. For each row that is feasible:
     urgent (somebody waits):   ready_ms + wishes_ms, where all within max(1 s, 15 % of the best ready_ms) of the best
                                count as equal; then money
     with a wait value:         (ready_ms + wishes_ms) × wait value + money, one cost
-    nobody waits:              money + wishes_ms × wait value; then ready_ms, in the same band
+    nobody waits:              money + wishes_ms × wait value; then ready_ms, in steps as wide as that band
 
 and then, for all: fewest runners of the app in the failure domain, least fragmentation, best fit (fewest GPUs left
 free, then MiB), node id. A wish counts for more than the band is wide, so that it is never lost in it; and the reclaim
@@ -34,6 +34,7 @@ from fal_scheduler.core.records import Spec
 Rows = NDArray[np.intp]
 ReadyFn = Callable[[Spec, Sequence[str]], Ints]  # milliseconds until the first output, one a node named
 FragmentsFn = Callable[[Spec, Rows], Ints]  # higher is better
+Key = Callable[[Rows], Ints]  # of places in a ranking's rows: the lower, the better
 
 BAND_MS: Final = 1000
 BAND_PERC: Final = 15
@@ -72,24 +73,25 @@ class Ranking:
         spec: Spec,
         ask: Ask,
         ready_ms: Ints,
-        unmet: Ints,
+        unmet: Ints | None,
         fragments: FragmentsFn | None = None,
     ) -> None:
-        """`ready_ms` and `unmet` (wishes): one a row of `rows`."""
+        """`ready_ms` and `unmet` (wishes; None: there are none): one a row of `rows`."""
         self._fleet, self.rows, self._spec, self._ask, self._fragments = fleet, rows, spec, ask, fragments
         self.ready_ms: Ints = np.minimum(ready_ms, READY_MAX_MS)
         self.best_ms = int(self.ready_ms.min())
-        self.wishes_ms: Ints = unmet * max(WISH_MS, self.best_ms * WISH_PERC // 100)
+        self._unmet = unmet
+        self._wish_ms = max(WISH_MS, self.best_ms * WISH_PERC // 100)
         self._band_ms = max(BAND_MS, self.best_ms * BAND_PERC // 100)
         self._wait = spec.placement.wait_value_micros_s or WAIT_VALUE_MICROS_S
-        self.money = self._money()
-        counts = fleet.domains_of_app.get(ask.app, {})
-        self.crowd: Ints = np.zeros(len(rows), np.int64)
-        for domain, count in counts.items():
-            self.crowd[fleet.domain[rows] == domain] = count
 
-    def _money(self) -> Ints:
-        fleet, rows, spec = self._fleet, self.rows, self._spec
+    def wishes_ms(self, at: Rows) -> Ints:
+        """What the unmet wishes of these count for."""
+        return self._unmet[at] * self._wish_ms if self._unmet is not None else np.zeros(len(at), np.int64)
+
+    def money(self, at: Rows) -> Ints:
+        """Micros for the expected hold of these, reclaims included."""
+        fleet, rows, spec = self._fleet, self.rows[at], self._spec
         hold_s = min(self._ask.hold_s or HOLD_S, HOLD_MAX_S)
         milli = spec.num_gpus * (spec.gpu_milli or WHOLE)
         loss = min(self.best_ms * self._wait // 1000, _LOSS_MAX_MICROS)
@@ -97,18 +99,34 @@ class Ranking:
         risk: Ints = fleet.reclaim[rows] * hold_s // 3600 * loss // 1_000_000
         return price + risk
 
-    def _keys(self) -> list[Ints]:
-        """What decides before fragmentation, the first first."""
+    def crowd(self, at: Rows) -> Ints:
+        """Runners of the app in the failure domains of these."""
+        found: Ints = np.zeros(len(at), np.int64)
+        counts = self._fleet.domains_of_app.get(self._ask.app)
+        if counts:
+            domains = self._fleet.domain[self.rows[at]]
+            for domain, count in counts.items():
+                found[domains == domain] = count
+        return found
+
+    def _keys(self) -> list[Key]:
+        """What decides before fragmentation, the first first; each for some of the rows."""
         if not self._ask.urgent:
-            money = self.money + self.wishes_ms * self._wait // 1000
-            return [money, self._banded(self.ready_ms), self.crowd]
+            return [
+                lambda at: self.money(at) + self.wishes_ms(at) * self._wait // 1000,
+                lambda at: self.ready_ms[at] // self._band_ms,
+                self.crowd,
+            ]
         if self._spec.placement.wait_value_micros_s:
-            return [(self.ready_ms + self.wishes_ms) * self._wait // 1000 + self.money, self.crowd]
-        return [self._banded(self.ready_ms + self.wishes_ms), self.money, self.crowd]
+            return [
+                lambda at: (self.ready_ms[at] + self.wishes_ms(at)) * self._wait // 1000 + self.money(at),
+                self.crowd,
+            ]
+        return [lambda at: self._banded(self.ready_ms[at] + self.wishes_ms(at)), self.money, self.crowd]
 
     def _banded(self, cost_ms: Ints) -> Ints:
-        best: int = cost_ms.min()
-        found: Ints = np.where(cost_ms <= best + self._band_ms, 0, cost_ms)
+        """Costs, those that count as equal to the best of them as 0."""
+        found: Ints = np.where(cost_ms <= cost_ms.min() + self._band_ms, 0, cost_ms)
         return found
 
     def _fragmentation(self, at: Rows) -> Ints:
@@ -127,13 +145,11 @@ class Ranking:
         """Where in `rows` the best one is, and how many were equal to it before fragmentation decided."""
         if len(self.rows) == 1:
             return 0, 1
-        at: Rows = np.arange(len(self.rows))
-        for key in self._keys():
-            values = key[at]
-            at = at[values == values.min()]
-        equal = len(at)
-        for rule in (self._fragmentation, self._left):
-            if len(at) > 1:
+        at, equal = np.arange(len(self.rows)), 0
+        for rule in (*self._keys(), None, self._fragmentation, self._left):
+            if rule is None:
+                equal = len(at)
+            elif len(at) > 1:
                 values = rule(at)
                 at = at[values == values.min()]
         return int(at[0]), equal
@@ -141,18 +157,19 @@ class Ranking:
     def order(self) -> list[int]:
         """Places in `rows`, the best first."""
         everywhere: Rows = np.arange(len(self.rows))
-        # Fragmentation is relative to what is compared, but a score of its own for each row: it sorts alike.
-        keys = [*self._keys(), self._fragmentation(everywhere), self._left(everywhere), self.rows]
+        rules = (*self._keys(), self._fragmentation, self._left)
+        keys = [*(rule(everywhere) for rule in rules), everywhere]
         return [int(at) for at in np.lexsort(keys[::-1])]
 
     def why(self, at: int, equal: int = 0) -> tuple[tuple[str, int], ...]:
         """The terms of one row, by name; zeros are left out, but for the time."""
+        one: Rows = np.array([at])
         terms = {
             "ready_ms": int(self.ready_ms[at]),
             "best_ready_ms": self.best_ms,
-            "wishes_ms": int(self.wishes_ms[at]),
-            "money_micros": int(self.money[at]),
-            "in_domain": int(self.crowd[at]),
+            "wishes_ms": int(self.wishes_ms(one)[0]),
+            "money_micros": int(self.money(one)[0]),
+            "in_domain": int(self.crowd(one)[0]),
             "gpus_left": int(self._fleet.free[self.rows[at]]),
             "feasible": len(self.rows),
             "equal": equal,
@@ -160,9 +177,14 @@ class Ranking:
         return tuple((name, value) for name, value in terms.items() if value or name == "ready_ms")
 
 
-def unmet_wishes(fleet: Fleet, rows: Rows, spec: Spec, ask: Ask, labels_missing: Ints | None) -> Ints:
-    """How many wishes of `spec` each row leaves unmet. `labels_missing`: preferred labels, one a row of the fleet."""
+def unmet_wishes(fleet: Fleet, rows: Rows, spec: Spec, ask: Ask, labels_missing: Ints | None) -> Ints | None:
+    """How many wishes of `spec` each row leaves unmet; None where it has none.
+
+    `labels_missing`: how many preferred labels each row of the fleet lacks.
+    """
     rules = spec.placement
+    if labels_missing is None and not (rules.affinity_preferred or rules.anti_affinity_preferred or rules.spread):
+        return None
     unmet: Ints = np.zeros(len(rows), np.int64)
     if labels_missing is not None:
         unmet += labels_missing[rows]
