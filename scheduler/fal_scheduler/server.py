@@ -37,6 +37,7 @@ from fal_contract.versions import software
 from fal_scheduler.api.roles import ROLES
 from fal_scheduler.api.schedulers import SchedulersService
 from fal_scheduler.api.service import AgentService, CacheService, ClusterService, ServingService, services
+from fal_scheduler.app_metrics import AppMetrics
 from fal_scheduler.blobs import ManifestBlobs
 from fal_scheduler.ca import CertificateAuthority, OwnIdentity
 from fal_scheduler.core.events import Logged, RedeemToken
@@ -141,6 +142,8 @@ class Scheduler:
         registry = CollectorRegistry()
         self._statistics = Statistics()
         registry.register(self._statistics)
+        self._apps = AppMetrics()
+        registry.register(self._apps)
         self._predictions = PredictionMetrics(registry)
         self._lag = LoopLag(registry)
         self._telemetry = TelemetryServer(registry, self._health)
@@ -270,7 +273,9 @@ class Scheduler:
     async def _sample(self) -> None:
         while True:
             calls = {f"rpc_{name}": float(value) for name, value in self._guard.statistics().items()}
-            predicted = self._predictions.sample(self._current.get().view if self._current.leads else None)
+            view = self._current.get().view if self._current.leads else None
+            predicted = self._predictions.sample(view)
+            self._apps.sample(view, self._clock.monotonic_s())
             self._statistics.sample({**self._leader.statistics(), **calls, **predicted})
             await asyncio.sleep(SAMPLE_INTERVAL_S)
 

@@ -5,7 +5,7 @@ Kept per app: the requests of the minute under way, two moving averages of reque
 15 minutes, each a moving average over days. Rates are in millionths of a request per minute.
 
 `expected` foretells the arrivals of the next seconds: the mean of both averages, and once a whole day was seen the
-profile's bin with equal weight (measured in `ops/bench forecast`, against the last value). Times are wall clock in
+profile's bin with equal weight (`falctl sim forecast` measures it against naive ones). Times are wall clock in
 UTC: the profile is of the day's hours. Must not decide anything: `core.scaling` does.
 """
 
@@ -18,7 +18,7 @@ MICRO: Final = 1_000_000
 MINUTE_S: Final = 60
 BIN_MINUTES: Final = 15
 BRING_BACK_MS: Final = 30_000  # where nobody has measured how long an app's runner takes to be ready
-WORTH_IT: Final = MICRO // 2  # one request in two such times
+WORTH_IT: Final = MICRO // 5  # one request in five such times; `falctl sim forecast` shows what that saves
 FORECAST_LOOK_S: Final = 15.0  # how often an app's forecast is looked at
 BINS: Final = 24 * 60 // BIN_MINUTES
 _FAST_MINUTES: Final = 8

@@ -28,7 +28,7 @@ BIN_S: Final = BIN_MINUTES * MINUTE_S
 REQUESTS_MAX: Final = 10_000_000
 LONGEST_S: Final = 86_400.0
 UNUSED_S: Final = 10.0
-BUDGETS: Final = (0.5, 0.2, 0.1)  # requests that must be expected while a runner starts; ours is the first
+BUDGETS: Final = (0.5, 0.2, 0.1)  # requests that must be expected while a runner starts; 0.2 is the scheduler's
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ def _by_app(requests: Iterable[Request]) -> Mapping[str, list[Request]]:
 
 def outcomes_of(requests: Sequence[Request], start_s: float, keep_alives: Sequence[float]) -> list[Outcome]:
     """Each keep_alive alone and with the forecast; and what keep_alive alone would cost for the same."""
-    apps, count = list(_by_app(requests).values()), len(requests)
+    apps, count = [_foretell(one, start_s) for one in _by_app(requests).values()], len(requests)
     found: list[Outcome] = []
     for keep_s in keep_alives:
         cold, busy_s = _all(apps, start_s, keep_s, 0.0)
@@ -197,37 +197,58 @@ def _ladder(keep_s: float) -> Iterable[float]:
         keep_s *= 1.15
 
 
-def _all(apps: Sequence[Sequence[Request]], start_s: float, keep_s: float, worth: float) -> tuple[int, float]:
+@dataclass(frozen=True, slots=True)
+class _App:
+    """One app's requests, and the minutes in which the forecast may start a runner, with the rate then."""
+
+    requests: Sequence[Request]
+    minutes: Sequence[tuple[float, int]]
+
+
+def _foretell(requests: Sequence[Request], start_s: float) -> _App:
+    """What is foretold depends on the requests alone, so it is worked out once."""
+    arrivals, minutes = Arrivals(), []
+    at_s, least = requests[0].at_s, round(min(BUDGETS) * MICRO)
+    for one in requests:
+        while (at_s := at_s + MINUTE_S) < one.at_s:
+            arrivals.advance(at_s)
+            rate = arrivals.rate_at(at_s + start_s)
+            if foretold_runners(rate, round(start_s * 1000), 0, 1, least):
+                minutes.append((at_s, rate))
+        at_s -= MINUTE_S
+        arrivals.note(1, one.at_s)
+    return _App(requests, minutes)
+
+
+def _all(apps: Sequence[_App], start_s: float, keep_s: float, worth: float) -> tuple[int, float]:
     cold, busy_s = 0, 0.0
-    for requests in apps:
-        one, seconds = _serve(requests, start_s, keep_s, worth)
+    for app in apps:
+        one, seconds = _serve(app, start_s, keep_s, round(worth * MICRO))
         cold, busy_s = cold + one, busy_s + seconds
     return cold, busy_s
 
 
-def _serve(requests: Sequence[Request], start_s: float, keep_s: float, worth: float) -> tuple[int, float]:
-    """One app's requests: (those that found no ready runner, seconds that a runner was there)."""
-    arrivals = Arrivals()
-    cold, busy_s = 0, 0.0
-    from_s = ready_s = until_s = float("-inf")  # of the runner that is there, or was last
-    looked_s, ahead_ms = requests[0].at_s, round(start_s * 1000)
-    for one in requests:
-        while worth and (looked_s := looked_s + MINUTE_S) < one.at_s:
-            arrivals.advance(looked_s)
-            if not foretold_runners(arrivals.rate_at(looked_s + start_s), ahead_ms, 0, 1, round(worth * MICRO)):
+def _serve(app: _App, start_s: float, keep_s: float, worth: int) -> tuple[int, float]:
+    """One app's requests: (without a ready runner, seconds that one was there). `worth` 0: no forecast."""
+    cold, busy_s, at = 0, 0.0, 0
+    from_s, ready_s, until_s = 0.0, 0.0, -1.0  # of the runner that is there, or was last
+    minutes = app.minutes if worth else ()
+    for one in app.requests:
+        while at < len(minutes) and minutes[at][0] < one.at_s:
+            look_s, rate = minutes[at]
+            at += 1
+            if not foretold_runners(rate, round(start_s * 1000), 0, 1, worth):
                 continue
-            if looked_s > until_s:  # it is gone: start one ahead of need
-                busy_s += until_s - from_s if from_s > 0 else 0.0
-                from_s, ready_s = looked_s, looked_s + start_s
+            if look_s > until_s:  # it is gone: start one ahead of need
+                busy_s += max(0.0, until_s - from_s)
+                from_s, ready_s = look_s, look_s + start_s
                 until_s = ready_s + UNUSED_S
-            until_s = max(until_s, looked_s + MINUTE_S)
-        looked_s -= MINUTE_S if worth else 0.0
+            until_s = max(until_s, look_s + MINUTE_S)
         if one.at_s > until_s:
-            busy_s += until_s - from_s if from_s > 0 else 0.0
+            busy_s += max(0.0, until_s - from_s)
             from_s, ready_s = one.at_s, one.at_s + start_s
         cold += one.at_s < ready_s
         until_s = max(until_s, max(one.at_s, ready_s) + one.takes_s + keep_s)
-        arrivals.note(1, one.at_s)
     return cold, busy_s + until_s - from_s
 
 
