@@ -11,7 +11,6 @@ were given a runner that needs it; nothing empty is kept. `log` names what chang
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Final
@@ -20,7 +19,6 @@ from fal_scheduler.core.cache_events import CachedFact, CacheTold
 
 LOG_MAX: Final = 8192  # changes that columns may lag behind before they are made anew
 SUM_SAMPLES_MAX: Final = 15
-UNDER_WAY_LOOKED_AT_MAX: Final = 64  # artifacts; beyond that a shared origin is busy anyway
 
 
 @dataclass(slots=True)
@@ -42,6 +40,7 @@ class CacheFacts:
         self.nodes: dict[str, CacheNodeFacts] = {}
         self.under_way: dict[str, dict[str, None]] = {}
         self.sums: dict[str, tuple[int, ...]] = {}  # source -> bytes per second that it gave several nodes together
+        self.flows: dict[str, tuple[int, int]] = {}  # source -> nodes that fetch, and what it gives them together
         self.best: dict[str, int] = {}  # source -> the most that it gave one node
         self.version = 0
         self.log: deque[tuple[str, str]] = deque(maxlen=LOG_MAX)
@@ -54,6 +53,7 @@ class CacheFacts:
             self._forget(event.node_id)
             return
         node = self.nodes.setdefault(event.node_id, CacheNodeFacts())
+        self._flow(node, -1)
         for artifact in [i for i in node.held if i not in event.put] if event.whole else event.gone:
             self._drop(event.node_id, node, artifact)
         for artifact, fact in event.put.items():
@@ -63,9 +63,11 @@ class CacheFacts:
         for source, rate in event.rates.items():
             node.rates[source] = rate
             self.best[source] = max(self.best.get(source, 0), rate)
+        self._flow(node, 1)
         self._note(event.node_id, "")
         for source in event.rates:
-            self._sum(source)
+            if self.flows.get(source, (0, 0))[0] > 1:
+                self.sums[source] = (*self.sums.get(source, ()), self.flows[source][1])[-SUM_SAMPLES_MAX:]
 
     def expect(self, node_id: str, artifact: str, size: int) -> None:
         """A runner was placed there that needs it: it will be fetched, if it is not there already."""
@@ -116,6 +118,7 @@ class CacheFacts:
         node = self.nodes.get(node_id)
         if node is None:
             return
+        self._flow(node, -1)
         for artifact in list(node.held):
             self._drop(node_id, node, artifact)
         for artifact in list(node.expected):
@@ -127,16 +130,17 @@ class CacheFacts:
         self.version += 1
         self.log.append((node_id, artifact))
 
-    def _sum(self, source: str) -> None:
-        """What a source gives all nodes that fetch now; with one alone it is no more than that node's rate."""
-        rates: dict[str, int] = {}
-        for artifact in _some(self.under_way, UNDER_WAY_LOOKED_AT_MAX):
-            for node_id in _some(self.under_way[artifact], UNDER_WAY_LOOKED_AT_MAX):
-                node = self.nodes[node_id]
-                if node.fetching and (rate := node.rates.get(source, 0)):
-                    rates[node_id] = rate
-        if len(rates) > 1:
-            self.sums[source] = (*self.sums.get(source, ()), sum(rates.values()))[-SUM_SAMPLES_MAX:]
+    def _flow(self, node: CacheNodeFacts, sign: int) -> None:
+        """What a node's sources give it counts while it fetches."""
+        if not node.fetching:
+            return
+        for source, rate in node.rates.items():
+            if rate:
+                count, total = self.flows.get(source, (0, 0))
+                if count + sign:
+                    self.flows[source] = count + sign, total + sign * rate
+                else:
+                    del self.flows[source]
 
     # --- asked ------------------------------------------------------------------------------------------------------
 
@@ -155,10 +159,6 @@ class CacheFacts:
             return fact.bytes_left if fact.fetching else 0
         node = self.nodes.get(node_id)
         return node.expected.get(artifact, 0) if node is not None else 0
-
-
-def _some(things: Iterable[str], count: int) -> list[str]:
-    return [one for one, _ in zip(things, range(count), strict=False)]
 
 
 __all__ = ["CacheFacts", "CacheNodeFacts"]
