@@ -25,6 +25,7 @@ from falctl import (
     nodes_out,  # noqa: F401  (adds its verbs to `node` and `pool`)
     operate,
     pools,
+    quotas,
     rollouts,  # noqa: F401  (adds its verbs to `app`)
     run,
     runner_exec,  # noqa: F401  (adds its verbs to `runner`)
@@ -71,6 +72,7 @@ app.add_typer(secrets.group, name="secret")
 app.add_typer(nodes.group, name="node")
 app.add_typer(gpus.group, name="gpu")
 app.add_typer(pools.group, name="pool")
+app.add_typer(quotas.group, name="quota")
 app.command("status")(operate.status)
 app.command("explain")(operate.explain)
 app.command("events")(events.events)

@@ -32,9 +32,9 @@ def recover(records: Mapping[str, bytes], *, term: int, revision: int, now_s: fl
     learnt_shards.load(state.learning, state.learnt.values())
     state.dirty.update(dict.fromkeys(state.apps))
     for runner in state.runners.values():
-        revision = state.revisions.get((runner.app, runner.revision))
-        if not runner.node and revision is not None:
-            enter(state, runner.app, revision.spec, runner.created_at_s)
+        asked = state.revisions.get((runner.app, runner.revision))
+        if not runner.node and asked is not None:
+            enter(state, runner.app, asked.spec, runner.created_at_s)
     state.grace_over = not state.runners  # there is nothing that a new leader could take for unused
     state.settled = not any(not node.revoked for node in state.nodes.values())
     return state, [found for part in invariants.audit(state) for found in part]

@@ -3446,3 +3446,144 @@ class GetUsageReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetUsageReply: _TypeAlias = GetUsageReply  # noqa: Y015
+
+@_typing.final
+class SetQuotaRequest(_message.Message):
+    """--- Quotas
+
+    Sets a quota.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEAM_FIELD_NUMBER: _builtins.int
+    GPU_MILLI_FIELD_NUMBER: _builtins.int
+    NO_BORROWING_FIELD_NUMBER: _builtins.int
+    team: _builtins.str
+    """Team."""
+    gpu_milli: _builtins.int
+    """Thousandths of GPUs."""
+    no_borrowing: _builtins.bool
+    """It may hold no more, also while nobody else waits."""
+    def __init__(
+        self,
+        *,
+        team: _builtins.str = ...,
+        gpu_milli: _builtins.int = ...,
+        no_borrowing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_milli", b"gpu_milli", "no_borrowing", b"no_borrowing", "team", b"team"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetQuotaRequest: _TypeAlias = SetQuotaRequest  # noqa: Y015
+
+@_typing.final
+class ListQuotasRequest(_message.Message):
+    """Asks for quotas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEAM_FIELD_NUMBER: _builtins.int
+    team: _builtins.str
+    """Only this team's; empty: all."""
+    def __init__(
+        self,
+        *,
+        team: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["team", b"team"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQuotasRequest: _TypeAlias = ListQuotasRequest  # noqa: Y015
+
+@_typing.final
+class ListQuotasReply(_message.Message):
+    """Quotas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUOTAS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaView]:
+        """In order of team."""
+
+    def __init__(
+        self,
+        *,
+        quotas: _abc.Iterable[Global___QuotaView] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quotas", b"quotas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQuotasReply: _TypeAlias = ListQuotasReply  # noqa: Y015
+
+@_typing.final
+class UnsetQuotaRequest(_message.Message):
+    """Takes a quota away."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEAM_FIELD_NUMBER: _builtins.int
+    team: _builtins.str
+    """Team."""
+    def __init__(
+        self,
+        *,
+        team: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["team", b"team"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnsetQuotaRequest: _TypeAlias = UnsetQuotaRequest  # noqa: Y015
+
+@_typing.final
+class QuotaView(_message.Message):
+    """A team's quota and what it holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUOTA_FIELD_NUMBER: _builtins.int
+    TEAM_FIELD_NUMBER: _builtins.int
+    HELD_GPU_MILLI_FIELD_NUMBER: _builtins.int
+    BORROWED_GPU_MILLI_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    team: _builtins.str
+    """Team."""
+    held_gpu_milli: _builtins.int
+    """Thousandths of GPUs that its runners hold."""
+    borrowed_gpu_milli: _builtins.int
+    """Of these, above its quota."""
+    waiting: _builtins.int
+    """Its apps that wait for a place."""
+    @_builtins.property
+    def quota(self) -> _state_pb2.Quota:
+        """Its quota; unset: it has none."""
+
+    def __init__(
+        self,
+        *,
+        quota: _state_pb2.Quota | None = ...,
+        team: _builtins.str = ...,
+        held_gpu_milli: _builtins.int = ...,
+        borrowed_gpu_milli: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quota", b"quota"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrowed_gpu_milli", b"borrowed_gpu_milli", "held_gpu_milli", b"held_gpu_milli", "quota", b"quota", "team", b"team", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotaView: _TypeAlias = QuotaView  # noqa: Y015

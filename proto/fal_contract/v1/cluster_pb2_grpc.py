@@ -326,6 +326,21 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.GetUsageRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.GetUsageReply.FromString,
                 _registered_method=True)
+        self.SetQuota = channel.unary_unary(
+                '/fal.v1.Cluster/SetQuota',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.SetQuotaRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.QuotaView.FromString,
+                _registered_method=True)
+        self.ListQuotas = channel.unary_unary(
+                '/fal.v1.Cluster/ListQuotas',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListQuotasRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListQuotasReply.FromString,
+                _registered_method=True)
+        self.UnsetQuota = channel.unary_unary(
+                '/fal.v1.Cluster/UnsetQuota',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.UnsetQuotaRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.QuotaView.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -742,6 +757,28 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetQuota(self, request, context):
+        """--- Quotas
+        Gives a team a quota of GPUs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListQuotas(self, request, context):
+        """Every team that has one, or holds GPUs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnsetQuota(self, request, context):
+        """Takes a quota away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1034,6 +1071,21 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.GetUsage,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.GetUsageRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.GetUsageReply.SerializeToString,
+            ),
+            'SetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetQuota,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.SetQuotaRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.QuotaView.SerializeToString,
+            ),
+            'ListQuotas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuotas,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.ListQuotasRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.ListQuotasReply.SerializeToString,
+            ),
+            'UnsetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnsetQuota,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.UnsetQuotaRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.QuotaView.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -2603,6 +2655,87 @@ class Cluster:
             '/fal.v1.Cluster/GetUsage',
             fal__contract_dot_v1_dot_cluster__pb2.GetUsageRequest.SerializeToString,
             fal__contract_dot_v1_dot_cluster__pb2.GetUsageReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/SetQuota',
+            fal__contract_dot_v1_dot_cluster__pb2.SetQuotaRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.QuotaView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuotas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/ListQuotas',
+            fal__contract_dot_v1_dot_cluster__pb2.ListQuotasRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.ListQuotasReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnsetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/UnsetQuota',
+            fal__contract_dot_v1_dot_cluster__pb2.UnsetQuotaRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.QuotaView.FromString,
             options,
             channel_credentials,
             insecure,

@@ -158,6 +158,14 @@ class ClusterStub:
     """--- Usage
     What containers used and what it costs, between two moments.
     """
+    SetQuota: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetQuotaRequest, _cluster_pb2.QuotaView]
+    """--- Quotas
+    Gives a team a quota of GPUs.
+    """
+    ListQuotas: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListQuotasRequest, _cluster_pb2.ListQuotasReply]
+    """Every team that has one, or holds GPUs."""
+    UnsetQuota: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.UnsetQuotaRequest, _cluster_pb2.QuotaView]
+    """Takes a quota away."""
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -288,6 +296,14 @@ class ClusterAsyncStub(ClusterStub):
     """--- Usage
     What containers used and what it costs, between two moments.
     """
+    SetQuota: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetQuotaRequest, _cluster_pb2.QuotaView]  # type: ignore[assignment]
+    """--- Quotas
+    Gives a team a quota of GPUs.
+    """
+    ListQuotas: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListQuotasRequest, _cluster_pb2.ListQuotasReply]  # type: ignore[assignment]
+    """Every team that has one, or holds GPUs."""
+    UnsetQuota: _aio.UnaryUnaryMultiCallable[_cluster_pb2.UnsetQuotaRequest, _cluster_pb2.QuotaView]  # type: ignore[assignment]
+    """Takes a quota away."""
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     """Served by the scheduler to roles viewer, operator and admin."""
@@ -763,5 +779,31 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         """--- Usage
         What containers used and what it costs, between two moments.
         """
+
+    @_abc_1.abstractmethod
+    def SetQuota(
+        self,
+        request: _cluster_pb2.SetQuotaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.QuotaView, _abc.Awaitable[_cluster_pb2.QuotaView]]:
+        """--- Quotas
+        Gives a team a quota of GPUs.
+        """
+
+    @_abc_1.abstractmethod
+    def ListQuotas(
+        self,
+        request: _cluster_pb2.ListQuotasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ListQuotasReply, _abc.Awaitable[_cluster_pb2.ListQuotasReply]]:
+        """Every team that has one, or holds GPUs."""
+
+    @_abc_1.abstractmethod
+    def UnsetQuota(
+        self,
+        request: _cluster_pb2.UnsetQuotaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.QuotaView, _abc.Awaitable[_cluster_pb2.QuotaView]]:
+        """Takes a quota away."""
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

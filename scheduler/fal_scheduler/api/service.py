@@ -31,6 +31,7 @@ from fal_scheduler.api import (
     join_tokens,
     nodes,
     pools,
+    quotas,
     rollouts,
     runners,
     secrets,
@@ -59,8 +60,8 @@ def _sized(reply: M, remedy: str) -> M:
 
 async def held(current: CurrentLeadership, context: Context) -> Leadership:
     """The term's parts; who asks to wait, having failed to reach the leader, is held until there is another."""
-    waits = any(key == WAIT_KEY for key, _ in context.invocation_metadata() or ())
-    return await current.soon(STANDBY_HOLD_S) if waits and not current.leads else current.get()
+    failed = next((value for key, value in context.invocation_metadata() or () if key == WAIT_KEY), "")
+    return await current.soon(STANDBY_HOLD_S, failed=failed) if failed and not current.leads else current.get()
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServicer):
@@ -217,6 +218,15 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
 
     async def GetUsage(self, request: cluster_pb2.GetUsageRequest, context: Context) -> cluster_pb2.GetUsageReply:
         return _sized(usage.get_usage(self._current.get(), request), "Ask for one team, or a shorter time.")
+
+    async def SetQuota(self, request: cluster_pb2.SetQuotaRequest, context: Context) -> cluster_pb2.QuotaView:
+        return await quotas.set_quota(self._current.get(), request, _actor())
+
+    async def ListQuotas(self, request: cluster_pb2.ListQuotasRequest, context: Context) -> cluster_pb2.ListQuotasReply:
+        return quotas.list_quotas(self._current.get(), request)
+
+    async def UnsetQuota(self, request: cluster_pb2.UnsetQuotaRequest, context: Context) -> cluster_pb2.QuotaView:
+        return await quotas.unset_quota(self._current.get(), request, _actor())
 
     async def SteerRollout(self, request: cluster_pb2.SteerRolloutRequest, context: Context) -> cluster_pb2.AppView:
         return await rollouts.steer_rollout(self._current.get(), request, _actor())
