@@ -15,6 +15,7 @@ import numpy as np
 from fal_contract.errors import FalError
 from fal_scheduler.codec import decode, encode
 from fal_scheduler.core import invariants, tokens
+from fal_scheduler.core.cache_events import CachedFact, CacheTold
 from fal_scheduler.core.catalog import Catalog
 from fal_scheduler.core.demand_events import AppDemand, DemandTold
 from fal_scheduler.core.events import (
@@ -697,12 +698,27 @@ def _random_gpu_step(world: World, node_id: str) -> None:
         world.report(node_id)
 
 
+def _random_cache_news(world: World, node_id: str, artifact: str) -> None:
+    """A cache tells what it holds and how fast bytes come, or is forgotten."""
+    rng = world.rng
+    if rng.randrange(8) == 0:
+        world.step(CacheTold(node_id, world.now_s, left=True))
+        return
+    ready = rng.randrange(2) == 0
+    fact = CachedFact(rng.randrange(10**9), 0, ready, not ready, 0 if ready else rng.randrange(10**9))
+    rates = {"origin:b": rng.randrange(10**9), "peer:n-0": rng.randrange(10**9)}
+    whole = rng.randrange(4) == 0
+    world.step(CacheTold(node_id, world.now_s, {artifact: fact}, rates=rates, fed_bytes_s=10**9, whole=whole))
+
+
 def _random_model_step(world: World) -> None:
     """Operators and the registrar do something about a model."""
     rng = world.rng
     id_ = rng.choice(MODELS)
     artifact = f"{rng.randrange(3)}" * 64
-    match rng.randrange(10):
+    match rng.randrange(13):
+        case 10 | 11 | 12:
+            _random_cache_news(world, rng.choice(sorted(world.nodes)), artifact)
         case 0 | 1 | 2 | 3:
             world.step(AddModel(Model(id_, rng.choice(("model", "lora")), "s3://b/m", artifact_id=artifact)))
         case 4:

@@ -12,7 +12,6 @@ import sys
 
 from origin_servers import HttpOrigin
 
-
 BLOCK_BYTES = 1 << 20
 
 

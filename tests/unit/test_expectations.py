@@ -9,7 +9,7 @@ import pytest
 from core_world import CountingIds
 from fal_scheduler.core import expectations, ready_at
 from fal_scheduler.core.cache_events import CachedFact, CacheTold
-from fal_scheduler.core.events import Logged, Moment, NodeHello, NodeReport
+from fal_scheduler.core.events import Logged, Moment, NodeHello, NodeReport, Tick
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.ready_at import ASSUMED_BYTES_S, NEVER_MS, Prediction
 from fal_scheduler.core.records import (
@@ -227,3 +227,13 @@ def test_a_runner_of_an_earlier_leader_is_ready_without_a_comparison(rig: Rig) -
     rig.put(runner)
     assert "predicted_ms" not in rig.ready(runner, 5.0, setup=3.0).facts
     assert rig.state.learning.families == {}
+
+
+def test_a_placement_that_was_taken_back_is_let_go_within_a_minute_or_so(rig: Rig) -> None:
+    runner = rig.place("r1", "n1")
+    rig.state.apply(Change(key_of(runner), runner, None))  # its commit failed
+    assert rig.state.predictions
+    for _ in range(2):
+        rig.now_s += expectations.SWEEP_EVERY_S
+        rig.core.step(Tick(), rig.moment)
+    assert (rig.state.predictions, rig.state.cache_facts.under_way) == ({}, {})

@@ -22,6 +22,7 @@ from fal_scheduler.core.told import RunnerStatus
 
 OUTCOMES_MAX: Final = 1024
 EXPECTED_MAX: Final = 100_000  # placements that are not ready yet; the oldest are let go
+SWEEP_EVERY_S: Final = 60.0
 MILLI: Final = 1000
 PPM: Final = 1_000_000
 _SUBJECT_OF: Final = {"make": "image", "start": "image", "setup": "app", "compile": "app"}
@@ -89,6 +90,17 @@ def forget(state: State, runner_id: str) -> Expectation | None:
     return gone
 
 
+def sweep(state: State, *, now_s: float) -> None:
+    """Let go, from time to time, of placements that were taken back with their commit."""
+    if now_s - state.learning.swept_at_s < SWEEP_EVERY_S:
+        return
+    state.learning.swept_at_s = now_s
+    for runner_id, made in list(state.predictions.items()):
+        runner = state.runners.get(runner_id)
+        if runner is None or runner.node != made.prediction.node_id:
+            forget(state, runner_id)
+
+
 def ready(state: State, runner: Runner, status: RunnerStatus, *, arrived_s: float, wall_s: float) -> dict[str, str]:
     """It serves: compare, learn, and say it in words for the event. Empty where nothing was predicted."""
     made = forget(state, runner.id)
@@ -138,4 +150,4 @@ def _learn(state: State, made: Expectation, actual: dict[str, int], node_id: str
         state.learning.learn(family, x, y, [f"app/{made.app}", f"pool/{pool}", f"node/{node_id}"], wall_s=wall_s)
 
 
-__all__ = ["Expectation", "forget", "placed", "ready"]
+__all__ = ["Expectation", "forget", "placed", "ready", "sweep"]

@@ -70,6 +70,7 @@ class Learning:
         self.log: deque[tuple[str, str]] = deque(maxlen=LOG_MAX)
         self.unsaved: dict[str, None] = {}  # "family", or "family|subject", in the order of their first change
         self.saved_at_s = 0.0  # monotonic
+        self.swept_at_s = 0.0
 
     # --- asked ------------------------------------------------------------------------------------------------------
 

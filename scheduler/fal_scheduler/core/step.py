@@ -17,6 +17,7 @@ from fal_scheduler.core import (
     commands,
     demand_news,
     drain,
+    expectations,
     gpu_commands,
     invariants,
     learnt_shards,
@@ -251,6 +252,7 @@ def _tick(work: Work, event: Tick) -> None:
     scaling.tick(work)
     builds.tick(work)
     learnt_shards.save(work)
+    expectations.sweep(state, now_s=now_s)
     rollout.tick(work)
     drain.tick(work)
     usage.tick(work)
