@@ -42,7 +42,7 @@ def list_gpus(
             (
                 row["id"], row["node_name"], row["pool"], f"{row['model']} {row['mig_profile']}".strip(),
                 format_bytes(row["memory_bytes"]), str(row["temperature_c"]), health_text(row),
-                ", ".join(row["runners"]) or ("free" if row["free"] else "-"),
+                holders_text(row) or ("free" if row["free"] else "-"),
             )
             for row in rows
         ),
@@ -63,16 +63,23 @@ def _rows(request: Any) -> list[dict[str, Any]]:
             row = {**to_json(gpu), "node": view.node.id, "node_name": view.node.name, "pool": view.node.pool}
             held = holders.get((view.node.id, gpu.id), [])
             # `runner`: the first, as this said before several could share one.
-            rows.append(row | {"free": gpu.id in idle, "runner": held[0] if held else "", "runners": held})
+            shares = {one.id: one.gpu_milli / 1000 if one.gpu_milli else 1.0 for one in held}
+            row |= {"free": gpu.id in idle, "runner": next(iter(shares), ""), "runners": list(shares)}
+            rows.append(row | {"shares": shares})
     return rows
 
 
-def _holders(runners: Any) -> dict[tuple[str, str], list[str]]:
-    held: dict[tuple[str, str], list[str]] = {}
+def _holders(runners: Any) -> dict[tuple[str, str], list[Any]]:
+    held: dict[tuple[str, str], list[Any]] = {}
     for view in runners:
         for gpu in view.runner.gpus:
-            held.setdefault((view.runner.node, gpu), []).append(view.runner.id)
+            held.setdefault((view.runner.node, gpu), []).append(view.runner)
     return held
+
+
+def holders_text(row: dict[str, Any]) -> str:
+    """Who holds it; those that share it with their share: `default/a-1 (0.5)`."""
+    return ", ".join(id_ if share == 1.0 else f"{id_} ({share:g})" for id_, share in row["shares"].items())
 
 
 def health_text(row: dict[str, Any]) -> str:
@@ -110,7 +117,7 @@ def show(node: NodeArgument, gpu: GpuArgument, json: JsonFlag = False) -> None:
             ("now", f"{row['temperature_c']} °C, {row['power_w']} W"),
             ("place", f"PCI {row['pci_bus_id']}" + (f", NUMA {row['numa_node']}" if row["numa_node"] >= 0 else "")),
             ("links", ", ".join(f"{link['count']} {link['kind']} to {link['peer_id']}" for link in row["links"])),
-            ("runners", ", ".join(row["runners"]) or ("free" if row["free"] else "none, and not free")),
+            ("runners", holders_text(row) or ("free" if row["free"] else "none, and not free")),
         ]
     )
 

@@ -34,7 +34,7 @@ def list_runners(
         ("RUNNER", "STATE", "NODE", "GPUS", "SERVED", "AGE", "REASON"),
         (
             (
-                view.runner.id, state_text(view), view.node_name or "-", str(len(view.runner.gpus)),
+                view.runner.id, state_text(view), view.node_name or "-", _gpus(view.runner),
                 str(view.status.served), _age(view), view.reason,
             )
             for view in views
@@ -63,6 +63,11 @@ def _age(view: Any) -> str:
 
 def _assignment(runner: Any) -> str:
     return f"{runner.assignment.id} (term {runner.assignment.term})" if runner.HasField("assignment") else ""
+
+
+def _gpus(runner: Any) -> str:
+    """How many: a share of one as a fraction."""
+    return f"{runner.gpu_milli / 1000:g}" if runner.gpu_milli else str(len(runner.gpus))
 
 
 def _next_try(view: Any) -> str:
@@ -94,6 +99,7 @@ def show(runner: str, json: JsonFlag = False) -> None:
             ("app", ", ".join(f"{b.app}@{b.revision}" for b in view.runner.bindings)),
             ("node", f"{view.node_name} ({view.runner.node})" if view.runner.node else ""),
             ("GPUs", ", ".join(view.runner.gpus)),
+            ("share", f"{view.runner.gpu_milli / 1000:g} of the GPU" if view.runner.gpu_milli else ""),
             ("models", ", ".join(r.model for r in view.runner.residencies)),
             ("assignment", _assignment(view.runner)),
             ("failures", str(view.failures) if view.failures else ""),
