@@ -92,11 +92,13 @@ def idle_runners(work: Work, *, but: str = "") -> list[Idle]:
         app = state.apps.get(app_id)
         if app is None or app_id == but or app.deleting or app.rollout is not None or app_id in state.frozen:
             continue
-        ready = [one for id_ in state.runners_by_app.get(app_id, ()) if _ready(state, one := state.runners[id_])]
+        runners = (state.runners[id_] for id_ in state.runners_by_app.get(app_id, ()))
+        ready = [runner for runner in runners if _ready(state, runner)]
         if not ready:
             continue
         spare = len(ready) - needed(state, app, state.scaling_of(app), now_s, wall_s).runners
-        idle = sorted((one for runner in ready if (one := _idle(work, runner)) is not None), key=lambda one: one.order)
+        unused = (_idle(work, runner) for runner in ready)
+        idle = sorted((one for one in unused if one is not None), key=lambda one: one.order)
         found += idle[: max(0, spare)]
     return sorted(found, key=lambda one: one.order)
 

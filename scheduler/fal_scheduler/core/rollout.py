@@ -302,3 +302,5 @@ def give_way(work: Work, app: App, old: Runners, keep: int, wanted: int) -> None
         stop(work, runner, Goal.STOP, "")
     for runner, goal in surplus:
         stop(work, runner, goal, f"replaced by revision {app.revision}")
+    if rollout is not None and rollout.phase == RECREATING:  # those without a node are gone at once, and tell nothing
+        work.state.demand.look(app.id, work.moment.now_s)
