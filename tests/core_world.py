@@ -581,9 +581,9 @@ def random_step(world: World) -> None:
                 spec, digest = replace(spec, priority=rng.choice((-20, 20))), f"{digest} of some priority"
             if rng.randrange(2) == 0:
                 policy = RolloutPolicy(
-                    recreate=rng.randrange(4) == 0,
+                    strategy=rng.choice(("", "", "", "recreate")),
                     canary_perc=rng.choice((0, 0, 30)),
-                    rollback=rng.randrange(4) > 0,
+                    no_rollback=rng.randrange(4) == 0,
                     deadline_s=rng.choice((0.0, 30.0)),
                     canary_hold_s=rng.choice((0.0, 10.0)),
                 )

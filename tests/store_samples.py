@@ -5,7 +5,7 @@ read what an earlier one wrote. For a new format, kind or record version, record
 `v1`: release 0.1. `v1-weights`: models with artifacts, wishes, entries of the compile cache, specs that stream.
 `v1-caches`: a build task of the compile cache, an app that names entries. `v1-images`: a task that packs an image, an
 image, a secret, an app with image, network, port and bounds of drivers and resources. `v1-learnt`: a shard of what was
-learnt of starts.
+learnt of starts. `v1-operated`: a node that is drained, a quota, a rollout, shares of GPUs, rules of placement, usage.
 """
 
 from __future__ import annotations
@@ -25,28 +25,36 @@ from fal_scheduler.core.records import (
     Binding,
     BuildTask,
     CacheEntry,
+    Drain,
     Goal,
     ImageFacts,
     Meta,
     Model,
     ModelState,
     Node,
+    PlacementRules,
     Pool,
     Probe,
+    Quota,
     Record,
     Residency,
     Resources,
     Revision,
     Revocation,
+    Rollout,
+    RolloutPolicy,
     Runner,
     ScaleOverride,
     Scaling,
     Secret,
     Spec,
+    Usage,
+    UsageDay,
     Wish,
     key_of,
 )
 from fal_scheduler.core.tokens import JoinToken
+from fal_scheduler.core.usage_records import UsageRow
 from fal_scheduler.store.interface import Write
 from fal_scheduler.store.sqlite import SqliteStore
 
@@ -257,12 +265,51 @@ LEARNT: Final[tuple[Record, ...]] = (
         (("rest", (0, 120, 1_700_000_000)), ("rest|node/n-4f7a20c1d9e8", (1_700_000_000, 950, 1100))),
     ),
 )
+OPERATED: Final[tuple[Record, ...]] = (
+    Meta("c-7k2m", 3, "i-9q4c", MADE_AT_S),
+    Pool("spot", zone="room2", spot=True, generation=3, reclaim_per_hour_ppm=50_000, lost_declared_at_s=MADE_AT_S),
+    Node(
+        "n-4f7a20c1d9e8", "rack1-node3", "spot", cordoned=True, cordon_reason="fan", joined_at_s=MADE_AT_S,
+        drain=Drain("maintenance", "fan", MADE_AT_S, MADE_AT_S + 3600.0, True, True, "operator/ada"),
+        quarantined_gpus={"GPU-1": "falls off the bus"},
+    ),
+    Quota("team1", 8000, borrow=False, generation=2),
+    App(
+        "team1/canary", 2,
+        ScaleOverride(0, 8, 30.5, 1, 20, 0.5, 60.0, 2), generation=9, created_at_s=MADE_AT_S,
+        rollout=Rollout(1, 2, "canary", True, "exit code 1", MADE_AT_S, MADE_AT_S + 9.0, 1, 25),
+    ),
+    Revision(
+        "team1/canary",
+        2,
+        Spec(
+            "host", ("serve",), num_gpus=1, gpu_milli=250, priority=-20, scaling=Scaling(forecast_concurrency=2),
+            placement=PlacementRules(
+                {"disk": "nvme"}, ("team1/a",), ("team1/b",), ("team1/c",), ("team1/d",), "domain", "nvlink", 5000
+            ),
+            rollout=RolloutPolicy("", 25, 50, True, 600.0, 300.0),
+        ),
+        "ef" * 32,
+        MADE_AT_S,
+    ),
+    Revision("team1/canary", 1, Spec("host", ("serve",), num_gpus=1, mig_profile="1g.10gb"), "fe" * 32, MADE_AT_S),
+    Runner(
+        "team1/canary-7k2m9q4c", "team1/canary", (Binding("team1/canary", 2),), MADE_AT_S, "n-4f7a20c1d9e8", ("GPU-2",),
+        AssignmentRef("a1b2c3d4", 5, 17), gpu_milli=250, priority=-20,
+    ),
+    Usage(
+        "a0", "team1/canary", 1, "team1/canary-1a2b3c4d", "spot", "n-4f7a20c1d9e8", "H100-80GB", 2, 0, MADE_AT_S,
+        MADE_AT_S + 90.5, 181_000, 60_000, 12, 2_500_000, True,
+    ),
+    UsageDay("2023-11-14", 0, (UsageRow("team1/canary", "spot", "H100-80GB", 181_000, 60_000, 12, 125_694, 1),)),
+)  # fmt: skip
 SETS: Final[dict[str, tuple[Record, ...]]] = {
     "v1": RECORDS,
     "v1-weights": WEIGHTS,
     "v1-caches": CACHES,
     "v1-images": IMAGES,
     "v1-learnt": LEARNT,
+    "v1-operated": OPERATED,
 }
 
 

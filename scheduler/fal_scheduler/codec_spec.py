@@ -195,10 +195,10 @@ def _placement_from_pb(rules: pb.PlacementRules) -> PlacementRules:
 
 def _policy_to_pb(policy: RolloutPolicy) -> pb.RolloutPolicy:
     return pb.RolloutPolicy(
-        strategy="recreate" if policy.recreate else "",
+        strategy=policy.strategy,
         canary_perc=policy.canary_perc,
         max_disturbed_perc=policy.max_disturbed_perc,
-        no_rollback=not policy.rollback,
+        no_rollback=policy.no_rollback,
         deadline_s=policy.deadline_s,
         canary_hold_s=policy.canary_hold_s,
     )
@@ -206,10 +206,10 @@ def _policy_to_pb(policy: RolloutPolicy) -> pb.RolloutPolicy:
 
 def _policy_from_pb(policy: pb.RolloutPolicy) -> RolloutPolicy:
     return RolloutPolicy(
-        policy.strategy == "recreate",
+        policy.strategy,
         policy.canary_perc,
         policy.max_disturbed_perc,
-        not policy.no_rollback,
+        policy.no_rollback,
         policy.deadline_s,
         policy.canary_hold_s,
     )

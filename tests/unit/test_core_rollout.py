@@ -94,7 +94,7 @@ def test_a_large_share_rolls_at_once() -> None:
 
 
 def test_a_revision_that_cannot_be_placed_never_takes_down_the_one_that_serves() -> None:
-    for policy in (RolloutPolicy(), RolloutPolicy(recreate=True), RolloutPolicy(canary_perc=50)):
+    for policy in (RolloutPolicy(), RolloutPolicy(strategy="recreate"), RolloutPolicy(canary_perc=50)):
         fleet = serving_four()
         fleet.apply("two", policy, gpus=16)
         fleet.rounds(30, least=4)
@@ -104,7 +104,7 @@ def test_a_revision_that_cannot_be_placed_never_takes_down_the_one_that_serves()
 
 def test_recreate_stops_first_and_starts_then() -> None:
     fleet = serving_four()
-    fleet.apply("two", RolloutPolicy(recreate=True))
+    fleet.apply("two", RolloutPolicy(strategy="recreate"))
     assert {one.goal for one in fleet.runners(1)} == {Goal.DRAIN}
     assert not fleet.runners(2)
     for _ in range(30):
@@ -142,7 +142,7 @@ def test_one_that_never_serves_is_rolled_back_at_its_deadline() -> None:
 def test_without_rollback_it_stays_and_says_so() -> None:
     fleet = serving_four()
     fleet.broken = {2}
-    fleet.apply("two", RolloutPolicy(rollback=False))
+    fleet.apply("two", RolloutPolicy(no_rollback=True))
     fleet.rounds(120, least=4)
     assert fleet.app.revision == 2
     assert ("ROLLOUT_FAILED", APP) in fleet.world.state.alarms

@@ -96,12 +96,22 @@ class PlacementRules:
 class RolloutPolicy:
     """How a new revision takes over; 0: the default, see the properties."""
 
-    recreate: bool = False
+    strategy: str = ""
     canary_perc: int = 0
     max_disturbed_perc: int = 0
-    rollback: bool = True
+    no_rollback: bool = False
     deadline_s: float = 0.0
     canary_hold_s: float = 0.0
+
+    @property
+    def recreate(self) -> bool:
+        """Whether old runners stop before new ones start."""
+        return self.strategy == "recreate"
+
+    @property
+    def rollback(self) -> bool:
+        """Whether the revision before runs again when this one fails."""
+        return not self.no_rollback
 
     @property
     def disturbed_perc(self) -> int:
