@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from fal_scheduler.core.fragmentation import WHOLE
 from fal_scheduler.sim.__main__ import main
 from fal_scheduler.sim.openb import arrivals, load, shares_of
 from fal_scheduler.sim.placing import POLICIES, Run, once_through
+from falctl.main import app
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OPENB = REPOSITORY.parent / "shared" / "data" / "openb"
@@ -135,6 +137,17 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as usage:
         main(["nonsense"])
     assert usage.value.code == 2
+
+
+def test_falctl_hands_its_words_and_the_exit_code_through(
+    files: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sim", "place", "--nodes", str(files["nodes"]), "--pods", str(files["pods"]), "--seeds", "1", "--json"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert json.loads(capfd.readouterr().out)["policies"][0]["policy"] == "falctl"
+    assert CliRunner().invoke(app, [*words, "--policy", "none"]).exit_code == 1
+    assert "error: policy = 'none' is not known" in capfd.readouterr().err
+    assert CliRunner().invoke(app, ["sim", "place"]).exit_code == 2
 
 
 @pytest.mark.skipif(not OPENB.exists(), reason=f"the openb trace is not at {OPENB}")
