@@ -129,8 +129,7 @@ class State:
         """What is the leader's own."""
         self.term = 0
         self.store_revision = 0
-        self.term_began_s = 0.0
-        self.stall_total_s = 0.0
+        self.term_began_s = self.stall_total_s = 0.0
         self.grace_over = False  # after the first minutes of the term
 
     # --- records ----------------------------------------------------------------------------------------------------
