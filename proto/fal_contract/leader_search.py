@@ -27,15 +27,18 @@ HINTS_MAX: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """Where to, and whether a standby there should hold the call until somebody leads."""
+    """Where to. `wait`: a standby there holds the call while it knows no leader but the one at this address.
+
+    "-": while it knows none; empty: it answers at once.
+    """
 
     address: str
-    wait: bool = False
+    wait: str = ""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What the call carries."""
-        return ((WAIT_KEY, "1"),) if self.wait else ()
+        return ((WAIT_KEY, self.wait),) if self.wait else ()
 
 
 class LeaderSearch:
@@ -48,7 +51,7 @@ class LeaderSearch:
         self._position = 0
         self._hints: deque[str] = deque()
         self._tried: dict[str, None] = {}  # hints dialled since the last success
-        self._doubt = False  # who is said to lead does not answer
+        self._failed = ""  # who was said to lead and does not answer; "-": nobody is said to
         self._connected = False
         self._dialled = Dial(self._addresses[0])
 
@@ -60,18 +63,19 @@ class LeaderSearch:
     def next(self) -> Dial:
         """Where to dial now."""
         if self._hints:
-            self._dialled = Dial(self._hints.popleft())
+            self._dialled = Dial(self._hints.popleft(), "-")  # it may be loading the records still
         else:
             if self._position == len(self._addresses):
                 self._position = 0
                 self._tried.clear()
-            self._dialled = Dial(self._addresses[self._position], self._doubt)
+            self._dialled = Dial(self._addresses[self._position], self._failed)
             self._position += 1
         return self._dialled
 
     def connected(self) -> None:
         """The address dialled last answered as the leader."""
-        self._connected, self._doubt = True, False
+        self._connected, self._failed = True, ""
+        self._position = 0
         self._hints.clear()
         self._tried.clear()
 
@@ -81,19 +85,25 @@ class LeaderSearch:
         self._connected = False
         if error.code is Code.NOT_LEADER:
             if not error.leader:
-                self._doubt = True
-                return False
+                self._failed = self._failed or "-"
+                return self._more
             new = [one for one in dict.fromkeys(error.leader) if one not in self._tried and one != here]
             self._hints = deque(new[:HINTS_MAX])
             self._tried.update(dict.fromkeys(self._hints))
-            self._doubt = self._doubt or not new
-            return bool(new)
-        self._doubt = True
+            self._failed = self._failed or "-"
+            return bool(new) or self._more
+        if was_connected or here in self._tried or not self._failed:
+            self._failed = here
         if was_connected and here not in self._tried:  # a restart, or a link that flapped: it may lead still
             self._tried[here] = None
             self._hints.appendleft(here)
             return True
-        return bool(self._hints)
+        return bool(self._hints) or self._more
+
+    @property
+    def _more(self) -> bool:
+        """Whether this round of the list goes on; pauses are between rounds."""
+        return self._position < len(self._addresses)
 
 
 @runtime_checkable

@@ -63,7 +63,7 @@ class Directory:
         self._trouble = ""
         if self._roster.leader:
             self.found.set()
-        self._current.see(self._roster.addresses_of(self._roster.leader))
+        self._current.see(self.leader_addresses)
 
     @property
     def knows_leader(self) -> bool:

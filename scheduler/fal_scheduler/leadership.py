@@ -94,12 +94,11 @@ class CurrentLeadership:
             raise not_leading(self._leader)
         return self._now
 
-    async def soon(self, wait_s: float) -> Leadership:
-        """As `get`, once this process leads, or another leads than the one known now; `wait_s` at most."""
-        named = self._leader
+    async def soon(self, wait_s: float, *, failed: str = "") -> Leadership:
+        """As `get`, once this process leads, or another is known to lead than at `failed`; `wait_s` at most."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
-                while self._now is None and self._seen and self._leader in ((), named):
+                while self._now is None and self._seen and (not self._leader or failed in self._leader):
                     await self._changed.wait()
         return self.get()
 

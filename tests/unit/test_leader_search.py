@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from fal_contract import rpc
 from fal_contract.errors import Code, FalError
 from fal_contract.leader_search import WAIT_KEY, Dial, LeaderSearch
 from fal_contract.v1 import errors_pb2
+from fal_scheduler.leadership import CurrentLeadership
 
 GONE = FalError(Code.UNAVAILABLE, "connection refused", remedy="Wait.")
 
@@ -23,7 +26,7 @@ def test_without_hints_the_list_goes_round() -> None:
     dialled = []
     for _ in range(5):
         dialled.append(search.next().address)
-        assert not search.failed(GONE)
+        assert search.failed(GONE) == (dialled[-1] == "a:1")  # a pause after each round
     assert dialled == ["a:1", "b:1", "a:1", "b:1", "a:1"]
 
 
@@ -31,7 +34,7 @@ def test_a_hint_is_dialled_at_once_and_may_be_unknown_to_the_configuration() -> 
     search = LeaderSearch(["a:1"])
     search.next()
     assert search.failed(standby("10.0.0.9:7420"))
-    assert search.next() == Dial("10.0.0.9:7420")
+    assert search.next() == Dial("10.0.0.9:7420", wait="-")
     search.connected()
     assert search.dialled == "10.0.0.9:7420"
 
@@ -42,7 +45,7 @@ def test_two_that_name_each_other_make_no_loop() -> None:
     for _ in range(100):
         here = search.next().address
         at_once += search.failed(standby("b:1" if here == "a:1" else "a:1"))
-    assert at_once <= 100 * 2 / 3  # each round of the list may follow each hint once, and pauses
+    assert at_once <= 75  # a round follows each hint once, and pauses
 
 
 def test_when_the_leader_does_not_answer_standbys_are_asked_to_wait() -> None:
@@ -50,15 +53,17 @@ def test_when_the_leader_does_not_answer_standbys_are_asked_to_wait() -> None:
     assert search.next() == Dial("a:1")
     search.connected()
     assert search.failed(GONE)  # its stream broke: once more there, at once
-    assert search.next() == Dial("a:1")
-    assert not search.failed(GONE)
+    assert search.next() == Dial("a:1", wait="-")
+    assert search.failed(GONE)
+    assert search.next() == Dial("a:1", wait="a:1")  # its turn in the list
+    assert search.failed(GONE)
     waiting = search.next()
-    assert waiting == Dial("b:1", wait=True)
-    assert waiting.metadata == ((WAIT_KEY, "1"),)
-    assert not search.failed(standby("a:1"))  # the dead one is still named: it was tried
-    assert search.next() == Dial("c:1", wait=True)
+    assert waiting == Dial("b:1", wait="a:1")
+    assert waiting.metadata == ((WAIT_KEY, "a:1"),)
+    assert search.failed(standby("a:1"))  # the dead one is still named: it was tried, the list goes on
+    assert search.next() == Dial("c:1", wait="a:1")
     assert search.failed(standby("b:1"))  # another leads by now
-    assert search.next() == Dial("b:1")
+    assert search.next() == Dial("b:1", wait="-")
     search.connected()
     assert search.failed(GONE)
 
@@ -95,3 +100,24 @@ def test_the_hint_travels_with_the_error_and_is_bounded() -> None:
     assert pair[0] == rpc.ERROR_KEY
     detail = errors_pb2.ErrorDetail.FromString(pair[1])
     assert list(detail.leader) == [f"10.0.0.{n}:7420" for n in range(8)]
+
+
+def test_a_standby_holds_only_who_failed_at_the_leader_that_it_knows() -> None:
+    async def body() -> None:
+        current = CurrentLeadership()
+        current.see(("dead:1",))
+        for failed, seconds_s in (("other:1", 30.0), ("dead:1", 0.01), ("-", 30.0)):
+            with pytest.raises(FalError) as caught:  # only the second waits for its time
+                await asyncio.wait_for(current.soon(seconds_s, failed=failed), 10)
+            assert caught.value.leader == ("dead:1",)
+        waiting = asyncio.create_task(current.soon(30.0, failed="dead:1"))
+        await asyncio.sleep(0)
+        current.see(())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        current.see(("next:1",))
+        with pytest.raises(FalError) as caught:
+            await asyncio.wait_for(waiting, 10)
+        assert caught.value.leader == ("next:1",)
+
+    asyncio.run(body())
