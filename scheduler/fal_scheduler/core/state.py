@@ -72,9 +72,6 @@ class State:
         self.revocations: dict[str, Revocation] = {}
         self.apps: dict[str, App] = {}
         self.revisions: dict[tuple[str, int], Revision] = {}
-        self.draining: dict[str, None] = {}  # nodes with a drain under way
-        self.reboots: dict[str, str] = {}  # nodes that were told to reboot, with their boot id before
-        self.rolling: dict[str, None] = {}  # apps with a rollout under way
         self.catalog = Catalog()  # models, wishes, cache entries
         self.runners: dict[str, Runner] = {}
         self.secrets: dict[str, Secret] = {}
@@ -86,18 +83,31 @@ class State:
         self.runners_by_app: dict[str, dict[str, None]] = {}
         self.runners_by_node: dict[str, dict[str, None]] = {}
         self.runners_by_assignment: dict[str, dict[str, None]] = {}  # one each, unless an invariant is broken
+        self.draining: dict[str, None] = {}  # nodes with a drain under way
+        self.rolling: dict[str, None] = {}  # apps with a rollout under way
+        self.held_milli: dict[str, int] = {}  # by team: thousandths of GPUs that its runners hold
         self.fleet = Fleet()
-        # Told, or decided by this leader for itself.
+        # Told.
         self.live: dict[str, NodeLive] = {}
         self.orphans: dict[tuple[str, str], None] = {}  # (node id, runner id)
+        self.demand = Demand()  # what gateways ask for, how runners are used
+        self.cache_facts = CacheFacts()  # what nodes' weight caches hold, and rates, as far as placement looks
+        self.learning = Learning()  # how long parts of a start take
+        self.predictions: dict[str, Expectation] = {}  # of runners that are not ready yet
+        self.outcomes: dict[str, Expectation] = {}  # of those that became ready last
+        self.lifetimes: dict[str, int] = {}  # by app: seconds that its runners lived, the last ones most
+        self._make_decided()
+        self._make_waiting()
+        self._make_own()
+
+    def _make_decided(self) -> None:
+        """What this leader decided for itself."""
         self.backoffs: dict[str, Backoff] = {}  # by app
         self.apps_version = 0  # rises with every change of an app's record
-        self.lifetimes: dict[str, int] = {}  # by app: seconds that its runners lived, the last ones most
         self.refusals: dict[str, int] = {}  # by app: how often in a row a node has turned a runner away
         self.failures: dict[str, RunnerStatus] = {}  # last words of runners that crashed and wait to be replaced
         self.pending: dict[tuple[str, int], Pending] = {}  # by app and revision with runners that have no node
         self.abandoned: dict[str, None] = {}  # runners of lost nodes that may be replaced
-        self.demand = Demand()  # what gateways ask for, how runners are used
         self.alarms: dict[tuple[str, str], Alarm] = {}
         self.build_failures: dict[tuple[str, str], BuildFailure] = {}  # by namespace and key, the newest last
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
@@ -107,23 +117,20 @@ class State:
         self.suspicion: Suspicion | None = None  # meta's, or what is yet to be written there
         self.dirty: dict[str, None] = {}  # apps to be reconciled
         self.explanations_left = EXPLANATIONS_PER_TICK_MAX
-        self.capacity_at_s = 0.0  # when what placement looks at changed last; older reasons are worked out anew
+        self.asked: dict[str, None] = {}  # apps whose stops an operator's command asks for, until they are done
+        self.stops_held: dict[str, None] = {}  # apps with stops that wait for a confirm
+        self.stops_recent: deque[float] = deque()  # when this leader stopped runners by itself
+
+    def _make_waiting(self) -> None:
+        """What waits for a place, and for whom places are kept."""
         self.waiting = Waiting()  # apps with runners that have no node
+        self.capacity_at_s = 0.0  # when what placement looks at changed last; older reasons are worked out anew
         self.freed: dict[str, None] = {}  # nodes on which something became free since waiters were looked at
         self.freed_all = False  # something changed that concerns every waiter
         self.awake: dict[Need, None] = {}  # classes of waiters that may find a place now
         self.reserved: dict[str, str] = {}  # nodes that are kept free, and for which app
         self.reserved_at_s: dict[str, float] = {}  # since when, monotonic
         self.preempt_at_s: dict[str, float] = {}  # by app: when it may look for victims again, monotonic
-        self.held_milli: dict[str, int] = {}  # by team: thousandths of GPUs that its runners hold
-        self.asked: dict[str, None] = {}  # apps whose stops an operator's command asks for, until they are done
-        self.stops_held: dict[str, None] = {}  # apps with stops that wait for a confirm
-        self.stops_recent: deque[float] = deque()  # when this leader stopped runners by itself
-        self.cache_facts = CacheFacts()  # what nodes' weight caches hold, and rates, as far as placement looks
-        self.learning = Learning()  # how long parts of a start take
-        self.predictions: dict[str, Expectation] = {}  # of runners that are not ready yet
-        self.outcomes: dict[str, Expectation] = {}  # of those that became ready last
-        self._make_own()
 
     def _make_own(self) -> None:
         """What is the leader's own."""
