@@ -135,7 +135,7 @@ def _fewest(state: State, node_id: str, eligible: list[Runner], spec: Spec, ask:
     for runner in sorted(eligible, key=lambda one: (-quotas.held_by(one), one.priority, -one.created_at_s, one.id)):
         if _may_go(state, (*grown, runner)):
             grown.append(runner)
-        if takes_without(state, node_id, spec, ask, tuple(one.id for one in grown)):
+        if grown and takes_without(state, node_id, spec, ask, tuple(one.id for one in grown)):
             return Victims(node_id, tuple(sorted(grown, key=lambda one: one.id)))
     return None
 
