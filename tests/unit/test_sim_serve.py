@@ -54,6 +54,20 @@ def test_reference_rows(
     assert ours["max_wait_s"] == pytest.approx(max_s, rel=0.15)
 
 
+@real
+@pytest.mark.parametrize(
+    ("preset", "loads", "mean_s"),
+    [("few-loads", 0.20, 17.5), pytest.param("short-wait", 0.27, 16.0, marks=pytest.mark.slow)],
+)
+def test_ours_on_the_real_trace(trace: list[Request], preset: str, loads: float, mean_s: float) -> None:
+    """Fewer loads and shorter waits than every reference policy that loads; nobody waits long (adr/0018)."""
+    ours = run(trace, "falctl", settings=PRESETS[preset])
+    assert ours["requests"] == 14_033
+    assert ours["loads_per_request"] <= loads
+    assert ours["mean_wait_s"] <= mean_s
+    assert ours["max_wait_s"] <= 250.0
+
+
 def test_a_trace_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One GPU: M0 loads 22 s and runs 10; M1, which came at 1 s, waits for both and its own load: 54 s less 1."""
     path = tmp_path / "t.csv"

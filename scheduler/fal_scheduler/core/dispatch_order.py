@@ -79,15 +79,15 @@ class Settings:
     """How strongly resident models are preferred. Times in ms; defaults are for fewest loads at a moderate wait."""
 
     load_ms: int = 22_000  # until a load was seen
-    prefer_resident_ms: int = 3_000  # total wait that a load must save
-    busy_price_ms: int = 20_000  # the same on top where every other runner is busy; falls with the square of those free
-    keep_milli: int = 1_000  # weight of what is dropped, 1000: its expected reload within `keep_horizon_ms`
-    keep_horizon_ms: int = 60_000
-    half_life_ms: int = 200_000  # of learnt arrival rates
-    age_milli: int = 100  # how much a waiting second counts against a second of service saved
-    cold_milli: int = 2_000  # weight of a request whose model is nowhere
+    prefer_resident_ms: int = 8_000  # total wait that a load must save
+    busy_price_ms: int = 0  # the same on top where every other runner is busy; falls with the square of those free
+    keep_milli: int = 2_000  # weight of what is dropped, 1000: its expected reload within `keep_horizon_ms`
+    keep_horizon_ms: int = 120_000
+    half_life_ms: int = 600_000  # of learnt arrival rates
+    age_milli: int = 300  # how much a waiting second counts against a second of service saved
+    cold_milli: int = 4_000  # weight of a request whose model is nowhere
     ahead_milli: int = 1_000  # weight of the requests that are expected to arrive while a model loads
-    bypass_ms: int = 150_000  # whoever waited so long is next
+    bypass_ms: int = 190_000  # whoever waited so long is next
     bypass_max: int = 1_000  # or was passed over so many times
     fair_ms: int = 60_000  # runner time by which teams, or apps of one team, may be apart before the order heeds it
 

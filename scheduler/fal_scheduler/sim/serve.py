@@ -32,7 +32,7 @@ POLICIES: Final = ("falctl", "random", "affinity", "reorder", "no-load")
 COLUMNS: Final = ("gmt_create", "predict_status", "exec_time_seconds", "checkpoint_model_version_id")
 PRESETS: Final = {
     "few-loads": Settings(),
-    "short-wait": Settings(prefer_resident_ms=0, busy_price_ms=5_000),
+    "short-wait": Settings(prefer_resident_ms=0, keep_milli=1_000, half_life_ms=350_000),
 }
 
 
