@@ -104,7 +104,7 @@ class CacheTelling:
                 last is not None or len(held) + len(put) < CACHE_FACTS_PER_NODE_MAX
             ):
                 put[artifact] = fact
-        before = known.rates if known is not None else {}
+        before = known.told if known is not None else {}
         rates = {one: rounded(node.rates[one]) for one in due.sources if one in node.rates}
         rates = {one: rate for one, rate in rates.items() if before.get(one) != rate}
         due.artifacts.clear()

@@ -19,12 +19,17 @@ from fal_scheduler.core.cache_events import CachedFact, CacheTold
 
 LOG_MAX: Final = 8192  # changes that columns may lag behind before they are made anew
 SUM_SAMPLES_MAX: Final = 15
+FORGOTTEN_SHARE: Final = 64  # of a rate, each time that a smaller one is told
 
 
 @dataclass(slots=True)
 class CacheNodeFacts:
-    """Of one node. `rates`: bytes per second by source; `expected`: bytes of artifacts that a placement needs there."""
+    """Of one node. `expected`: bytes of artifacts that a placement needs there.
 
+    `told`: bytes per second by source, as told last; `rates`: what each source can give, see `_can_give`.
+    """
+
+    told: dict[str, int] = field(default_factory=dict)
     rates: dict[str, int] = field(default_factory=dict)
     fed_bytes_s: int = 0
     held: dict[str, None] = field(default_factory=dict)
@@ -61,7 +66,8 @@ class CacheFacts:
         if event.fed_bytes_s is not None:
             node.fed_bytes_s = event.fed_bytes_s
         for source, rate in event.rates.items():
-            node.rates[source] = rate
+            node.told[source] = rate
+            node.rates[source] = _can_give(rate, node.rates.get(source, 0))
             self.best[source] = max(self.best.get(source, 0), rate)
         self._flow(node, 1)
         self._note(event.node_id, "")
@@ -134,7 +140,7 @@ class CacheFacts:
         """What a node's sources give it counts while it fetches."""
         if not node.fetching:
             return
-        for source, rate in node.rates.items():
+        for source, rate in node.told.items():
             if rate:
                 count, total = self.flows.get(source, (0, 0))
                 if count + sign:
@@ -159,6 +165,12 @@ class CacheFacts:
             return fact.bytes_left if fact.fetching else 0
         node = self.nodes.get(node_id)
         return node.expected.get(artifact, 0) if node is not None else 0
+
+
+def _can_give(rate: int, before: int) -> int:
+    """The most that was told, forgotten slowly: what a source gave a fetch that had little to ask of it, or shared the
+    line, says nothing of what it can. What is lastingly slower the next placements learn. 0: it does not answer."""
+    return max(rate, before - before // FORGOTTEN_SHARE) if rate else 0
 
 
 __all__ = ["CacheFacts", "CacheNodeFacts"]

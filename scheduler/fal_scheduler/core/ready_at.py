@@ -268,7 +268,7 @@ def _weights(view: NodesView, needs: _Needs) -> _Weights:
 def _fetch(
     view: NodesView, model: Model, line: SharedLine, have: Held, missing: Number, *, first: bool
 ) -> tuple[Number, Number, Number]:
-    """Milliseconds for what is missing; the tier that most of it comes from; whether no rate was ever measured."""
+    """Milliseconds for what is missing; its tier, peer where one has some; whether no rate was ever measured."""
     zero = view.zero
     origin, peer = view.origin(origin_source(model.resolved_uri or model.uri)), view.most(view.peer, 0)
     peers = view.least(view.most(have.others, 0), PEERS_AT_ONCE_MAX)
@@ -291,8 +291,7 @@ def _fetch(
     arriving = have.rate > 0
     ms = view.pick(arriving, _ceil_ms(view, missing, have.rate), view.most(node_ms, shared_ms))
     ms = view.pick((supply == 0) & (have.rate == 0), zero + NEVER_MS, ms)
-    swarm = (from_peers > from_origin) | ((peers > 0) & (origin <= 0))
-    return view.least(ms, NEVER_MS), view.pick(swarm, zero + PEER, zero + ORIGIN), unmeasured
+    return view.least(ms, NEVER_MS), view.pick(peers > 0, zero + PEER, zero + ORIGIN), unmeasured
 
 
 def _image(view: NodesView, needs: _Needs) -> Number:
