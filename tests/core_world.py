@@ -48,7 +48,14 @@ from fal_scheduler.core.model_events import (
     RevokeModel,
     StageModel,
 )
-from fal_scheduler.core.node_events import CancelDrain, DeclareLost, DrainNode, LabelNode, NodeNotice
+from fal_scheduler.core.node_events import (
+    CancelDrain,
+    DeclareLost,
+    DrainNode,
+    LabelNode,
+    NodeNotice,
+    RebootRefused,
+)
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.quota_events import SetQuota, UnsetQuota
 from fal_scheduler.core.records import (
@@ -73,7 +80,7 @@ from fal_scheduler.core.rollout_events import SetRevision, SetRollout
 from fal_scheduler.core.state import State
 from fal_scheduler.core.step import Core
 from fal_scheduler.core.suspicion import term_needed
-from fal_scheduler.core.told import Gpu, GpuLink, Inventory, RunnerStatus
+from fal_scheduler.core.told import Capabilities, Gpu, GpuLink, Inventory, NodeLive, RunnerStatus
 from fal_scheduler.core.views import runner_phase
 
 GIB = 1 << 30
@@ -280,6 +287,7 @@ class SimNode:
             incarnation=meta.incarnation,
             inventory=self.inventory,
             statuses=tuple(self.containers.values()),
+            capabilities=Capabilities(features=("reboot",)),
         )
 
     def report(self, now_s: float) -> NodeReport:
@@ -657,6 +665,19 @@ def _random_demand(world: World, app_id: str) -> None:
         world.report(node_id)
 
 
+def _reboot_or_not(world: World, node_id: str, live: NodeLive) -> None:
+    """A node that was told to reboot does, or says why not."""
+    node = world.state.nodes.get(node_id)
+    if node is None or node.drain is None or not node.drain.boot_id:
+        return
+    if world.rng.randrange(2):
+        told = node.drain.boot_id
+        world.step(RebootRefused(node_id, live.session_id, told, "no power", "Go and look.", world.now_s))
+        return
+    world.nodes[node_id].boot_id = f"boot-{node_id}-{world.steps}"
+    world.hello(node_id)
+
+
 def _random_node_step(world: World, node_id: str) -> None:
     """A drain, its end, a notice, a label: what becomes of nodes that are there."""
     rng, live = world.rng, world.state.live.get(node_id)
@@ -669,8 +690,10 @@ def _random_node_step(world: World, node_id: str) -> None:
         case 1:
             world.step(CancelDrain(node_id))
         case 2 if live is not None:
-            kind = rng.choice(("spot", "notice", ""))
-            world.step(NodeNotice(node_id, live.session_id, kind, 60.0, "told by the cloud", world.now_s))
+            kind, within_s = rng.choice(("spot", "notice", "")), rng.choice((60.0, -1.0))
+            world.step(NodeNotice(node_id, live.session_id, kind, within_s, "told by the cloud", world.now_s))
+        case 3 if live is not None and rng.randrange(2):
+            _reboot_or_not(world, node_id, live)
         case 3:
             world.step(LabelNode(node_id, {"rack": str(rng.randrange(3))}))
         case 4 if rng.randrange(2):

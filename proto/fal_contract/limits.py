@@ -256,3 +256,21 @@ GPU_ORDERS_PER_NODE_MAX: Final = 64  # under way
 GPU_EVENTS_MAX: Final = 1024  # of the driver's, between two looks at them
 GPU_MIG_INSTANCES_MAX: Final = 7
 GPU_REFUSALS_FREE_MAX: Final = 3  # refusals in a row after which an app waits as after a crash
+
+# Share groups: several models in one live runner.
+RESIDENTS_MAX: Final = 16  # models that one worker has loaded at once
+MODEL_LOAD_TIMEOUT_S: Final = 600.0  # for one model or LoRA to be loaded into a live worker
+RESIDENT_STAGE_TIMEOUT_S: Final = 3600.0  # for its files to arrive on the node
+
+# Notices of clouds, reboots.
+NOTICE_POLL_S: Final = 5.0  # clouds give between 30 s and hours
+NOTICE_FILE_POLL_S: Final = 1.0
+NOTICE_RETRY_CAP_S: Final = 60.0  # between two tries of a source that does not answer
+NOTICE_TIMEOUT_S: Final = 5.0  # of one question
+NOTICE_HELD_S: Final = 60.0  # a question that is held until something changes
+NOTICE_BYTES_MAX: Final = 64 << 10  # of one answer, or file
+NOTICE_SOURCES_MAX: Final = 8
+NOTICE_REASON_CHARS_MAX: Final = 512
+NOTICE_WITHIN_MAX_S: Final = 30 * 86400.0  # what is announced for later than that has no date yet
+REBOOT_COMMAND_TIMEOUT_S: Final = 60.0
+REBOOT_PATIENCE_S: Final = 300.0  # a machine that is still up so long after the command was not rebooted

@@ -74,6 +74,7 @@ def _drain_to_pb(drain: Drain) -> pb.Drain:
         force=drain.force,
         keep_cordoned=drain.keep_cordoned,
         created_by=drain.created_by,
+        boot_id=drain.boot_id,
     )
 
 
@@ -86,6 +87,7 @@ def _drain_from_pb(drain: pb.Drain) -> Drain:
         drain.force,
         drain.keep_cordoned,
         drain.created_by,
+        drain.boot_id,
     )
 
 

@@ -37,19 +37,19 @@ from fal_scheduler.core.events import (
     NodeDisconnected,
     Revoked,
 )
+from fal_scheduler.core.node_events import RebootDue
 from fal_scheduler.core.records import Goal, Runner
 from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.exec_streams import ExecStreams
 from fal_scheduler.gpu_orders import GpuOrders
 from fal_scheduler.leading_edge import LeadingEdge
 from fal_scheduler.log_streams import LogStreams
+from fal_scheduler.session_messages import hello_in, take_chunk
 from fal_scheduler.stream_edges import first_message, send_bounded, too_slow, until_first
 
 SKEW_MAX_S: Final = 30.0
 SET_LAG_MAX_S: Final = 15.0  # a node that has not taken in what was sent so long ago has missed it
 STUCK_RETRY_S: Final = 1.0  # a runner whose manifest is not there yet
-# A set larger than this goes as Complete and deltas right behind it; a message holds 4 MiB.
-CHUNK_BYTES: Final = 1 << 20
 
 Send = Callable[[agent_pb2.SchedulerMessage], Awaitable[None]]
 _Told = tuple[str, int, Goal]  # assignment id, its term, goal
@@ -113,11 +113,13 @@ class AgentSessions:
         """Serve one stream until it ends. Returns when the node closed it; raises FalError to close it."""
         message = await first_message(incoming)
         arrived_s = self._clock.monotonic_s()
-        hello = _hello_in(message, peer_name)
+        hello = hello_in(message, peer_name)
         version = agree(f"node {peer_name}", hello.versions.min, hello.versions.max)
         session = self._enter(peer_name)
         try:
             await self._engine.submit(wire.hello_of(hello, session_id=session.id, arrived_s=arrived_s))
+            if hello.HasField("notice"):
+                self._notice(session, hello.notice, arrived_s)
             self._check_skew(peer_name, hello.wall_s)
             session.welcomed = self._life()
             welcome = self._welcome(version, shared_features(hello.versions.features))
@@ -213,6 +215,8 @@ class AgentSessions:
         if kind == "report":
             report = wire.report_of(message.report, node_id=session.node_id, session_id=session.id, arrived_s=arrived_s)
             self._engine.offer(report)
+            if message.report.HasField("notice"):
+                self._notice(session, message.report.notice, arrived_s)
             for event in message.report.events:
                 self._note(Logged(event.kind, event.subject, event.message, event.time_s, f"node/{session.node_id}"))
             self._check_set(session, message.report.assignments_revision, arrived_s)
@@ -224,9 +228,21 @@ class AgentSessions:
             self.execs.take_top(session.node_id, message.top)
         elif kind == "gpu_result":
             self.gpu_orders.take(session.node_id, message.gpu_result)
+        elif kind == "reboot_refusal":
+            of = wire.refusal_of(
+                message.reboot_refusal, node_id=session.node_id, session_id=session.id, arrived_s=arrived_s
+            )
+            self._engine.offer(of)
         elif kind == "hello":
             raise invalid("hello", session.node_id, "came twice in one session", remedy="Open a new stream.")
         # A kind of a later release: ignored, as features are agreed before they are used.
+
+    def _notice(self, session: _Session, notice: agent_pb2.Notice, arrived_s: float) -> None:
+        """What is announced for the machine; that nothing is matters only where something was."""
+        node = self._engine.view.nodes.get(session.node_id)
+        if notice.kind or (node is not None and node.drain is not None):
+            told = wire.notice_of(notice, node_id=session.node_id, session_id=session.id, arrived_s=arrived_s)
+            self._engine.offer(told)
 
     def _check_set(self, session: _Session, revision: int, arrived_s: float) -> None:
         """Where nothing follows a message that was lost, no gap shows it: the node's reports do."""
@@ -243,7 +259,7 @@ class AgentSessions:
         """The whole set; what does not fit into one message follows as deltas at once."""
         view = self._engine.view
         built = self._build(session, self._engine.assignments(session.node_id))
-        head = _take_chunk(built)
+        head = take_chunk(built)
         session.revision, session.revised_at_s = session.revision + 1, self._clock.monotonic_s()
         complete = agent_pb2.Complete(
             revision=session.revision, term=view.term, store_revision=view.store_revision, assignments=head
@@ -252,7 +268,7 @@ class AgentSessions:
         session.ready = True
         await send_bounded(send, agent_pb2.SchedulerMessage(complete=complete), f"node {session.node_id}")
         while built:
-            await self._send_delta(session, send, _take_chunk(built), [])
+            await self._send_delta(session, send, take_chunk(built), [])
         gateways = self._gateways(session.node_id)
         if gateways.gateways:
             await send_bounded(send, agent_pb2.SchedulerMessage(gateways=gateways), f"node {session.node_id}")
@@ -278,7 +294,7 @@ class AgentSessions:
                 del session.told[i]
             put = self._build(session, (runner for i, runner in runners if runner and _differs(session, runner)))
             while put or drop:
-                await self._send_delta(session, send, _take_chunk(put), drop)
+                await self._send_delta(session, send, take_chunk(put), drop)
                 drop = []
 
     async def _woken(self, session: _Session) -> None:
@@ -349,6 +365,11 @@ class AgentSessions:
             revocations = wire.revocations_to(self._engine.view.revocations.values())
             for node_id in list(self._sessions):  # one that is not ready yet is told with its Complete
                 self.push(node_id, agent_pb2.SchedulerMessage(revocations=revocations))
+        elif isinstance(effect, RebootDue) and (session := self._sessions.get(effect.node_id)) is not None:
+            # Kept for a session that begins just now; behind its assignments, of which there are none.
+            order = agent_pb2.RebootOrder(boot_id=effect.boot_id)
+            session.control.append(agent_pb2.SchedulerMessage(reboot=order))
+            session.signal.set()
         elif isinstance(effect, HelloNeeded) and (session := self._sessions.get(effect.node_id)) is not None:
             why = f"a commit that failed may have cost news of node {effect.node_id}"
             session.close(FalError(Code.UNAVAILABLE, why, remedy="The agent starts over by itself."))
@@ -418,33 +439,6 @@ def _told(assignment: agent_pb2.Assignment) -> tuple[str, _Told]:
 def _differs(session: _Session, runner: Runner) -> bool:
     assert runner.assignment is not None
     return session.told.get(runner.id) != (runner.assignment.id, runner.assignment.term, runner.goal)
-
-
-def _take_chunk(built: deque[agent_pb2.Assignment]) -> list[agent_pb2.Assignment]:
-    """As many as fit into one message, at least one; they leave `built`."""
-    chunk: list[agent_pb2.Assignment] = []
-    size = 0
-    while built:
-        size += built[0].ByteSize()
-        if chunk and size > CHUNK_BYTES:
-            break
-        chunk.append(built.popleft())
-    return chunk
-
-
-def _hello_in(message: agent_pb2.AgentMessage, peer_name: str) -> agent_pb2.Hello:
-    if message.WhichOneof("kind") != "hello":
-        raise invalid("kind", message.WhichOneof("kind"), "came before Hello", remedy="Send Hello first.")
-    if message.seq != 1:
-        raise invalid("seq", message.seq, "is not the first of a session", remedy="Count from 1 in each session.")
-    if message.hello.node_id != peer_name:
-        raise FalError(
-            Code.PERMISSION_DENIED,
-            f"the Hello is node {message.hello.node_id!r}'s, the certificate {peer_name!r}'s",
-            remedy="Use the identity that this node was given when it joined.",
-            field="node_id",
-        )
-    return message.hello
 
 
 __all__ = ["AgentSessions", "Send"]

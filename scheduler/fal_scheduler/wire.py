@@ -17,9 +17,17 @@ from typing import Any, Final, TypeVar, Union, cast, get_args, get_origin, get_t
 from google.protobuf.message import Message
 
 from fal_contract.errors import invalid
-from fal_contract.limits import ASSIGNMENTS_PER_NODE_MAX, LOG_TAIL_LINES_MAX, NODE_EVENTS_MAX, REVOCATIONS_TOLD_MAX
+from fal_contract.limits import (
+    ASSIGNMENTS_PER_NODE_MAX,
+    LOG_TAIL_LINES_MAX,
+    NODE_EVENTS_MAX,
+    NOTICE_REASON_CHARS_MAX,
+    NOTICE_WITHIN_MAX_S,
+    REVOCATIONS_TOLD_MAX,
+)
 from fal_contract.v1 import agent_pb2, cluster_pb2
 from fal_scheduler.core.events import NodeHello, NodeReport
+from fal_scheduler.core.node_events import NodeNotice, RebootRefused
 from fal_scheduler.core.pack_events import AccessTold
 from fal_scheduler.core.records import Residency, Revocation, RunnerState
 from fal_scheduler.core.told import Alarm, Capabilities, Endpoint, Gpu, GpuLink, Inventory, RunnerStatus
@@ -138,6 +146,21 @@ def report_of(report: agent_pb2.Report, *, node_id: str, session_id: str, arrive
         tunnels=tuple(report.tunnels),
         access=tuple(AccessTold(one.artifact_id, one.runner_id, tuple(one.pieces)) for one in report.access),
     )
+
+
+def notice_of(notice: agent_pb2.Notice, *, node_id: str, session_id: str, arrived_s: float) -> NodeNotice:
+    """The core's form of a Notice. Raises INVALID for a kind that is none."""
+    if notice.kind not in ("", "spot", "notice"):
+        raise invalid("notice.kind", notice.kind, "is no kind of notice", remedy="Tell spot or notice.")
+    within_s = notice.within_s if notice.within_s < NOTICE_WITHIN_MAX_S else -1.0  # also not a number
+    reason = notice.reason[:NOTICE_REASON_CHARS_MAX]
+    return NodeNotice(node_id, session_id, notice.kind, within_s, reason, arrived_s)
+
+
+def refusal_of(refusal: agent_pb2.RebootRefusal, *, node_id: str, session_id: str, arrived_s: float) -> RebootRefused:
+    """The core's form of a RebootRefusal."""
+    error, remedy = (text[:NOTICE_REASON_CHARS_MAX] for text in (refusal.error, refusal.remedy))
+    return RebootRefused(node_id, session_id, refusal.boot_id, error, remedy, arrived_s)
 
 
 def status_of(status: agent_pb2.RunnerStatus) -> RunnerStatus:
@@ -278,7 +301,9 @@ __all__ = [
     "hello_of",
     "inventory_of",
     "inventory_to",
+    "notice_of",
     "read",
+    "refusal_of",
     "report_of",
     "revocations_to",
     "status_of",

@@ -106,6 +106,7 @@ class AgentMessage(_message.Message):
     EXEC_OUTPUT_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     GPU_RESULT_FIELD_NUMBER: _builtins.int
+    REBOOT_REFUSAL_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Counts from 1 within a session."""
     @_builtins.property
@@ -120,6 +121,8 @@ class AgentMessage(_message.Message):
     def top(self) -> Global___TopReply: ...
     @_builtins.property
     def gpu_result(self) -> Global___GpuOrderResult: ...
+    @_builtins.property
+    def reboot_refusal(self) -> Global___RebootRefusal: ...
     def __init__(
         self,
         *,
@@ -130,12 +133,13 @@ class AgentMessage(_message.Message):
         exec_output: Global___ExecOutput | None = ...,
         top: Global___TopReply | None = ...,
         gpu_result: Global___GpuOrderResult | None = ...,
+        reboot_refusal: Global___RebootRefusal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exec_output", b"exec_output", "gpu_result", b"gpu_result", "hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "report", b"report", "top", b"top"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exec_output", b"exec_output", "gpu_result", b"gpu_result", "hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "reboot_refusal", b"reboot_refusal", "report", b"report", "top", b"top"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_output", b"exec_output", "gpu_result", b"gpu_result", "hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "report", b"report", "seq", b"seq", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_output", b"exec_output", "gpu_result", b"gpu_result", "hello", b"hello", "kind", b"kind", "log_chunk", b"log_chunk", "reboot_refusal", b"reboot_refusal", "report", b"report", "seq", b"seq", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "report", "log_chunk", "exec_output", "top", "gpu_result"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "report", "log_chunk", "exec_output", "top", "gpu_result", "reboot_refusal"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -157,6 +161,7 @@ class SchedulerMessage(_message.Message):
     EXEC_INPUT_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     GPU_ORDER_FIELD_NUMBER: _builtins.int
+    REBOOT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -177,6 +182,8 @@ class SchedulerMessage(_message.Message):
     def top(self) -> Global___TopRequest: ...
     @_builtins.property
     def gpu_order(self) -> Global___GpuOrder: ...
+    @_builtins.property
+    def reboot(self) -> Global___RebootOrder: ...
     def __init__(
         self,
         *,
@@ -190,12 +197,13 @@ class SchedulerMessage(_message.Message):
         exec_input: Global___ExecInput | None = ...,
         top: Global___TopRequest | None = ...,
         gpu_order: Global___GpuOrder | None = ...,
+        reboot: Global___RebootOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "exec_input", b"exec_input", "exec_open", b"exec_open", "gateways", b"gateways", "gpu_order", b"gpu_order", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "top", b"top", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "exec_input", b"exec_input", "exec_open", b"exec_open", "gateways", b"gateways", "gpu_order", b"gpu_order", "kind", b"kind", "log_request", b"log_request", "reboot", b"reboot", "revocations", b"revocations", "top", b"top", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "exec_input", b"exec_input", "exec_open", b"exec_open", "gateways", b"gateways", "gpu_order", b"gpu_order", "kind", b"kind", "log_request", b"log_request", "revocations", b"revocations", "top", b"top", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "delta", b"delta", "exec_input", b"exec_input", "exec_open", b"exec_open", "gateways", b"gateways", "gpu_order", b"gpu_order", "kind", b"kind", "log_request", b"log_request", "reboot", b"reboot", "revocations", b"revocations", "top", b"top", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "complete", "delta", "log_request", "gateways", "revocations", "exec_open", "exec_input", "top", "gpu_order"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "complete", "delta", "log_request", "gateways", "revocations", "exec_open", "exec_input", "top", "gpu_order", "reboot"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -257,6 +265,7 @@ class Hello(_message.Message):
     RUNNERS_FIELD_NUMBER: _builtins.int
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Node id; must be the certificate's."""
     boot_id: _builtins.str
@@ -294,6 +303,10 @@ class Hello(_message.Message):
     def capabilities(self) -> Global___Capabilities:
         """What containers can do here."""
 
+    @_builtins.property
+    def notice(self) -> Global___Notice:
+        """What is announced for this machine; unset while the agent does not know."""
+
     def __init__(
         self,
         *,
@@ -311,10 +324,11 @@ class Hello(_message.Message):
         runners: _abc.Iterable[Global___RunnerStatus] | None = ...,
         endpoints: _abc.Iterable[Global___Endpoint] | None = ...,
         capabilities: Global___Capabilities | None = ...,
+        notice: Global___Notice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "inventory", b"inventory", "versions", b"versions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "inventory", b"inventory", "notice", b"notice", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "boot_id", b"boot_id", "capabilities", b"capabilities", "cluster_id", b"cluster_id", "endpoints", b"endpoints", "epoch_seen", b"epoch_seen", "incarnation", b"incarnation", "inventory", b"inventory", "node_id", b"node_id", "runners", b"runners", "store_revision_seen", b"store_revision_seen", "term_seen", b"term_seen", "versions", b"versions", "wall_s", b"wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "boot_id", b"boot_id", "capabilities", b"capabilities", "cluster_id", b"cluster_id", "endpoints", b"endpoints", "epoch_seen", b"epoch_seen", "incarnation", b"incarnation", "inventory", b"inventory", "node_id", b"node_id", "notice", b"notice", "runners", b"runners", "store_revision_seen", b"store_revision_seen", "term_seen", b"term_seen", "versions", b"versions", "wall_s", b"wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -782,6 +796,7 @@ class Report(_message.Message):
     TUNNELS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     ACCESS_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     assignments_revision: _builtins.int
     """Revision of the assignment set that is held."""
     @_builtins.property
@@ -808,6 +823,10 @@ class Report(_message.Message):
     def access(self) -> _containers.RepeatedCompositeFieldContainer[Global___AccessList]:
         """What recorded starts have read of images."""
 
+    @_builtins.property
+    def notice(self) -> Global___Notice:
+        """Set when it changed."""
+
     def __init__(
         self,
         *,
@@ -818,10 +837,11 @@ class Report(_message.Message):
         tunnels: _abc.Iterable[_builtins.str] | None = ...,
         events: _abc.Iterable[Global___NodeEvent] | None = ...,
         access: _abc.Iterable[Global___AccessList] | None = ...,
+        notice: Global___Notice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["inventory", b"inventory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inventory", b"inventory", "notice", b"notice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "assignments_revision", b"assignments_revision", "events", b"events", "gone", b"gone", "inventory", b"inventory", "runners", b"runners", "tunnels", b"tunnels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "assignments_revision", b"assignments_revision", "events", b"events", "gone", b"gone", "inventory", b"inventory", "notice", b"notice", "runners", b"runners", "tunnels", b"tunnels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1816,3 +1836,88 @@ class GpuOrderResult(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GpuOrderResult: _TypeAlias = GpuOrderResult  # noqa: Y015
+
+@_typing.final
+class Notice(_message.Message):
+    """--- what the machine's cloud announces, and reboots
+
+    What is announced for the machine by its cloud, or by a file.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    WITHIN_S_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"spot" (it is taken back) or "notice" (something is done to it); empty: nothing is announced, or no longer."""
+    within_s: _builtins.float
+    """Seconds from now; below 0: nobody says when."""
+    reason: _builtins.str
+    """For operators."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        within_s: _builtins.float = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "reason", b"reason", "within_s", b"within_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Notice: _TypeAlias = Notice  # noqa: Y015
+
+@_typing.final
+class RebootOrder(_message.Message):
+    """Reboot the machine. Nothing may run on it any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    boot_id: _builtins.str
+    """Boot id of the machine; another one has rebooted already, and does nothing."""
+    def __init__(
+        self,
+        *,
+        boot_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebootOrder: _TypeAlias = RebootOrder  # noqa: Y015
+
+@_typing.final
+class RebootRefusal(_message.Message):
+    """The machine was not rebooted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
+    boot_id: _builtins.str
+    """Of the order."""
+    error: _builtins.str
+    """Why not."""
+    remedy: _builtins.str
+    """What an operator can do about that."""
+    def __init__(
+        self,
+        *,
+        boot_id: _builtins.str = ...,
+        error: _builtins.str = ...,
+        remedy: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "error", b"error", "remedy", b"remedy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebootRefusal: _TypeAlias = RebootRefusal  # noqa: Y015

@@ -607,6 +607,7 @@ class Drain(_message.Message):
     FORCE_FIELD_NUMBER: _builtins.int
     KEEP_CORDONED_FIELD_NUMBER: _builtins.int
     CREATED_BY_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """"drain", "maintenance", "reboot", "remove", "spot" (the cloud takes it back) or "notice" (the cloud maintains it)."""
     reason: _builtins.str
@@ -621,6 +622,8 @@ class Drain(_message.Message):
     """When it is empty it stays cordoned."""
     created_by: _builtins.str
     """Who asked; empty: the node told of a notice."""
+    boot_id: _builtins.str
+    """Of a reboot: the boot id that was told to reboot; empty while the node is not empty yet."""
     def __init__(
         self,
         *,
@@ -631,10 +634,11 @@ class Drain(_message.Message):
         force: _builtins.bool = ...,
         keep_cordoned: _builtins.bool = ...,
         created_by: _builtins.str = ...,
+        boot_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "created_by", b"created_by", "deadline_at_s", b"deadline_at_s", "force", b"force", "keep_cordoned", b"keep_cordoned", "kind", b"kind", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "boot_id", b"boot_id", "created_by", b"created_by", "deadline_at_s", b"deadline_at_s", "force", b"force", "keep_cordoned", b"keep_cordoned", "kind", b"kind", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,6 +24,8 @@ from fal_scheduler.core.node_events import (
     LabelNode,
     NodeCommand,
     NodeNotice,
+    RebootDue,
+    RebootRefused,
     RemoveNode,
 )
 from fal_scheduler.core.records import Drain, Goal, Node, Revocation
@@ -38,8 +40,11 @@ REBOOT: Final = "reboot"
 REMOVE: Final = "remove"
 SPOT: Final = "spot"
 NOTICE: Final = "notice"
+REBOOTS: Final = "reboot"  # what agents that may reboot their machine say that they can
 ASKED: Final = (DRAIN, MAINTENANCE, REBOOT, REMOVE)
 NOTICED: Final = (SPOT, NOTICE)
+_REBOOT_REMEDY: Final = "Set reboot_command in its settings; or drain it with `falctl node maintenance` and do it."
+_REBOOT_ALARM: Final = "NODE_NOT_REBOOTED"
 
 
 def command(work: Work, event: NodeCommand) -> Reply:
@@ -74,6 +79,10 @@ def _drain(work: Work, event: DrainNode) -> Reply:
         raise invalid("kind", event.kind, "is no kind of drain", remedy=f"Use one of {', '.join(ASKED)}.")
     if event.deadline_s is not None and not event.deadline_s > 0.0:
         raise invalid("deadline", event.deadline_s, "is not in the future", remedy="Use a positive time, or --force.")
+    live = work.state.live.get(node.id)
+    if event.kind == REBOOT and live is not None and live.session_id and REBOOTS not in live.capabilities.features:
+        what = f"the agent of node {node.name} may not reboot its machine"
+        raise FalError(Code.FAILED_PRECONDITION, what, remedy=_REBOOT_REMEDY)
     wall_s = work.moment.wall_s
     drain = Drain(
         event.kind,
@@ -194,11 +203,46 @@ def _declare_lost(work: Work, event: DeclareLost) -> Reply:
 # --- by itself ------------------------------------------------------------------------------------------------------
 
 
+def told(work: Work, event: NodeNotice | RebootRefused) -> None:
+    """News of a node; of a session that is not the newest it counts nothing."""
+    live = work.state.live.get(event.node_id)
+    if live is None or live.session_id != event.session_id:
+        return
+    if isinstance(event, NodeNotice):
+        notice(work, event)
+    else:
+        _not_rebooted(work, event)
+
+
+def hello(work: Work, node_id: str) -> None:
+    """A session begins: a node that has yet to reboot is told again, and knows by the boot id whether it has."""
+    node, live = work.state.nodes.get(node_id), work.state.live[node_id]
+    if node is not None and node.drain is not None and node.drain.boot_id == live.boot_id:
+        work.emit(RebootDue(node_id, live.boot_id))
+
+
+def _not_rebooted(work: Work, event: RebootRefused) -> None:
+    node = work.state.nodes.get(event.node_id)
+    if node is None or node.drain is None or node.drain.boot_id != event.boot_id:
+        return
+    work.put(replace(node, drain=None, cordoned=True, cordon_reason=f"not rebooted: {event.error}"), node)
+    remedy = f"{event.remedy} Then `falctl node uncordon {node.name}`."
+    work.alarm(_REBOOT_ALARM, node.id, f"node {node.name} was not rebooted: {event.error}", remedy)
+
+
+def _settle(work: Work) -> None:
+    """Nobody waits any more for machines that were not rebooted."""
+    state = work.state
+    for kind, node_id in [key for key in state.alarms if key[0] == _REBOOT_ALARM]:
+        node = state.nodes.get(node_id)
+        if node is None or not node.cordoned or node.drain is not None:
+            work.settle(kind, node_id)
+
+
 def notice(work: Work, event: NodeNotice) -> None:
     """A cloud's word about a node, which the node passed on. An operator's own drain stands above it."""
-    state = work.state
-    node, live = state.nodes.get(event.node_id), state.live.get(event.node_id)
-    if node is None or live is None or live.session_id != event.session_id:
+    node = work.state.nodes.get(event.node_id)
+    if node is None:
         return
     have = node.drain
     if not event.kind:
@@ -207,7 +251,7 @@ def notice(work: Work, event: NodeNotice) -> None:
         return
     if event.kind not in NOTICED or (have is not None and have.kind not in NOTICED):
         return
-    deadline_s = work.moment.wall_s + max(0.0, event.within_s)
+    deadline_s = max(1.0, work.moment.wall_s + event.within_s) if event.within_s >= 0.0 else 0.0
     if have is not None and have.kind == event.kind and abs(have.deadline_at_s - deadline_s) < NOTICE_MARGIN_S:
         return
     begin(work, node, Drain(event.kind, event.reason, work.moment.wall_s, deadline_s, keep_cordoned=True))
@@ -216,12 +260,13 @@ def notice(work: Work, event: NodeNotice) -> None:
 def tick(work: Work) -> None:
     """Deadlines that are over, and nodes that are empty."""
     state, wall_s = work.state, work.moment.wall_s
+    _settle(work)
     for node_id in list(state.draining):
         node = state.nodes[node_id]
         drain = node.drain
         assert drain is not None
         # What the cloud takes back must have ended before it does.
-        margin_s = NOTICE_MARGIN_S if drain.kind == SPOT else 0.0
+        margin_s = NOTICE_MARGIN_S if drain.kind in NOTICED else 0.0
         if drain.force or 0.0 < drain.deadline_at_s <= wall_s + margin_s:
             _stop_all(work, node, f"the {drain.kind} of {node.name} has reached its deadline")
         _finish(work, node)
@@ -244,14 +289,8 @@ def _finish(work: Work, node: Node) -> None:
     if drain.kind == REMOVE:
         _forget(work, node)
         return
-    if drain.kind == REBOOT and not state.reboots.get(node.id):
-        state.reboots[node.id] = live.boot_id if live is not None else ""
-        work.emit(NodeChanged(node.id))
-        work.log("NODE_REBOOTING", node.id, "it is empty")
+    if drain.kind == REBOOT and not _rebooted(work, node, drain):
         return
-    if drain.kind == REBOOT and (live is None or not live.boot_id or live.boot_id == state.reboots[node.id]):
-        return  # until it is back under another boot id
-    state.reboots.pop(node.id, None)
     keep = drain.keep_cordoned and drain.kind != REBOOT
     reason = f"drained: {drain.reason or drain.kind}" if keep else ""
     work.put(replace(node, drain=None, cordoned=keep, cordon_reason=reason), node)
@@ -259,3 +298,20 @@ def _finish(work: Work, node: Node) -> None:
     if not keep:
         work.capacity_grew()
     work.log("NODE_DRAINED", node.id, "nothing runs on it any more")
+
+
+def _rebooted(work: Work, node: Node, drain: Drain) -> bool:
+    """Whether the machine is back under another boot id; it is told to reboot once, whoever leads.
+
+    The boot id that is to end is in the record before the order goes out, so that a later leader neither orders it
+    again for the next boot, nor takes a machine that was never told for one that has rebooted.
+    """
+    live = work.state.live.get(node.id)
+    if live is None or not live.boot_id:
+        return False
+    if not drain.boot_id and live.health is Health.READY and not live.hold:
+        work.put(replace(node, drain=replace(drain, boot_id=live.boot_id)), node)
+        work.emit(RebootDue(node.id, live.boot_id))
+        work.log("NODE_REBOOTING", node.id, "it is empty")
+        return False
+    return drain.boot_id not in ("", live.boot_id)

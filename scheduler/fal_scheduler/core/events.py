@@ -27,7 +27,7 @@ from fal_scheduler.core.model_events import (
     StageModel,
     UnstageModel,
 )
-from fal_scheduler.core.node_events import NodeCommand, NodeNotice
+from fal_scheduler.core.node_events import NodeCommand, NodeNotice, RebootDue, RebootRefused
 from fal_scheduler.core.pack_events import AccessTold, PackCommand
 from fal_scheduler.core.quota_events import QuotaCommand
 from fal_scheduler.core.records import Change, Pool, ScaleOverride, Spec
@@ -291,7 +291,8 @@ class Proceed:
     """A step left work behind (a big plan takes several); the engine sends it when it has nothing else."""
 
 
-News = NodeHello | NodeReport | NodeDisconnected | GatewayReach | DemandTold | NodeNotice | Tick | Proceed | CacheTold
+_OfNodes = NodeHello | NodeReport | NodeDisconnected | NodeNotice | RebootRefused
+News = _OfNodes | GatewayReach | DemandTold | Tick | Proceed | CacheTold
 Event = Command | News
 
 
@@ -398,6 +399,7 @@ Effect = (
     | BuildEnded
     | AlarmsChanged
     | Revoked
+    | RebootDue
     | Logged
 )
 

@@ -34,7 +34,8 @@ from fal_contract.errors import Code, FalError
 Build = Callable[[list[Any]], Any]
 
 RENAMED: Final[Mapping[str, str]] = {}  # "module.Class" in older logs -> "module.Class" of today
-DROPPED: Final[Mapping[str, frozenset[str]]] = {}  # class -> fields that older logs have and nobody needs
+# Class -> fields that older logs have and nobody needs.
+DROPPED: Final[Mapping[str, frozenset[str]]] = {"State": frozenset({"reboots"})}
 ITEM_BYTES_MAX: Final = 1 << 30  # of one value read back: a snapshot of the largest cluster is well below
 
 _PREFIX: Final = "fal_scheduler.core."

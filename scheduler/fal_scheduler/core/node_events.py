@@ -64,7 +64,7 @@ NodeCommand = DrainNode | CancelDrain | LabelNode | RemoveNode | DeclareLost
 class NodeNotice:
     """News: the cloud takes the node back ("spot") or works on it ("notice") in `within_s` seconds.
 
-    `kind` "": the notice was withdrawn.
+    `kind` "": nothing is announced, or no longer. `within_s` below 0: nobody says when.
     """
 
     node_id: str
@@ -73,3 +73,23 @@ class NodeNotice:
     within_s: float
     reason: str
     arrived_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RebootRefused:
+    """News: the node's agent did not reboot the machine, or it is still up. `boot_id`: of the order."""
+
+    node_id: str
+    session_id: str
+    boot_id: str
+    error: str
+    remedy: str
+    arrived_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RebootDue:
+    """Effect: the node is empty and is to be told to reboot, where its boot id is still this one."""
+
+    node_id: str
+    boot_id: str

@@ -112,7 +112,10 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Runners are to leave a node; `deadline_at_s` 0: never stopped, wall clock else."""
+    """Runners are to leave a node; `deadline_at_s` 0: never stopped, wall clock else.
+
+    `boot_id`: of a reboot, which boot of the machine was told to end; empty: none yet.
+    """
 
     kind: str
     reason: str = ""
@@ -121,6 +124,7 @@ class Drain:
     force: bool = False
     keep_cordoned: bool = False
     created_by: str = ""
+    boot_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

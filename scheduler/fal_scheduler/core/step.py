@@ -77,7 +77,15 @@ from fal_scheduler.core.model_events import (
     StageModel,
     UnstageModel,
 )
-from fal_scheduler.core.node_events import CancelDrain, DeclareLost, DrainNode, LabelNode, NodeNotice, RemoveNode
+from fal_scheduler.core.node_events import (
+    CancelDrain,
+    DeclareLost,
+    DrainNode,
+    LabelNode,
+    NodeNotice,
+    RebootRefused,
+    RemoveNode,
+)
 from fal_scheduler.core.pack_events import PackImage, PutImage, RemoveModel
 from fal_scheduler.core.place import Placer
 from fal_scheduler.core.quota_events import SetQuota, UnsetQuota
@@ -156,10 +164,11 @@ def _take(work: Work, event: Event) -> Reply | None:
             _tick(work, event)
         case NodeHello():
             news.hello(work, event)
+            drain.hello(work, event.node_id)
             _settle(work)
             return Reply("done", event.node_id)
-        case NodeNotice():
-            drain.notice(work, event)
+        case NodeNotice() | RebootRefused():
+            drain.told(work, event)
         case NodeDisconnected():
             news.disconnected(work, event)
         case GatewayReach():
