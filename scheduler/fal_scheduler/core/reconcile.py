@@ -20,7 +20,7 @@ from fal_scheduler.core.records import App, Goal, ModelState, Revision, Spec
 from fal_scheduler.core.rollout import advance, finish, give_way, targets
 from fal_scheduler.core.runner_groups import Runners
 from fal_scheduler.core.scaling import desired
-from fal_scheduler.core.starts import backoff_of, grow, new_runner, place_waiting, placed
+from fal_scheduler.core.starts import backoff_of, grow, new_runner, place_waiting, placed, take_room
 from fal_scheduler.core.state import State
 from fal_scheduler.core.stops import relieve, shrink, stop
 from fal_scheduler.core.waiting import enter
@@ -66,6 +66,7 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
         state.asked.pop(app_id, None)
     place_waiting(work, placer, app, revision, current.unplaced)
     make_room(work, placer, app, revision)
+    take_room(work, app, revision)
     for _ in range(share.new + more - max(share.new, current.count)):
         if not _replace_ahead(work, placer, app, revision):
             break

@@ -52,7 +52,6 @@ def grow(work: Work, placer: Placer, app: App, revision: Revision, missing: int)
         work.put(assigned or runner, None)
         if assigned is None:
             note_pending(work, runner, revision)
-            _make_room(work, app, revision)
 
 
 def new_runner(work: Work, app: App, revision: Revision) -> Runner:
@@ -77,7 +76,6 @@ def place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unpl
             assigned = placed(work, placer, runner, revision)
             if assigned is None:
                 note_pending(work, runner, revision)
-                _make_room(work, app, revision)
                 break
             work.put(assigned, runner)
             keep_free_no_more(work, app.id)
@@ -91,12 +89,17 @@ def place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unpl
         state.pending.pop((app.id, revision.number), None)
 
 
-def _make_room(work: Work, app: App, revision: Revision) -> None:
-    """Who waits in front of all others that no place was found for may take one from what has less right to it."""
-    state = work.state
+def take_room(work: Work, app: App, revision: Revision) -> None:
+    """Who waits in front of all others that no place was found for may take one from what has less right to it.
+
+    Idle runners give way before anything is taken from those that are used (`keep_warm.make_room`).
+    """
+    state, need = work.state, need_of(revision.spec, team_of(app.id))
+    if state.waiting.asleep.get(need) != PLACE or state.waiting.by_need[need][0][1] != app.id:
+        return
     if state.hold_all or not state.settled or in_grace(state, work.moment.now_s) or model_awaited(state, revision.spec):
         return
-    if not quotas.refusal(state, team_of(app.id), revision.spec):
+    if app.id not in state.demand.gave_way.values():
         preempt(work, app, revision.spec)
 
 
