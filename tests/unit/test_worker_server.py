@@ -282,7 +282,7 @@ def test_bad_requests_never_kill_it(folder: Path) -> None:
             "code": "INVALID",
             "field": "stpes",
             "what": "stpes = 3 is not a known key",
-            "remedy": "Known keys: prompt, seed, steps, guidance, width, height, lora, format.",
+            "remedy": "Known keys: prompt, seed, steps, guidance, width, height, lora, format, model.",
         }
         assert unknown[:2] == (400, {"error": error})
         assert (await post("/infer", b"\x00\xff{"))[0] == 400

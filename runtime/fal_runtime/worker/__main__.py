@@ -27,7 +27,9 @@ def main() -> None:
     from fal_runtime.worker.diffusers_engine import DiffusersEngine
 
     assert options.model is not None  # parse_options asks for it
-    engine = DiffusersEngine(options.model, loras=options.loras, threads=options.threads, dtype=options.dtype)
+    engine = DiffusersEngine(
+        options.model, loras=options.loras, threads=options.threads, dtype=options.dtype, name=options.name
+    )
     process.leave(process.run(engine, options))
 
 

@@ -9,6 +9,7 @@ thread; never touches the event loop.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import inspect
 import io
@@ -18,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,50 +49,112 @@ def quiet_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+@dataclass(slots=True)
+class _Loaded:
+    """A pipeline in memory. `adapters`: the name inside it of each LoRA."""
+
+    pipeline: Any
+    accepted: frozenset[str]
+    info: ModelInfo
+    adapters: dict[str, str] = field(default_factory=dict)
+    adapters_made: int = 0
+
+
 class DiffusersEngine:
-    """Loads `model` (a folder) and its `loras` (name and folder each) onto the GPU if there is one, else the CPU."""
+    """Loads `model` (a folder) and its `loras` (name and folder each) onto the GPU if there is one, else the CPU.
+
+    More models and LoRAs may come and go between requests. The first is known as "", as what `name` says, or both.
+    """
 
     def __init__(
-        self, model: Path, *, loras: tuple[tuple[str, Path], ...] = (), threads: int = 0, dtype: str = "auto"
+        self,
+        model: Path,
+        *,
+        loras: tuple[tuple[str, Path], ...] = (),
+        threads: int = 0,
+        dtype: str = "auto",
+        name: str = "",
     ) -> None:
         self._folder = model
         self._lora_folders = loras
         self._threads = threads
         self._dtype = dtype
+        self._name = name
         self._torch: Any = None
-        self._pipeline: Any = None
-        self._accepted: frozenset[str] = frozenset()
-        self._info: ModelInfo | None = None
+        self._diffusers: Any = None
+        self._models: dict[str, _Loaded] = {}
+
+    @property
+    def _pipeline(self) -> Any:
+        """The one that has been here longest."""
+        return next(iter(self._models.values())).pipeline
 
     def load(self, on_phase: Callable[[str], None]) -> ModelInfo:
         """Import, read, move to the device. Raises FalError NOT_FOUND, INVALID or RUNNER_FAILED."""
         index = _read_index(self._folder)
         defaults = _read_defaults(self._folder / "fal.json")
         on_phase("import")
-        diffusers = self._import(index)
+        self._diffusers = self._import(index)
         on_phase("load")
-        try:
-            self._pipeline = self._read(diffusers)
-            for number, (_, folder) in enumerate(self._lora_folders):
-                self._pipeline.load_lora_weights(
-                    str(folder), weight_name=_weights(folder), adapter_name=_adapter(number)
-                )
-        except FalError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:400]
-            what = f"cannot load the pipeline in {self._folder}: {type(error).__name__}: {reason}"
-            raise FalError(Code.RUNNER_FAILED, what, remedy="Check the folder's files and their versions.") from error
-        self._pipeline.set_progress_bar_config(disable=True)
-        self._accepted = frozenset(inspect.signature(self._pipeline.__call__).parameters)
-        self._info = self._describe(defaults)
-        return self._info
+        self._models[self._name] = loaded = self._read_model(self._folder, defaults)
+        for lora, folder in self._lora_folders:
+            self.add_lora(self._name, lora, folder)
+        return loaded.info
 
     def warm(self) -> None:
         """A short run at the model's own size, without any adapter."""
-        info = self._loaded()
-        request = InferRequest(prompt="warm up", seed=0, steps=min(_WARM_STEPS, info.steps), guidance=info.guidance)
+        self._warm(self._name)
+
+    def add_model(self, model: str, folder: Path) -> ModelInfo:
+        """See `Engine`."""
+        index, defaults = _read_index(folder), _read_defaults(folder / "fal.json")
+        self._import_classes(index)
+        self._models[model] = loaded = self._read_model(folder, defaults)
+        try:
+            self._warm(model)
+        except BaseException:
+            self.remove_model(model)
+            raise
+        return loaded.info
+
+    def remove_model(self, model: str) -> None:
+        """See `Engine`."""
+        if self._models.pop(model, None) is not None:
+            gc.collect()
+            if self._torch.cuda.is_available():
+                self._torch.cuda.empty_cache()
+
+    def add_lora(self, model: str, lora: str, folder: Path) -> ModelInfo:
+        """See `Engine`."""
+        loaded = self._loaded(model)
+        # A name that torch accepts as a module's, whatever the LoRA is called, and that was never used before.
+        adapter = f"lora_{loaded.adapters_made}"
+        loaded.adapters_made += 1
+        with _load_errors(folder):
+            loaded.pipeline.load_lora_weights(str(folder), weight_name=_weights(folder), adapter_name=adapter)
+        loaded.adapters[lora] = adapter
+        loaded.info = _with_loras(loaded)
+        return loaded.info
+
+    def remove_lora(self, model: str, lora: str) -> None:
+        """See `Engine`."""
+        loaded = self._models.get(model)
+        if loaded is not None and (adapter := loaded.adapters.pop(lora, "")):
+            loaded.pipeline.delete_adapters([adapter])
+            loaded.info = _with_loras(loaded)
+
+    def _warm(self, model: str) -> None:
+        info = self._loaded(model).info
+        steps = min(_WARM_STEPS, info.steps)
+        request = InferRequest(prompt="warm up", seed=0, steps=steps, guidance=info.guidance, model=model)
         self.infer(request, lambda done, steps: None)
+
+    def _read_model(self, folder: Path, defaults: dict[str, float]) -> _Loaded:
+        with _load_errors(folder):
+            pipeline = self._read(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        accepted = frozenset(inspect.signature(pipeline.__call__).parameters)
+        return _Loaded(pipeline, accepted, _describe(pipeline, defaults))
 
     def infer(self, request: InferRequest, on_step: OnStep) -> Output:
         """Draw one picture; see `Engine`."""
@@ -105,7 +169,7 @@ class DiffusersEngine:
         except Exception as error:
             raise self._failure(error) from error
         finally:
-            self._pipeline.maybe_free_model_hooks()
+            self._loaded(request.model).pipeline.maybe_free_model_hooks()
         return Output(
             png=buffer.getvalue(),
             width_px=picture.width,
@@ -125,14 +189,18 @@ class DiffusersEngine:
         transformers = importlib.import_module("transformers")
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
-        # Both libraries import a class when it is first named: do that here, so that "load" is reading only.
-        getattr(diffusers, str(index.get("_class_name")), None)
+        self._diffusers = diffusers
+        self._import_classes(index)
+        return diffusers
+
+    def _import_classes(self, index: dict[str, Any]) -> None:
+        """Both libraries import a class when it is first named: do that here, so that "load" is reading only."""
+        getattr(self._diffusers, str(index.get("_class_name")), None)
         for component in index.values():
             if isinstance(component, list) and component[:1] in (["diffusers"], ["transformers"]):
                 getattr(importlib.import_module(component[0]), str(component[1]), None)
-        return diffusers
 
-    def _read(self, diffusers: Any) -> Any:
+    def _read(self, folder: Path) -> Any:
         torch = self._torch
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = self._dtype
@@ -141,8 +209,8 @@ class DiffusersEngine:
         with warnings.catch_warnings():
             # The new name, dtype, is not known to the oldest diffusers that we support.
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                str(self._folder),
+            pipeline = self._diffusers.DiffusionPipeline.from_pretrained(
+                str(folder),
                 torch_dtype=getattr(torch, dtype),
                 local_files_only=True,
                 use_safetensors=True,
@@ -152,37 +220,18 @@ class DiffusersEngine:
             )
         return pipeline.to(device)
 
-    def _describe(self, defaults: dict[str, float]) -> ModelInfo:
-        pipeline = self._pipeline
-        parameters = inspect.signature(pipeline.__call__).parameters
-        options = {field for field, argument in _ARGUMENTS.items() if argument in parameters}
-        if self._lora_folders:
-            options.add("lora")
-        steps = defaults.get("steps") or _default(parameters.get("num_inference_steps"), _STEPS_DEFAULT)
-        guidance = defaults.get("guidance")
-        if guidance is None:
-            guidance = _default(parameters.get("guidance_scale"), _GUIDANCE_DEFAULT)
-        multiple = int(getattr(pipeline, "vae_scale_factor", 8) or 8)
-        side = _own_side(pipeline)
-        return ModelInfo(
-            pipeline=type(pipeline).__name__,
-            options=frozenset(options),
-            steps=int(steps),
-            guidance=float(guidance),
-            width_px=side * multiple,
-            height_px=side * multiple,
-            side_multiple_px=max(8, multiple),
-            loras=tuple(name for name, _ in self._lora_folders),
-        )
-
-    def _loaded(self) -> ModelInfo:
-        if self._info is None:
-            raise FalError(Code.FAILED_PRECONDITION, "the model is not loaded", remedy="Call load first.")
-        return self._info
+    def _loaded(self, model: str) -> _Loaded:
+        """A model; no name means the first. Raises FAILED_PRECONDITION."""
+        have = self._models.get(model) or (self._models.get(self._name) if not model else None)
+        if have is None:
+            what = f"the model {model} is not loaded" if model else "the model is not loaded"
+            raise FalError(Code.FAILED_PRECONDITION, what, remedy="Call load first.")
+        return have
 
     def _draw(self, request: InferRequest, on_step: OnStep) -> Any:
-        pipeline, torch = self._pipeline, self._torch
-        self._choose_adapter(request)
+        loaded, torch = self._loaded(request.model), self._torch
+        pipeline = loaded.pipeline
+        _choose_adapter(loaded, request)
         wished = {
             "num_inference_steps": request.steps,
             "guidance_scale": request.guidance,
@@ -192,7 +241,7 @@ class DiffusersEngine:
             "generator": torch.Generator("cpu").manual_seed(request.seed),
             "output_type": "pil",
         }
-        arguments = {k: v for k, v in wished.items() if k in self._accepted and v is not None}
+        arguments = {k: v for k, v in wished.items() if k in loaded.accepted and v is not None}
         with told_of_steps(pipeline, request.steps, on_step) as callback:
             result = pipeline(prompt=request.prompt, **arguments, **callback)
         images = getattr(result, "images", None)
@@ -200,16 +249,6 @@ class DiffusersEngine:
             what = f"{type(pipeline).__name__} makes no pictures"
             raise FalError(Code.RUNNER_FAILED, what, remedy="Deploy a text-to-picture pipeline.")
         return images[0]
-
-    def _choose_adapter(self, request: InferRequest) -> None:
-        if not self._lora_folders:
-            return
-        if request.lora is None:
-            self._pipeline.disable_lora()
-            return
-        number = self._loaded().loras.index(request.lora.name)
-        self._pipeline.enable_lora()
-        self._pipeline.set_adapters([_adapter(number)], [request.lora.scale])
 
     def _failure(self, error: Exception) -> Exception:
         """What a failed inference means: out of memory and device errors are told apart from the rest."""
@@ -256,9 +295,59 @@ def told_of_steps(pipeline: Any, steps: int, on_step: OnStep) -> Iterator[dict[s
         del scheduler.step
 
 
-def _adapter(number: int) -> str:
-    """A name that torch accepts as a module's, whatever the LoRA is called."""
-    return f"lora_{number}"
+@contextlib.contextmanager
+def _load_errors(folder: Path) -> Iterator[None]:
+    """Whatever a library raises while it reads `folder`, as RUNNER_FAILED."""
+    try:
+        yield
+    except FalError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        what = f"cannot load the pipeline in {folder}: {type(error).__name__}: {reason}"
+        raise FalError(Code.RUNNER_FAILED, what, remedy="Check the folder's files and their versions.") from error
+
+
+def _describe(pipeline: Any, defaults: dict[str, float]) -> ModelInfo:
+    parameters = inspect.signature(pipeline.__call__).parameters
+    steps = defaults.get("steps") or _default(parameters.get("num_inference_steps"), _STEPS_DEFAULT)
+    guidance = defaults.get("guidance")
+    if guidance is None:
+        guidance = _default(parameters.get("guidance_scale"), _GUIDANCE_DEFAULT)
+    multiple = int(getattr(pipeline, "vae_scale_factor", 8) or 8)
+    side = _own_side(pipeline)
+    return ModelInfo(
+        pipeline=type(pipeline).__name__,
+        options=frozenset(field for field, argument in _ARGUMENTS.items() if argument in parameters),
+        steps=int(steps),
+        guidance=float(guidance),
+        width_px=side * multiple,
+        height_px=side * multiple,
+        side_multiple_px=max(8, multiple),
+        bytes=_weight_bytes(pipeline),
+    )
+
+
+def _weight_bytes(pipeline: Any) -> int:
+    """Bytes of all parameters and buffers, as loaded."""
+    parts = [one for one in pipeline.components.values() if hasattr(one, "parameters") and hasattr(one, "buffers")]
+    return sum(t.numel() * t.element_size() for one in parts for t in (*one.parameters(), *one.buffers()))
+
+
+def _with_loras(loaded: _Loaded) -> ModelInfo:
+    """What it offers with the LoRAs that are in it now."""
+    options = loaded.info.options - {"lora"} | ({"lora"} if loaded.adapters else set())
+    return replace(loaded.info, options=options, loras=tuple(loaded.adapters), bytes=_weight_bytes(loaded.pipeline))
+
+
+def _choose_adapter(loaded: _Loaded, request: InferRequest) -> None:
+    if not loaded.adapters:
+        return
+    if request.lora is None:
+        loaded.pipeline.disable_lora()
+        return
+    loaded.pipeline.enable_lora()
+    loaded.pipeline.set_adapters([loaded.adapters[request.lora.name]], [request.lora.scale])
 
 
 def _weights(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """What the server needs from a model, and how it fails. No torch here.
 
-The server calls an engine from one thread, one call at a time: `load`, then `warm`, then `infer` for ever.
+The server calls an engine from one thread, one call at a time: `load`, then `warm`, then `infer` for ever. Between two
+requests it may be asked to load other models beside the first, to let one go, and so with LoRAs (`worker.residents`).
 Whatever `infer` raises fails that request only. The server decides what a failure means for the process.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from fal_contract.errors import Code, FalError
@@ -58,5 +60,21 @@ class Engine(Protocol):
         ...
 
     def infer(self, request: InferRequest, on_step: OnStep) -> Output:
-        """Draw. Raises OutOfMemory, DeviceFailed, FalError RUNNER_FAILED, or lets `Stopped` pass."""
+        """Draw, with the model `request.model`. Raises OutOfMemory, DeviceFailed, FalError, or lets `Stopped` pass."""
+        ...
+
+    def add_model(self, model: str, folder: Path) -> ModelInfo:
+        """Load another model, warm. Raises what `load` does; those that are there stay as they are."""
+        ...
+
+    def remove_model(self, model: str) -> None:
+        """Give a model's memory back."""
+        ...
+
+    def add_lora(self, model: str, lora: str, folder: Path) -> ModelInfo:
+        """Load a LoRA into a model that is there; the model as it is now."""
+        ...
+
+    def remove_lora(self, model: str, lora: str) -> None:
+        """Take it out again."""
         ...

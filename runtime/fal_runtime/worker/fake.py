@@ -12,8 +12,10 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from fal_contract.errors import not_found
 from fal_runtime.worker.engine import OnStep, Output
 from fal_runtime.worker.request import InferRequest, ModelInfo
 
@@ -31,13 +33,18 @@ FAKE_MODEL = ModelInfo(
 
 @dataclass(slots=True)
 class FakeEngine:
-    """Draws plain colours. `before_step(request, step)` may block or raise; `failures` maps prompts to errors."""
+    """Draws plain colours. `before_step(request, step)` may block or raise; `failures` maps prompts to errors.
+
+    Models beside the first are folders; `before_add(folder)` may block or raise, too.
+    """
 
     model: ModelInfo = FAKE_MODEL
     before_step: Callable[[InferRequest, int], None] = lambda request, step: None
     on_load: Callable[[str], None] = lambda phase: None  # called in each of "import", "load" and "warm"
     failures: Mapping[str, Exception] = field(default_factory=dict)
     steps_run: list[tuple[str, int]] = field(default_factory=list)  # (prompt, step), in order
+    before_add: Callable[[Path], None] = lambda folder: None
+    added: dict[str, ModelInfo] = field(default_factory=dict)
 
     def load(self, on_phase: Callable[[str], None]) -> ModelInfo:
         for phase in ("import", "load"):
@@ -57,9 +64,31 @@ class FakeEngine:
             self.steps_run.append((request.prompt, step))
             on_step(step, request.steps)
         width, height = request.width_px or self.model.width_px, request.height_px or self.model.height_px
-        colour = zlib.crc32(f"{request.prompt} {request.seed}".encode()) & 0xFFFFFF
+        model = f"{request.model} " if request.model else ""
+        colour = zlib.crc32(f"{model}{request.prompt} {request.seed}".encode()) & 0xFFFFFF
         png = plain_png(width, height, colour)
         return Output(png=png, width_px=width, height_px=height, infer_s=time.monotonic() - began_s, encode_s=0.0)
+
+    def add_model(self, model: str, folder: Path) -> ModelInfo:
+        self.before_add(folder)
+        if not folder.is_dir():
+            raise not_found("model folder", str(folder), remedy="Give one that is there.")
+        size = sum(one.stat().st_size for one in folder.iterdir() if one.is_file())
+        self.added[model] = replace(self.model, loras=(), bytes=size)
+        return self.added[model]
+
+    def remove_model(self, model: str) -> None:
+        self.added.pop(model, None)
+
+    def add_lora(self, model: str, lora: str, folder: Path) -> ModelInfo:
+        self.before_add(folder)
+        have = self.added.get(model, self.model)
+        self.added[model] = replace(have, loras=(*have.loras, lora))
+        return self.added[model]
+
+    def remove_lora(self, model: str, lora: str) -> None:
+        have = self.added.get(model, self.model)
+        self.added[model] = replace(have, loras=tuple(one for one in have.loras if one != lora))
 
 
 def plain_png(width_px: int, height_px: int, colour: int) -> bytes:
@@ -74,13 +103,19 @@ def plain_png(width_px: int, height_px: int, colour: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+def _refuse_broken(folder: Path) -> None:
+    """A model with a file `broken` does not load, as some do not."""
+    if (folder / "broken").exists():
+        raise RuntimeError(f"{folder.name} is broken")
+
+
 def main() -> None:
     from fal_runtime.worker import main as process
     from fal_runtime.worker.log import log
 
     log("start", pid=os.getpid(), fake=True)
     step_s = float(os.environ.get("FAL_FAKE_STEP_S", "0"))
-    engine = FakeEngine(before_step=lambda request, step: time.sleep(step_s))
+    engine = FakeEngine(before_step=lambda request, step: time.sleep(step_s), before_add=_refuse_broken)
     process.leave(process.run(engine, process.parse_options(sys.argv[1:], os.environ, model_needed=False)))
 
 

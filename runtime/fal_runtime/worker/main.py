@@ -25,6 +25,7 @@ from fal_contract.limits import REQUEST_TIMEOUT_S, TERMINATION_GRACE_S
 from fal_runtime.worker.engine import Engine
 from fal_runtime.worker.lane import Lane
 from fal_runtime.worker.log import log
+from fal_runtime.worker.residents import Residents
 from fal_runtime.worker.server import WorkerServer
 
 EXIT_DONE: Final = 0
@@ -49,6 +50,7 @@ class Options:
     request_timeout_s: float = REQUEST_TIMEOUT_S
     grace_s: float = TERMINATION_GRACE_S
     body_timeout_s: float = BODY_TIMEOUT_S
+    name: str = ""  # of the model, by which requests may ask for it
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,6 +103,7 @@ def parse_options(arguments: Sequence[str], environ: Mapping[str, str], *, model
         max_multiplexing=int(_number("max_multiplexing", flags.max_multiplexing, environ, default=1, low=1)),
         request_timeout_s=_number("request_timeout", flags.request_timeout, environ, default=REQUEST_TIMEOUT_S),
         grace_s=_number("grace", flags.grace, environ, default=TERMINATION_GRACE_S),
+        name=environ.get("FAL_MODEL", ""),
     )
 
 
@@ -152,7 +155,7 @@ async def serve(engine: Engine, options: Options, stop: asyncio.Event) -> int:
 
 async def _run(engine: Engine, options: Options, server: WorkerServer, lane: Lane, stop: asyncio.Event) -> int:
     """Load, warm, serve, drain."""
-    loading = asyncio.create_task(_load(engine, server, lane))
+    loading = asyncio.create_task(_load(engine, server, lane, options.name))
     stopped = asyncio.create_task(stop.wait())
     broken = asyncio.create_task(lane.broken.wait())
     try:
@@ -172,12 +175,12 @@ async def _run(engine: Engine, options: Options, server: WorkerServer, lane: Lan
             task.cancel()
 
 
-async def _load(engine: Engine, server: WorkerServer, lane: Lane) -> None:
+async def _load(engine: Engine, server: WorkerServer, lane: Lane, name: str) -> None:
     loop = asyncio.get_running_loop()
     model = await lane.call(lambda: engine.load(lambda phase: _tell(loop, server, phase)))
     server.enter("warm")
     await lane.call(engine.warm)
-    server.serve_model(lane, model)
+    server.serve_model(lane, Residents(engine, lane, name, model))
     log("ready", pipeline=model.pipeline, loras=list(model.loras), options=sorted(model.options))
 
 

@@ -23,7 +23,8 @@ BODY_BYTES_MAX: Final = 1 << 20
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _SHOWN_CHARS_MAX: Final = 80
 FORMATS: Final = ("png", "json")
-FIELDS: Final = ("prompt", "seed", "steps", "guidance", "width", "height", "lora", "format")
+FIELDS: Final = ("prompt", "seed", "steps", "guidance", "width", "height", "lora", "format", "model")
+_ALWAYS: Final = ("prompt", "seed", "format", "model")  # whatever the pipeline can obey
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class Lora:
 class ModelInfo:
     """What the loaded model offers; requests are checked against it.
 
-    `options` are the request fields, beyond prompt, seed and format, that the pipeline can obey.
+    `options` are the request fields, beyond those that all know, that the pipeline can obey. `bytes`: of its weights,
+    as loaded.
     """
 
     pipeline: str
@@ -49,11 +51,15 @@ class ModelInfo:
     height_px: int
     side_multiple_px: int
     loras: tuple[str, ...] = ()
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """One picture to make. `width_px` and `height_px` are 0 where the model's own size is meant."""
+    """One picture to make. `width_px` and `height_px` are 0 where the model's own size is meant.
+
+    `model`: of those that are loaded, as the worker names it; empty: the one it began with.
+    """
 
     prompt: str
     seed: int
@@ -63,16 +69,17 @@ class InferRequest:
     height_px: int = 0
     lora: Lora | None = None
     format: str = ""
+    model: str = ""
 
 
-def parse_request(body: bytes, model: ModelInfo, *, seed_default: int) -> InferRequest:
-    """Check a JSON body against `model`. Raises FalError INVALID naming the field, its value and the remedy."""
+def parse_request(body: bytes, model: ModelInfo, *, seed_default: int, name: str = "") -> InferRequest:
+    """Check a JSON body against `model`, loaded as `name`. INVALID names field, value and remedy."""
     given = _object(body)
-    for name in given:
-        if name not in FIELDS:
-            raise _refused(name, given[name], "is not a known key", remedy=f"Known keys: {', '.join(FIELDS)}.")
-        if name not in ("prompt", "seed", "format") and name not in model.options and given[name] is not None:
-            raise _refused(name, given[name], f"is not offered by {model.pipeline}", remedy="Leave it out.")
+    for key in given:
+        if key not in FIELDS:
+            raise _refused(key, given[key], "is not a known key", remedy=f"Known keys: {', '.join(FIELDS)}.")
+        if key not in _ALWAYS and key not in model.options and given[key] is not None:
+            raise _refused(key, given[key], f"is not offered by {model.pipeline}", remedy="Leave it out.")
     steps = _integer(given, "steps", low=1, high=STEPS_MAX, default=model.steps)
     return InferRequest(
         prompt=_prompt(given),
@@ -83,6 +90,7 @@ def parse_request(body: bytes, model: ModelInfo, *, seed_default: int) -> InferR
         height_px=_side(given, "height", model),
         lora=_lora(given.get("lora"), model),
         format=_format(given.get("format")),
+        model=name,
     )
 
 

@@ -23,7 +23,8 @@ from fal_runtime.worker.engine import Output, Stopped
 from fal_runtime.worker.lane import Job, Lane
 from fal_runtime.worker.log import REQUEST, log
 from fal_runtime.worker.metrics import Metrics
-from fal_runtime.worker.request import BODY_BYTES_MAX, ModelInfo, check_request_id, parse_request
+from fal_runtime.worker.request import BODY_BYTES_MAX, check_request_id, parse_request
+from fal_runtime.worker.residents import CONTROL_HEADER, MODEL_HEADER, NotResident, Residents
 
 SEED_DRAWN_MAX: Final = 2**32 - 1  # JSON readers with 64-bit floats keep it exact
 REQUEST_ID_HEADER: Final = "x-fal-request-id"
@@ -35,6 +36,9 @@ _STATUS: Final = {
     Code.INVALID: 400,
     Code.NOT_FOUND: 404,
     Code.ALREADY_EXISTS: 409,
+    Code.CONFLICT: 409,
+    Code.PERMISSION_DENIED: 403,
+    Code.NO_CAPACITY: 507,
     Code.CANCELLED: CLIENT_CLOSED_REQUEST,
     Code.BUSY: 503,
     Code.UNAVAILABLE: 503,
@@ -53,7 +57,7 @@ class WorkerServer:
         self._rng = rng
         self._metrics = Metrics()
         self._lane: Lane | None = None
-        self._model: ModelInfo | None = None
+        self._residents: Residents | None = None
         self._phase = ""
         self._phase_began_s = time.monotonic()
         self.enter("start")
@@ -72,9 +76,9 @@ class WorkerServer:
         self._phase, self._phase_began_s = phase, now_s
         self._metrics.entered(phase)
 
-    def serve_model(self, lane: Lane, model: ModelInfo) -> None:
-        """The model is loaded and warm: be ready."""
-        self._lane, self._model = lane, model
+    def serve_model(self, lane: Lane, residents: Residents) -> None:
+        """The first model is loaded and warm: be ready."""
+        self._lane, self._residents = lane, residents
         self.enter("ready")
 
     def ended(self, job: Job, outcome: str, seconds: float) -> None:
@@ -91,6 +95,8 @@ class WorkerServer:
                 web.get("/metrics", self._show_metrics),
                 web.post("/infer", self._infer),
                 web.post("/cancel/{request_id}", self._cancel),
+                web.post("/load", self._change),
+                web.post("/unload", self._change),
             ]
         )
         return app
@@ -101,7 +107,9 @@ class WorkerServer:
     async def _readyz(self, _: web.Request) -> web.StreamResponse:
         ready = self._phase == "ready"
         seconds = round(time.monotonic() - self._phase_began_s, 3)
-        body = {"ready": ready, "phase": self._phase, "seconds": seconds}
+        body: dict[str, object] = {"ready": ready, "phase": self._phase, "seconds": seconds}
+        if self._residents is not None:
+            body["resident"] = self._residents.told()
         return web.json_response(body, status=200 if ready else 503)
 
     async def _show_metrics(self, _: web.Request) -> web.StreamResponse:
@@ -114,15 +122,28 @@ class WorkerServer:
             raise not_found("request", request_id, remedy="It may have ended already.")
         return web.json_response({"cancelled": request_id}, status=202)
 
-    async def _infer(self, http: web.Request) -> web.StreamResponse:
-        if self._phase != "ready" or self._lane is None or self._model is None:
+    async def _change(self, http: web.Request) -> web.StreamResponse:
+        """`/load` and `/unload`: for the agent, whose proxy takes the header out of what others send."""
+        if CONTROL_HEADER not in http.headers:
+            what = f"{http.path} is for this node's agent only"
+            raise FalError(Code.PERMISSION_DENIED, what, remedy="Deploy the app; the scheduler loads its model.")
+        _, residents = self._serving()
+        body = await self._body(http)
+        return web.json_response(await (residents.load(body) if http.path == "/load" else residents.unload(body)))
+
+    def _serving(self) -> tuple[Lane, Residents]:
+        if self._phase != "ready" or self._lane is None or self._residents is None:
             raise FalError(Code.UNAVAILABLE, f"the worker is not ready (phase {self._phase})", remedy="Try again.")
+        return self._lane, self._residents
+
+    async def _infer(self, http: web.Request) -> web.StreamResponse:
+        lane, residents = self._serving()
         request_id = check_request_id(http.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex)
         REQUEST.set(request_id)
-        request = parse_request(
-            await self._body(http), self._model, seed_default=self._rng.randrange(SEED_DRAWN_MAX + 1)
-        )
-        job = self._lane.submit(request_id, request)
+        body = await self._body(http)
+        name, model = residents.find(http.headers.get(MODEL_HEADER), body)
+        request = parse_request(body, model, seed_default=self._rng.randrange(SEED_DRAWN_MAX + 1), name=name)
+        job = lane.submit(request_id, request)
         try:
             if EVENT_STREAM in http.headers.get("accept", ""):
                 return await self._stream(http, job)
@@ -226,7 +247,7 @@ def _answer(job: Job, output: Output, *, accept: str) -> web.StreamResponse:
 def _error_response(error: FalError) -> web.Response:
     status = _STATUS.get(error.code, 500)
     headers = {"retry-after": "1"} if status == 503 else {}
-    if error.code is Code.BUSY:
+    if error.code is Code.BUSY or (isinstance(error, NotResident) and error.expected):
         headers[NOT_RUN_HEADER] = Code.BUSY.value
     return web.json_response(error_body(error), status=status, headers=headers)
 
@@ -245,7 +266,9 @@ async def _errors_as_json(request: web.Request, handler: _Handler) -> web.Stream
             "field": "",
             "remedy": "",
         }
-        body["remedy"] = "The worker serves /livez, /readyz, /infer, /cancel/ID and /metrics."
+        body["remedy"] = (
+            "The worker serves /livez, /readyz, /infer, /cancel/ID and /metrics."
+        )
         return web.json_response({"error": body}, status=error.status)
     except ConnectionError:
         raise  # the client went away while we wrote
