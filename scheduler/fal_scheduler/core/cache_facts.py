@@ -19,17 +19,20 @@ from fal_scheduler.core.cache_events import CachedFact, CacheTold
 
 LOG_MAX: Final = 8192  # changes that columns may lag behind before they are made anew
 SUM_SAMPLES_MAX: Final = 15
-FORGOTTEN_SHARE: Final = 64  # of a rate, each time that a smaller one is told
+STEADY_COUNT: Final = 16  # words of a rate that its mean is of
+BELIEVED_COUNT: Final = 4  # before a mean may say how much a source can give
 
 
 @dataclass(slots=True)
 class CacheNodeFacts:
     """Of one node. `expected`: bytes of artifacts that a placement needs there.
 
-    `told`: bytes per second by source, as told last; `rates`: what each source can give, see `_can_give`.
+    `told`: bytes per second by source, as told last; `rates`: the mean of what was told, of the last STEADY_COUNT
+    weighed most, and of how many (`counts`): a cache measures pieces that come in bundles, so what it tells swings.
     """
 
     told: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     rates: dict[str, int] = field(default_factory=dict)
     fed_bytes_s: int = 0
     held: dict[str, None] = field(default_factory=dict)
@@ -67,8 +70,7 @@ class CacheFacts:
             node.fed_bytes_s = event.fed_bytes_s
         for source, rate in event.rates.items():
             node.told[source] = rate
-            node.rates[source] = _can_give(rate, node.rates.get(source, 0))
-            self.best[source] = max(self.best.get(source, 0), rate)
+            self._steady(node, source, rate)
         self._flow(node, 1)
         self._note(event.node_id, "")
         for source in event.rates:
@@ -136,6 +138,15 @@ class CacheFacts:
         self.version += 1
         self.log.append((node_id, artifact))
 
+    def _steady(self, node: CacheNodeFacts, source: str, rate: int) -> None:
+        """Bring the mean along. 0 (it does not answer) counts at once, and so does what comes after it."""
+        before = node.rates.get(source, 0)
+        count = min(node.counts.get(source, 0) + 1, STEADY_COUNT) if rate and before else 1
+        node.counts[source] = count
+        node.rates[source] = mean = before + (rate - before) // count if rate else 0
+        if count >= BELIEVED_COUNT or source not in self.best:
+            self.best[source] = max(self.best.get(source, 0), mean)
+
     def _flow(self, node: CacheNodeFacts, sign: int) -> None:
         """What a node's sources give it counts while it fetches."""
         if not node.fetching:
@@ -165,12 +176,6 @@ class CacheFacts:
             return fact.bytes_left if fact.fetching else 0
         node = self.nodes.get(node_id)
         return node.expected.get(artifact, 0) if node is not None else 0
-
-
-def _can_give(rate: int, before: int) -> int:
-    """The most that was told, forgotten slowly: what a source gave a fetch that had little to ask of it, or shared the
-    line, says nothing of what it can. What is lastingly slower the next placements learn. 0: it does not answer."""
-    return max(rate, before - before // FORGOTTEN_SHARE) if rate else 0
 
 
 __all__ = ["CacheFacts", "CacheNodeFacts"]
