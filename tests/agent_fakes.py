@@ -68,6 +68,7 @@ class FakeCache:
         self.accesses: dict[str, list[int]] = {}
         self.recording: set[str] = set()  # artifacts
         self.taken_in: list[tuple[Path, str, int, str, float]] = []
+        self.unpinned: list[tuple[str, str]] = []  # owner, artifact
 
     async def view(self, artifact: agent_pb2.Artifact, owner: str, *, record: bool = False) -> tuple[Path, bool]:
         if not self.mount:
@@ -108,9 +109,11 @@ class FakeCache:
             made.files.add(path=path.name, bytes=path.stat().st_size, sha256=b"s" * 32, blake3=b"b" * 32)
         return made
 
-    async def unpin(self, owner: str) -> None:
+    async def unpin(self, owner: str, artifact: str = "") -> None:
         self._answer()
-        self.pins.pop(owner, None)
+        self.unpinned.append((owner, artifact))
+        if not artifact:
+            self.pins.pop(owner, None)
 
     def _answer(self) -> None:
         if self.away:

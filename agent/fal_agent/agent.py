@@ -28,9 +28,12 @@ from fal_agent.journal import FileJournal
 from fal_agent.layout import Layout
 from fal_agent.link import GrpcDialer
 from fal_agent.node import Facts, Node
+from fal_agent.notices import Notices
 from fal_agent.options import AgentOptions
 from fal_agent.probe import UnixProber
 from fal_agent.proxy_link import ProxyLink, proxy_answers
+from fal_agent.reboot import FEATURE as REBOOT_FEATURE
+from fal_agent.reboot import Rebooter, check_command
 from fal_agent.session import Session
 from fal_agent.spares import Spares
 from fal_agent.supervise import START_TIMEOUT_S, Daemon
@@ -95,13 +98,14 @@ class Agent:
 
         self._proxy_metrics = ProxyMetrics()
         self._proxy = self._proxy_link()
+        self._reboot = Rebooter(check_command(self._options.reboot_command))
         tools = Tools(
             driver=driver, cache=cache, proxy=self._proxy, prober=UnixProber(), machine=self._care,
             places=self._layout.places(isolates=driver.isolates), clock=self._clock, rng=self._rng,
             on_event=_log_event, save=_no_save, ca_key=lambda: key_of_pem(self._identity.ca_pem),
             secrets=GrpcDialer(self._options.schedulers, lambda: self._identity, self._clock).secrets,
             packer=self._packer(driver), on_created=lambda spec: self._spares.used(spec),
-            gpu_order=self._care.order,
+            gpu_order=self._care.order, reboot=self._reboot,
         )  # fmt: skip
         self._node = Node(self._facts(driver, capabilities), tools, journal)
         self._spares = Spares(
@@ -114,6 +118,7 @@ class Agent:
             async with asyncio.TaskGroup() as group:
                 await self._serve(group, fsd, machine)
         finally:
+            await self._reboot.close()
             await self._node.close()
             await cache.close()
             await self._care.close()
@@ -133,6 +138,7 @@ class Agent:
             group.create_task(self._look(), name="inventory"),
             group.create_task(lag.run(), name="lag"),
             group.create_task(self._spares.run(), name="spares"),
+            group.create_task(self._notices().run(self._node.announce), name="notices"),
         ]
         waiting = asyncio.create_task(self._stop.wait())
         connected = asyncio.create_task(self._proxy.connected.wait())
@@ -174,13 +180,17 @@ class Agent:
         return joined.identity
 
     def _gpu_care(self, machine: InventoryMachine, devices: Devices, driver: Driver) -> GpuCare:
-        file = GpuFile(self._layout.state_dir / GPU_FILE, boot_id=_boot_id(), on_event=self._gpu_event)
+        file = GpuFile(self._layout.state_dir / GPU_FILE, boot_id=_boot_id(), on_event=self._tell_event)
         return GpuCare(
-            machine, devices, clock=self._clock, on_event=self._gpu_event, file=file, driver=driver,
+            machine, devices, clock=self._clock, on_event=self._tell_event, file=file, driver=driver,
             may_reset=self._options.gpu_reset,
         )  # fmt: skip
 
-    def _gpu_event(self, kind: str, subject: str, message: str) -> None:
+    def _notices(self) -> Notices:
+        options = self._options
+        return Notices(options.notices, clock=self._clock, on_event=self._tell_event, subject=options.node_name)
+
+    def _tell_event(self, kind: str, subject: str, message: str) -> None:
         _log_event(kind, subject, message)
         self._node.event(kind, subject, message)
 
@@ -192,6 +202,8 @@ class Agent:
     def _facts(self, driver: Driver, found: Capabilities) -> Facts:
         lacks = packing.missing(found, host_network=self._options.allow_host_network)
         features = found.features if lacks else (*found.features, packing.FEATURE)
+        if self._options.reboot_command:
+            features = (*features, REBOOT_FEATURE)
         capabilities = agent_pb2.Capabilities(
             driver=driver.name,
             isolates=driver.isolates,

@@ -47,6 +47,7 @@ class Arrivals:
         self._without: set[str] = set()  # entries of the compile cache that did not come
         self._following: dict[str, asyncio.Task[None]] = {}
         self._recorded: set[str] = set()  # artifacts whose reads fsd records for this runner
+        self._inside: dict[str, str] = {}  # by model, where the container sees it
 
     async def stage(self, artifact: agent_pb2.Artifact) -> Path | None:
         """Where a container can begin to read it; nothing, for an entry of the compile cache that does not come."""
@@ -82,6 +83,22 @@ class Arrivals:
             await self._show(artifact, path)
         if not ready:
             self.follow([artifact])
+
+    async def show(self, artifact: agent_pb2.Artifact) -> str:
+        """Stage it and attach it to the live container; where its folder is inside."""
+        await self.attach(artifact)
+        return self._inside[artifact.model]
+
+    async def drop(self, artifact: agent_pb2.Artifact) -> None:
+        """The live container needs it no longer: it is taken out of its view, and no pin of this runner holds it."""
+        if (task := self._following.pop(artifact.model, None)) is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        container = launch.container_id(self._runner_id)
+        await self._driver.detach_model(container, launch.model_name(artifact.model))
+        await self._cache.unpin(self._runner_id, artifact.artifact_id or artifact.manifest_digest)
+        self._inside.pop(artifact.model, None)
 
     async def image(self, artifacts: Iterable[agent_pb2.Artifact]) -> Image | None:
         """What the container is made of, as soon as it can be read; None: the node's own system."""
@@ -178,7 +195,8 @@ class Arrivals:
             await self._driver.image_finished(Image(artifact.artifact_id or artifact.manifest_digest, source))
             return
         container = launch.container_id(self._runner_id)
-        await self._driver.attach_model(container, launch.model_name(artifact.model), source)
+        name = launch.model_name(artifact.model)
+        self._inside[artifact.model] = await self._driver.attach_model(container, name, source)
 
 
 def _recorded(artifact: agent_pb2.Artifact) -> bool:

@@ -208,6 +208,8 @@ def _env(message: agent_pb2.Assignment, driver: Driver, spec: ContainerSpec) -> 
         )
     if checkpoints := models("model"):
         env["FAL_MODEL_DIR"] = checkpoints[0][1]
+        if message.residencies:  # others may come beside it: requests say which they mean
+            env["FAL_MODEL"] = next(one.model for one in message.artifacts if (one.kind or "model") == "model")
     if loras := models("lora"):
         # A request names a LoRA of the app's team without the team.
         env["FAL_LORAS"] = ",".join(f"{name.partition('.')[2]}={path}" for name, path in loras)

@@ -100,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--allow-host-network", action=argparse.BooleanOptionalAction, help=host_network)
     gpu_reset = "reset GPUs whose fault asks for it, when they are idle (yes)"
     run.add_argument("--gpu-reset", action=argparse.BooleanOptionalAction, help=gpu_reset)
+    run.add_argument("--notices", action="append", help="aws, gcp, azure or file:/PATH: watch for its notices; repeat")
+    run.add_argument("--reboot-command", help="reboots the machine for `falctl node reboot` (none: it may not)")
     run.add_argument("--egress-subnet", help="addresses of containers with network = egress (10.222.0.0/16)")
     run.add_argument("--cni-plugin-dir", help="folders with CNI plugins (/usr/lib/cni:/opt/cni/bin)")
     run.add_argument("--fsd-config", help="TOML file with settings of fal-fsd")

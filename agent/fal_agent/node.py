@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from fal_agent import launch, recovery, wire
 from fal_agent.core.admission import NodeView, Refusal, admit
 from fal_agent.core.assignments import Assignment, Assignments, Complete, Delta, Goal, receive
+from fal_agent.core.notice import Announced
 from fal_agent.core.standing import Leader, Standing, distrust, obey, stale, works_for
 from fal_agent.core.tasks import Phase, Task
 from fal_agent.journal import Journal
@@ -23,7 +24,7 @@ from fal_agent.journal_codec import Forget, Record
 from fal_agent.ports import MachineView, Usage
 from fal_agent.proxy.messages import ProxyStats, RunnerEntry
 from fal_agent.runner import Runner
-from fal_agent.told import inventory_told
+from fal_agent.told import NoticeTold, inventory_told
 from fal_agent.tools import Tools
 from fal_contract.errors import Code, FalError, not_found
 from fal_contract.limits import ACCESS_LISTS_MAX, NODE_EVENTS_MAX
@@ -70,6 +71,7 @@ class Node:
         self._tunnels: tuple[str, ...] = ()
         self._told_tunnels: tuple[str, ...] = ()
         self._access: deque[agent_pb2.AccessList] = deque(maxlen=ACCESS_LISTS_MAX)
+        self._notice = NoticeTold()
         self._saving: set[asyncio.Task[None]] = set()
 
     # ---- life
@@ -98,6 +100,11 @@ class Node:
     def _accessed(self, access: agent_pb2.AccessList) -> None:
         """A start of an image was recorded."""
         self._access.append(access)
+        self.changed.set()
+
+    def announce(self, announced: Announced | None) -> None:
+        """What is announced for the machine now; None: nothing."""
+        self._notice.set(announced)
         self.changed.set()
 
     def in_setup(self) -> bool:
@@ -134,6 +141,7 @@ class Node:
             capabilities=facts.capabilities,
         )
         wire.standing_into(hello, self._standing)
+        self._notice.into_hello(hello, now_s=hello.wall_s)
         return hello
 
     def welcome(self, leader: Leader) -> None:
@@ -208,6 +216,7 @@ class Node:
             report.inventory.CopyFrom(inventory)
         report.tunnels.extend(self._tunnels)
         self._told_tunnels = self._tunnels
+        self._notice.into_report(report, now_s=self._tools.clock.wall_s())
         report.access.extend(self._access)
         self._access.clear()
         report.events.extend(self._events)
@@ -242,6 +251,19 @@ class Node:
         result = await self._tools.gpu_order(order)
         await self.look()
         return result
+
+    async def reboot(self, boot_id: str) -> None:
+        """Reboot the machine where it is still of that boot. FAILED_PRECONDITION: it may not, or something runs."""
+        if boot_id != self._facts.boot_id:
+            return
+        if self._leader is None or (doubt := distrust(self._standing, self._leader)):
+            raise FalError(
+                Code.FAILED_PRECONDITION, doubt or "no leader", remedy="Look at the alarms in `falctl status`."
+            )
+        if live := [runner.id for runner in self._runners.values() if runner.task.live]:
+            what = f"{len(live)} runners are left on it, {live[0]} among them"
+            raise FalError(Code.FAILED_PRECONDITION, what, remedy="Drain it first.")
+        await self._tools.reboot()
 
     async def top(self, runner_id: str) -> ContainerUse:
         """What its container uses."""
@@ -396,6 +418,7 @@ class Node:
         if runner.trouble and runner.task.live:
             status.reason = f"{status.reason}: {runner.trouble}" if status.reason else runner.trouble
         status.wounded = runner.wounds.wounded and runner.task.live
+        runner.residents.tell(status)
         return status
 
     def _inventory(self) -> agent_pb2.Inventory:

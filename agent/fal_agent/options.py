@@ -8,6 +8,8 @@ from typing import Final, Literal
 
 from pydantic import Field
 
+from fal_agent.core.notice import check_source
+from fal_agent.reboot import check_command
 from fal_contract.config import ConfigModel
 from fal_contract.errors import invalid
 from fal_contract.ids import check_name
@@ -54,6 +56,10 @@ class AgentOptions(ConfigModel):
     )
     allow_host_network: bool = Field(True, description='false: no app with network "host", whatever its pool allows')
     gpu_reset: bool = Field(True, description="false: never reset a GPU, whatever its fault asks for")
+    notices: list[str] = Field(
+        default_factory=list, description="who announces what is done to this machine: aws, gcp, azure, file:/PATH"
+    )
+    reboot_command: str = Field("", description="reboots the machine, such as `systemctl reboot`; none: it may not")
     egress_subnet: str = Field("10.222.0.0/16", description='addresses of containers with network "egress"')
     cni_plugin_dir: str = Field("/usr/lib/cni:/opt/cni/bin", description="folders with CNI plugins, first match wins")
     cdi_dirs: str = Field(
@@ -102,6 +108,9 @@ def check(options: AgentOptions) -> AgentOptions:
         raise invalid("schedulers", [], "is empty", remedy="Give --schedulers HOST:PORT.")
     check_schedulers(options.schedulers)
     options.egress()
+    check_command(options.reboot_command)
+    for text in options.notices:
+        check_source(text)
     for text in options.addresses:
         parse_address(text)
     return options

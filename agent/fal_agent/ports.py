@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fal_agent.core.admission import GpuView
 from fal_agent.proxy.messages import GatewayEntry, RunnerEntry
@@ -48,8 +48,8 @@ class WeightCache(Protocol):
         """End what these processes wait for in unfinished files."""
         ...
 
-    async def unpin(self, owner: str) -> None:
-        """Let go of all pins of `owner`."""
+    async def unpin(self, owner: str, artifact: str = "") -> None:
+        """Let go of all pins of `owner`, or of that on one artifact (its id or manifest digest)."""
         ...
 
 
@@ -137,3 +137,5 @@ class Places:
 OnEvent = Callable[[str, str, str], None]  # kind, subject, message
 OnAccess = Callable[[agent_pb2.AccessList], None]
 Sleep = Callable[[float], Awaitable[None]]
+# Address of a worker, path, body (None: GET), seconds: see fal_agent.worker_control.
+Control = Callable[[Path | Port, str, Mapping[str, object] | None, float], Awaitable[Mapping[str, Any]]]

@@ -37,8 +37,10 @@ from fal_agent.core.tasks import (
 from fal_agent.part_times import PartTimes, part_of
 from fal_agent.ports import Usage
 from fal_agent.proxy.messages import RunnerEntry
+from fal_agent.residents import Residents
 from fal_agent.runner_secrets import RunnerSecrets
 from fal_agent.tools import Tools, together
+from fal_agent.usage_count import UsageCount
 from fal_agent.wire import parse, probe_of
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import GPU_RELEASE_TIMEOUT_S, STAGE_TIMEOUT_S
@@ -64,10 +66,7 @@ class Runner:
         self._trying = ""  # what is being tried again
         self._said = ""  # why the last readiness probe was not answered
         self._entry: RunnerEntry | None = None
-        self._usage = Usage()
-        self._served_there = self._served_before = 0  # in the proxy that answers now, in those before it
-        self._busy_there_s = self._busy_before_s = 0.0  # likewise
-        self._usage_at_s = tools.clock.monotonic_s()
+        self._count = UsageCount(tools.clock)
         self._tools = tools
         self._on_change = on_change
         self._news = asyncio.Event()
@@ -76,6 +75,7 @@ class Runner:
         self._refused: dict[str, str] = {}  # entries of the compile cache that it must not see
         self.wounds = liveness.Wounds(tools.driver, tools.on_event, self.id, launch.container_id(self.id))
         self._arrivals = Arrivals(task.runner_id, tools, on_failed=self._weights_failed)
+        self.residents = Residents(task.runner_id, tools, self._arrivals, lambda: self.task, on_change)
         self._exit_watch: asyncio.Task[None] | None = None
         self._job: asyncio.Task[None] | None = None
 
@@ -95,24 +95,21 @@ class Runner:
         if Phase.STARTED <= self.task.phase < Phase.EXITED:
             self._watch_exit()
             self._arrivals.follow(parse(self.task.assignment).artifacts, used=self.task.phase >= Phase.READY)
+        if self.task.phase is Phase.SERVING:
+            self.residents.start()
         self._job = asyncio.create_task(self._drive(), name=f"runner {self.id}")
 
     def assign(self, assignment: Assignment) -> bool:
         """The scheduler spoke of this runner. True when that changed something."""
+        self.residents.poke()
         return self._see(assign(self.task, assignment))
 
     def mark_orphan(self, orphan: bool) -> bool:
         return self._see(replace(self.task, orphan=orphan))
 
     def count(self, usage: Usage) -> None:
-        """The proxy told new counts. They begin again at 0 in a proxy that lost its own."""
-        if usage.served < self._served_there or usage.busy_s < self._busy_there_s:
-            self._served_before += self._served_there
-            self._busy_before_s += self._busy_there_s
-        self._served_there, self._busy_there_s = usage.served, usage.busy_s
-        usage = replace(usage, served=usage.served + self._served_before, busy_s=usage.busy_s + self._busy_before_s)
-        changed = usage.in_flight != self._usage.in_flight or usage.served != self._usage.served
-        self._usage, self._usage_at_s = usage, self._tools.clock.monotonic_s()
+        """The proxy told new counts."""
+        changed = self._count.count(usage)
         self._idle.set()
         if changed:
             self._on_change(self.id)
@@ -120,10 +117,7 @@ class Runner:
     @property
     def usage(self) -> Usage:
         """The counts, with the age of the last request as of now."""
-        if self._usage.last_used_age_s < 0:
-            return self._usage
-        age_s = self._usage.last_used_age_s + self._tools.clock.monotonic_s() - self._usage_at_s
-        return replace(self._usage, last_used_age_s=age_s)
+        return self._count.now
 
     @property
     def entry(self) -> RunnerEntry | None:
@@ -132,6 +126,7 @@ class Runner:
 
     async def close(self) -> None:
         """Stop driving; the container goes on."""
+        await self.residents.close()
         await self._arrivals.close()
         for job in (self._job, self._exit_watch):
             if job is not None:
@@ -334,6 +329,7 @@ class Runner:
         self._entry = await serving.entry_of(self.task, self._tools)
         await self._tools.proxy.put(self._entry)
         self._see(advance(self.task, Phase.SERVING))
+        self.residents.start()
 
     async def _attend(self) -> None:
         """Nothing is owed: while it serves, ask from time to time whether it lives."""
@@ -368,7 +364,7 @@ class Runner:
                 while True:
                     self._idle.clear()
                     self.count(await self._tools.proxy.usage(self.id))
-                    if not self._usage.in_flight:
+                    if not self.usage.in_flight:
                         break
                     self._idle.clear()
                     with contextlib.suppress(TimeoutError):
@@ -417,6 +413,7 @@ class Runner:
                 break
             self._trouble(f"waits for GPU memory: {busy}")
             await asyncio.sleep(_RELEASE_POLL_S)
+        await self.residents.close()
         await self._arrivals.abandon()
         await self._tools.cache.unpin(self.id)
         launch.drop_assignment(self._tools.places, self.id)

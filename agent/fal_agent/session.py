@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from fal_agent.execs import Execs
 from fal_agent.gpu_orders import GpuOrders
 from fal_agent.node import Node
+from fal_agent.reboot import Reboots
 from fal_agent.wire import complete_of, cut, delta_of, leader_of
 from fal_contract.errors import Code, FalError
 from fal_contract.leader_search import pause_max_s, seeker_of
@@ -129,6 +130,7 @@ class _Talk:
         self._logs: dict[int, asyncio.Task[None]] = {}
         self._execs = Execs(node, self._send)
         self._gpu_orders = GpuOrders(node.gpu_order, self._send)
+        self._reboots = Reboots(node.reboot, self._send)
 
     async def run(self, over: asyncio.Event) -> None:
         """Ends with the first error of either direction, or when it is `over`."""
@@ -146,7 +148,7 @@ class _Talk:
         finally:
             for task in (*jobs, *self._logs.values()):
                 task.cancel()
-            closing = (self._execs.close(), self._gpu_orders.close())
+            closing = (self._execs.close(), self._gpu_orders.close(), self._reboots.close())
             await asyncio.gather(*jobs, *self._logs.values(), *closing, return_exceptions=True)
 
     async def _report(self) -> None:
@@ -182,6 +184,8 @@ class _Talk:
                     self._execs.top(message.top)
                 case "gpu_order":
                     self._gpu_orders.take(message.gpu_order)
+                case "reboot":
+                    self._reboots.take(message.reboot)
                 case "welcome":
                     raise FalError(Code.INVALID, "a second welcome came", remedy="The session starts over by itself.")
                 case _:

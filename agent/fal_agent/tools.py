@@ -9,10 +9,12 @@ from random import Random
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fal_agent import worker_control
 from fal_agent.core.tasks import Task
 from fal_agent.gpu_orders import CarryOut, no_gpus
 from fal_agent.packing import Packer
-from fal_agent.ports import Machine, OnAccess, OnEvent, Places, Prober, ProxyPort, WeightCache
+from fal_agent.ports import Control, Machine, OnAccess, OnEvent, Places, Prober, ProxyPort, WeightCache
+from fal_agent.reboot import Reboot, never
 from fal_agent.runner_secrets import AskSecrets
 from fal_contract.clock import Clock
 from fal_contract.errors import Code, FalError
@@ -47,6 +49,8 @@ class Tools:
     packer: Packer = field(default_factory=Packer)
     on_created: Callable[[runtime.ContainerSpec], None] = lambda spec: None
     gpu_order: CarryOut = no_gpus
+    control: Control = worker_control.ask
+    reboot: Reboot = never
 
     async def create(self, spec: runtime.ContainerSpec) -> None:
         """Have the driver make it; what was made once is kept ready (`fal_agent.spares`)."""

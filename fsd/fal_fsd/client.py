@@ -95,10 +95,10 @@ class CacheClient:
                 fsd_pb2.PinRequest(manifest_digest=manifest_digest, owner=owner), timeout=RPC_TIMEOUT_S
             )
 
-    async def unpin(self, owner: str) -> None:
-        """Let go of all pins of `owner`."""
+    async def unpin(self, owner: str, artifact: str = "") -> None:
+        """Let go of all pins of `owner`, or of that on one artifact (its id or manifest digest)."""
         with rpc.fal_errors():
-            await self._stub.Unpin(fsd_pb2.UnpinRequest(owner=owner), timeout=RPC_TIMEOUT_S)
+            await self._stub.Unpin(fsd_pb2.UnpinRequest(owner=owner, manifest_digest=artifact), timeout=RPC_TIMEOUT_S)
 
     async def artifacts(self) -> list[fsd_pb2.CachedArtifact]:
         """What is here or on its way, by digest."""

@@ -327,7 +327,8 @@ def runner_to_pb(runner: Runner) -> pb.Runner:
         if assignment is not None
         else None,
         residencies=[
-            pb.Residency(id=one.id, model=one.model, manifest_digest=one.manifest_digest) for one in runner.residencies
+            pb.Residency(id=one.id, model=one.model, manifest_digest=one.manifest_digest, base=one.base)
+            for one in runner.residencies
         ],
         bindings=[pb.Binding(app=one.app, revision=one.revision, residency=one.residency) for one in runner.bindings],
         created_at_s=runner.created_at_s,
@@ -353,7 +354,7 @@ def _runner_from_pb(runner: pb.Runner) -> Runner:
         assignment=AssignmentRef(runner.assignment.id, runner.assignment.term, runner.assignment.inventory_generation)
         if runner.HasField("assignment")
         else None,
-        residencies=tuple(Residency(one.id, one.model, one.manifest_digest) for one in runner.residencies),
+        residencies=tuple(Residency(one.id, one.model, one.manifest_digest, one.base) for one in runner.residencies),
         goal=Goal(runner.goal),
         goal_reason=runner.goal_reason,
         memory_bytes=runner.memory_bytes,

@@ -30,7 +30,7 @@ from fal_scheduler.core.events import NodeHello, NodeReport
 from fal_scheduler.core.node_events import NodeNotice, RebootRefused
 from fal_scheduler.core.pack_events import AccessTold
 from fal_scheduler.core.records import Residency, Revocation, RunnerState
-from fal_scheduler.core.told import Alarm, Capabilities, Endpoint, Gpu, GpuLink, Inventory, RunnerStatus
+from fal_scheduler.core.told import Alarm, Capabilities, Endpoint, Gpu, GpuLink, Inventory, Resident, RunnerStatus
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -201,6 +201,7 @@ def status_of(status: agent_pb2.RunnerStatus) -> RunnerStatus:
         refused=status.refused,
         output=status.output.SerializeToString() if status.HasField("output") else b"",
         wounded=status.wounded,
+        residents=tuple(read(Resident, one) for one in status.residents),
     )
 
 

@@ -652,6 +652,7 @@ class RunnerStatus(_message.Message):
     WOUNDED_FIELD_NUMBER: _builtins.int
     GPU_MILLI_FIELD_NUMBER: _builtins.int
     BUSY_SECONDS_FIELD_NUMBER: _builtins.int
+    RESIDENTS_FIELD_NUMBER: _builtins.int
     runner_id: _builtins.str
     """`team/app-suffix`."""
     assignment_id: _builtins.str
@@ -715,6 +716,12 @@ class RunnerStatus(_message.Message):
     def output(self) -> _state_pb2.ModelManifest:
         """Of a build task that ended with exit code 0: what its node's cache took in, not signed. Unset: nothing, see reason."""
 
+    @_builtins.property
+    def residents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Resident]:
+        """Of a runner whose residencies may change: each that is wanted, or still there. Those that are loaded are in
+        `residencies`, too.
+        """
+
     def __init__(
         self,
         *,
@@ -746,10 +753,11 @@ class RunnerStatus(_message.Message):
         wounded: _builtins.bool = ...,
         gpu_milli: _builtins.int = ...,
         busy_seconds: _builtins.float = ...,
+        residents: _abc.Iterable[Global___Resident] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "app", b"app", "assignment_id", b"assignment_id", "busy_seconds", b"busy_seconds", "cpu_milli", b"cpu_milli", "exit_code", b"exit_code", "gpu_milli", b"gpu_milli", "gpu_seconds", b"gpu_seconds", "gpus", b"gpus", "in_flight", b"in_flight", "last_used_age_s", b"last_used_age_s", "log_tail", b"log_tail", "max_multiplexing", b"max_multiplexing", "memory_bytes", b"memory_bytes", "oom_killed", b"oom_killed", "output", b"output", "phases", b"phases", "ready_at_s", b"ready_at_s", "reason", b"reason", "refused", b"refused", "residencies", b"residencies", "revision", b"revision", "runner_id", b"runner_id", "served", b"served", "share_group", b"share_group", "started_at_s", b"started_at_s", "state", b"state", "term", b"term", "wounded", b"wounded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "app", b"app", "assignment_id", b"assignment_id", "busy_seconds", b"busy_seconds", "cpu_milli", b"cpu_milli", "exit_code", b"exit_code", "gpu_milli", b"gpu_milli", "gpu_seconds", b"gpu_seconds", "gpus", b"gpus", "in_flight", b"in_flight", "last_used_age_s", b"last_used_age_s", "log_tail", b"log_tail", "max_multiplexing", b"max_multiplexing", "memory_bytes", b"memory_bytes", "oom_killed", b"oom_killed", "output", b"output", "phases", b"phases", "ready_at_s", b"ready_at_s", "reason", b"reason", "refused", b"refused", "residencies", b"residencies", "residents", b"residents", "revision", b"revision", "runner_id", b"runner_id", "served", b"served", "share_group", b"share_group", "started_at_s", b"started_at_s", "state", b"state", "term", b"term", "wounded", b"wounded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -1065,6 +1073,7 @@ class Assignment(_message.Message):
     ARTIFACTS_FIELD_NUMBER: _builtins.int
     INVENTORY_GENERATION_FIELD_NUMBER: _builtins.int
     GPU_MILLI_FIELD_NUMBER: _builtins.int
+    RESIDENCIES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique; with the term it fences older leaders."""
     term: _builtins.int
@@ -1098,6 +1107,12 @@ class Assignment(_message.Message):
     def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Artifact]:
         """What must be present before it starts."""
 
+    @_builtins.property
+    def residencies(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.Residency]:
+        """What its worker is to have loaded, of the artifacts: it may change while the runner serves. Empty: what it began
+        with, for good.
+        """
+
     def __init__(
         self,
         *,
@@ -1114,10 +1129,11 @@ class Assignment(_message.Message):
         artifacts: _abc.Iterable[Global___Artifact] | None = ...,
         inventory_generation: _builtins.int = ...,
         gpu_milli: _builtins.int = ...,
+        residencies: _abc.Iterable[_state_pb2.Residency] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "artifacts", b"artifacts", "goal", b"goal", "goal_reason", b"goal_reason", "gpu_milli", b"gpu_milli", "gpus", b"gpus", "id", b"id", "inventory_generation", b"inventory_generation", "revision", b"revision", "runner_id", b"runner_id", "share_group", b"share_group", "spec", b"spec", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "artifacts", b"artifacts", "goal", b"goal", "goal_reason", b"goal_reason", "gpu_milli", b"gpu_milli", "gpus", b"gpus", "id", b"id", "inventory_generation", b"inventory_generation", "residencies", b"residencies", "revision", b"revision", "runner_id", b"runner_id", "share_group", b"share_group", "spec", b"spec", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1921,3 +1937,48 @@ class RebootRefusal(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RebootRefusal: _TypeAlias = RebootRefusal  # noqa: Y015
+
+@_typing.final
+class Resident(_message.Message):
+    """--- models that come and go in a live runner
+
+    One model or LoRA in a worker, or on its way into it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    STAGE_SECONDS_FIELD_NUMBER: _builtins.int
+    LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id of the residency in the assignment."""
+    state: _builtins.str
+    """"staging", "loading", "loaded", "failed" (it is tried again when it is assigned anew) or "leaving"."""
+    reason: _builtins.str
+    """Why it failed."""
+    bytes: _builtins.int
+    """Bytes in the worker's memory; 0: not loaded."""
+    stage_seconds: _builtins.float
+    """Seconds from the order until its files were here."""
+    load_seconds: _builtins.float
+    """Seconds that the worker took to load it."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        state: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        stage_seconds: _builtins.float = ...,
+        load_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id", "load_seconds", b"load_seconds", "reason", b"reason", "stage_seconds", b"stage_seconds", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resident: _TypeAlias = Resident  # noqa: Y015

@@ -345,19 +345,27 @@ class ListNodesRequest(_message.Message):
 
     POOL_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
     """Only this pool; empty: all."""
     node: _builtins.str
     """Only this node, by id or name; empty: all."""
+    limit: _builtins.int
+    """At most so many; 0: all of them, where one message holds them."""
+    after: _builtins.str
+    """Go on after this one, as `next` of the last page named it; empty: from the start."""
     def __init__(
         self,
         *,
         pool: _builtins.str = ...,
         node: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        after: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "pool", b"pool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "limit", b"limit", "node", b"node", "pool", b"pool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -370,6 +378,12 @@ class ListNodesReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NODES_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    next: _builtins.str
+    """Give it as `after` for the next page; empty: this was the last."""
+    total: _builtins.int
+    """How many match in all."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeView]:
         """In order of name."""
@@ -378,10 +392,12 @@ class ListNodesReply(_message.Message):
         self,
         *,
         nodes: _abc.Iterable[Global___NodeView] | None = ...,
+        next: _builtins.str = ...,
+        total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next", b"next", "nodes", b"nodes", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -445,6 +461,7 @@ class NodeView(_message.Message):
     PATHS_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    CONNECTED_FIELD_NUMBER: _builtins.int
     health: _builtins.str
     """"ready", "unknown", "lost", "joined" (never seen yet) or "revoked"."""
     reason: _builtins.str
@@ -453,6 +470,8 @@ class NodeView(_message.Message):
     """Seconds since it was heard; -1: never."""
     software: _builtins.str
     """Version of the agent."""
+    connected: _builtins.bool
+    """Whether its control stream is open. A node without one is silent only after some heartbeats."""
     @_builtins.property
     def node(self) -> _state_pb2.Node:
         """What operators decided."""
@@ -500,10 +519,11 @@ class NodeView(_message.Message):
         paths: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         software: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        connected: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "inventory", b"inventory", "node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "endpoints", b"endpoints", "gpus_free", b"gpus_free", "health", b"health", "heard_age_s", b"heard_age_s", "inventory", b"inventory", "labels", b"labels", "node", b"node", "paths", b"paths", "reason", b"reason", "runners", b"runners", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "connected", b"connected", "endpoints", b"endpoints", "gpus_free", b"gpus_free", "health", b"health", "heard_age_s", b"heard_age_s", "inventory", b"inventory", "labels", b"labels", "node", b"node", "paths", b"paths", "reason", b"reason", "runners", b"runners", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1796,16 +1816,24 @@ class ListAppsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TEAM_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
     team: _builtins.str
     """Whose; empty: every team's."""
+    limit: _builtins.int
+    """At most so many; 0: all of them, where one message holds them."""
+    after: _builtins.str
+    """Go on after this one, as `next` of the last page named it; empty: from the start."""
     def __init__(
         self,
         *,
         team: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        after: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["team", b"team"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "limit", b"limit", "team", b"team"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1818,6 +1846,12 @@ class ListAppsReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     APPS_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    next: _builtins.str
+    """Give it as `after` for the next page; empty: this was the last."""
+    total: _builtins.int
+    """How many match in all."""
     @_builtins.property
     def apps(self) -> _containers.RepeatedCompositeFieldContainer[Global___AppView]:
         """In order of id."""
@@ -1826,10 +1860,12 @@ class ListAppsReply(_message.Message):
         self,
         *,
         apps: _abc.Iterable[Global___AppView] | None = ...,
+        next: _builtins.str = ...,
+        total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apps", b"apps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apps", b"apps", "next", b"next", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1992,22 +2028,30 @@ class ListRunnersRequest(_message.Message):
     TEAM_FIELD_NUMBER: _builtins.int
     APP_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
     team: _builtins.str
     """Whose; empty: every team's."""
     app: _builtins.str
     """Only this app; empty: all."""
     node: _builtins.str
     """Only on this node; empty: all."""
+    limit: _builtins.int
+    """At most so many; 0: all of them, where one message holds them."""
+    after: _builtins.str
+    """Go on after this one, as `next` of the last page named it; empty: from the start."""
     def __init__(
         self,
         *,
         team: _builtins.str = ...,
         app: _builtins.str = ...,
         node: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        after: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "node", b"node", "team", b"team"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "app", b"app", "limit", b"limit", "node", b"node", "team", b"team"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2020,6 +2064,12 @@ class ListRunnersReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUNNERS_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    next: _builtins.str
+    """Give it as `after` for the next page; empty: this was the last."""
+    total: _builtins.int
+    """How many match in all."""
     @_builtins.property
     def runners(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunnerView]:
         """In order of id."""
@@ -2028,10 +2078,12 @@ class ListRunnersReply(_message.Message):
         self,
         *,
         runners: _abc.Iterable[Global___RunnerView] | None = ...,
+        next: _builtins.str = ...,
+        total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["runners", b"runners"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next", b"next", "runners", b"runners", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2636,16 +2688,20 @@ class ExplainRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SUBJECT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     subject: _builtins.str
     """An app, runner or node: `team/name`, `team/app-suffix` or a node's id or name."""
+    kind: _builtins.str
+    """"app", "runner", "node" or "request" (of the app `subject`: its line of requests); empty: whatever it names."""
     def __init__(
         self,
         *,
         subject: _builtins.str = ...,
+        kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2663,6 +2719,8 @@ class ExplainReply(_message.Message):
     LINES_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
     VERDICTS_FIELD_NUMBER: _builtins.int
+    ADMISSIONS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """"app", "runner" or "node"."""
     subject: _builtins.str
@@ -2681,6 +2739,14 @@ class ExplainReply(_message.Message):
     def verdicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeVerdict]:
         """Every node that was considered."""
 
+    @_builtins.property
+    def admissions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdmissionView]:
+        """The smallest changes that would admit it, the smallest first; each was checked."""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartView]:
+        """Parts of the time to the first output: predicted, and what really happened."""
+
     def __init__(
         self,
         *,
@@ -2690,14 +2756,80 @@ class ExplainReply(_message.Message):
         lines: _abc.Iterable[_builtins.str] | None = ...,
         placement: Global___PlacementView | None = ...,
         verdicts: _abc.Iterable[Global___NodeVerdict] | None = ...,
+        admissions: _abc.Iterable[Global___AdmissionView] | None = ...,
+        parts: _abc.Iterable[Global___PartView] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lines", b"lines", "placement", b"placement", "subject", b"subject", "summary", b"summary", "verdicts", b"verdicts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "kind", b"kind", "lines", b"lines", "parts", b"parts", "placement", b"placement", "subject", b"subject", "summary", b"summary", "verdicts", b"verdicts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExplainReply: _TypeAlias = ExplainReply  # noqa: Y015
+
+@_typing.final
+class AdmissionView(_message.Message):
+    """A change that would give a runner a place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    DISTURBS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """For people."""
+    command: _builtins.str
+    """How."""
+    disturbs: _builtins.int
+    """What it disturbs: 0 nothing, 1 the app's own wishes, 2 other runners, 3 takes new hardware."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        command: _builtins.str = ...,
+        disturbs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "disturbs", b"disturbs", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmissionView: _TypeAlias = AdmissionView  # noqa: Y015
+
+@_typing.final
+class PartView(_message.Message):
+    """A part of the time until a runner was ready."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PREDICTED_MS_FIELD_NUMBER: _builtins.int
+    ACTUAL_MS_FIELD_NUMBER: _builtins.int
+    BECAUSE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"weights", "start", "load" …; "total"."""
+    predicted_ms: _builtins.int
+    """Milliseconds; -1: not predicted."""
+    actual_ms: _builtins.int
+    """Milliseconds; -1: not known, or not over yet."""
+    because: _builtins.str
+    """What the prediction rests on."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        predicted_ms: _builtins.int = ...,
+        actual_ms: _builtins.int = ...,
+        because: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual_ms", b"actual_ms", "because", b"because", "name", b"name", "predicted_ms", b"predicted_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PartView: _TypeAlias = PartView  # noqa: Y015
 
 @_typing.final
 class NodeVerdict(_message.Message):
@@ -2705,12 +2837,33 @@ class NodeVerdict(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class WhyEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NODE_ID_FIELD_NUMBER: _builtins.int
     NODE_NAME_FIELD_NUMBER: _builtins.int
     FEASIBLE_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Id and name."""
     node_name: _builtins.str
@@ -2722,6 +2875,10 @@ class NodeVerdict(_message.Message):
     """What it lacks; empty when feasible."""
     score: _builtins.int
     """Integer score among the feasible, lower is better."""
+    @_builtins.property
+    def why(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """The terms by which it is ranked: "ready_ms", "money_micros" …"""
+
     def __init__(
         self,
         *,
@@ -2731,10 +2888,11 @@ class NodeVerdict(_message.Message):
         filter: _builtins.str = ...,
         detail: _builtins.str = ...,
         score: _builtins.int = ...,
+        why: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "feasible", b"feasible", "filter", b"filter", "node_id", b"node_id", "node_name", b"node_name", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "feasible", b"feasible", "filter", b"filter", "node_id", b"node_id", "node_name", b"node_name", "score", b"score", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -475,6 +475,7 @@ class Route(_message.Message):
     RESIDENT_FIELD_NUMBER: _builtins.int
     REQUEST_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     ANY_PATH_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     runner_id: _builtins.str
     """Runner, app and node."""
     app: _builtins.str
@@ -495,6 +496,12 @@ class Route(_message.Message):
     def resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Models loaded in it."""
 
+    @_builtins.property
+    def shared(self) -> _containers.RepeatedCompositeFieldContainer[Global___SharedApp]:
+        """Of a runner that apps share: those that it serves now, `app` among them, each with the model that its requests
+        name. Empty: `app` alone, and requests need name none.
+        """
+
     def __init__(
         self,
         *,
@@ -507,14 +514,41 @@ class Route(_message.Message):
         resident: _abc.Iterable[_builtins.str] | None = ...,
         request_timeout_s: _builtins.float = ...,
         any_path: _builtins.bool = ...,
+        shared: _abc.Iterable[Global___SharedApp] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["any_path", b"any_path", "app", b"app", "endpoints", b"endpoints", "max_multiplexing", b"max_multiplexing", "node_id", b"node_id", "request_timeout_s", b"request_timeout_s", "resident", b"resident", "runner_id", b"runner_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["any_path", b"any_path", "app", b"app", "endpoints", b"endpoints", "max_multiplexing", b"max_multiplexing", "node_id", b"node_id", "request_timeout_s", b"request_timeout_s", "resident", b"resident", "runner_id", b"runner_id", "shared", b"shared", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Route: _TypeAlias = Route  # noqa: Y015
+
+@_typing.final
+class SharedApp(_message.Message):
+    """An app in a runner that several share."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    """`team/name`."""
+    model: _builtins.str
+    """Model, `team/name`."""
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedApp: _TypeAlias = SharedApp  # noqa: Y015
 
 @_typing.final
 class Refusals(_message.Message):

@@ -323,11 +323,12 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """A model loaded in a runner."""
+    """A model loaded in a runner; of a LoRA `base` is the model that it is loaded into."""
 
     id: str
     model: str
     manifest_digest: str = ""
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +372,10 @@ class Runner:
     def app(self) -> str:
         """The app that it serves (CHAIN binds one to one)."""
         return self.bindings[0].app
+
+    def revision_for(self, app_id: str) -> int:
+        """Number of the revision of an app that it serves; 0: none."""
+        return next((one.revision for one in self.bindings if one.app == app_id), 0)
 
     @property
     def apps(self) -> tuple[str, ...]:

@@ -117,6 +117,18 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class Resident:
+    """A model or LoRA in a worker, or on its way into it; the fields are the wire's (agent.proto)."""
+
+    id: str
+    state: str
+    reason: str = ""
+    bytes: int = 0
+    stage_seconds: float = 0.0
+    load_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class RunnerStatus:
     """A runner as its node sees it; the fields are the wire's (agent.proto)."""
 
@@ -148,6 +160,7 @@ class RunnerStatus:
     busy_seconds: float = 0.0  # with a request under way
     gpu_milli: int = 0  # of each of its GPUs; 0: all
     wounded: bool = False  # it serves, but its container's monitor died; `reason` says so
+    residents: tuple[Resident, ...] = ()  # where they may change
 
     @property
     def serves(self) -> bool:
