@@ -50,6 +50,7 @@ from fal_runtime import driver as runtime
 
 _READY_POLL_MIN_S: Final = 0.02
 _READY_POLL_MAX_S: Final = 0.5
+_READY_POLL_SHARE: Final = 0.1  # of what it took so far: readiness is seen no later than that, and predicted as well
 _RETRY_MIN_S: Final = 0.1
 _RETRY_MAX_S: Final = 10.0
 _RELEASE_POLL_S: Final = 0.5
@@ -322,7 +323,7 @@ class Runner:
             self._said = why
             left_s = math.inf if self.task.orphan else self._left_s()
             await asyncio.sleep(min(poll_s, left_s))
-            poll_s = min(_READY_POLL_MAX_S, 1.5 * poll_s)
+            poll_s = min(max(_READY_POLL_MIN_S, (self._now_s() - began_s) * _READY_POLL_SHARE), _READY_POLL_MAX_S)
 
     async def _register(self) -> None:
         self._arrivals.used()

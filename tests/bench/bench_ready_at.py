@@ -23,6 +23,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -251,7 +252,7 @@ def up(
     return bench
 
 
-def measure(folder: Path, sizes: tuple[int, ...], counts: tuple[int, ...]) -> list[Placement]:
+def measure(folder: Path, sizes: tuple[int, ...], counts: tuple[int, ...], stop: threading.Event) -> list[Placement]:
     """All cells, in random order but for a peer's, disk's and memory's of one model, which follow each other."""
     cells = [(size, count) for size in sizes for count in counts]
     Random(1).shuffle(cells)
@@ -259,12 +260,26 @@ def measure(folder: Path, sizes: tuple[int, ...], counts: tuple[int, ...]) -> li
     with asyncio.Runner() as loop, running(folder, sizes, loop) as bench:
         for size, count in cells:
             for tier in TIERS:
+                if stop.is_set():
+                    return done
                 one = bench.cell(size, tier, count)
                 done.append(one)
                 what = f"{len(done):3}. {tier:6} {size // MIB:4} MiB, {count} at once"
                 said = f"predicted {one.predicted_s:6.2f} s ({one.predicted_tier}), took {one.actual_s:6.2f} s"
                 print(f"  {what}: {said}; {one.parts}", flush=True)
     return done
+
+
+async def in_thread(folder: Path, sizes: tuple[int, ...], counts: tuple[int, ...]) -> list[Placement]:
+    """`measure`; interrupted, it takes everything down before this returns."""
+    stop = threading.Event()
+    work = asyncio.ensure_future(asyncio.to_thread(measure, folder, sizes, counts, stop))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop.set()
+        await work
+        raise
 
 
 def regret_s(counted: list[Placement]) -> list[float]:
@@ -300,7 +315,7 @@ async def run(options: Options) -> Result:
     full = options.seconds_s >= 1.0
     folder = Path(tempfile.mkdtemp(prefix="ready-at-"))
     try:
-        done = await asyncio.to_thread(measure, folder, SIZES if full else SIZES[1:2], COUNTS if full else COUNTS[:2])
+        done = await in_thread(folder, SIZES if full else SIZES[1:2], COUNTS if full else COUNTS[:2])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     counted = done[TAUGHT_MAX:] if full else done[len(done) // 2 :]
