@@ -19,11 +19,13 @@ from falctl import (
     cost,
     dev,
     events,
+    explaining,
     gpus,
     images,
     nodes,
     nodes_out,  # noqa: F401  (adds its verbs to `node` and `pool`)
     operate,
+    planning,
     pools,
     quotas,
     rollouts,  # noqa: F401  (adds its verbs to `app`)
@@ -74,7 +76,8 @@ app.add_typer(gpus.group, name="gpu")
 app.add_typer(pools.group, name="pool")
 app.add_typer(quotas.group, name="quota")
 app.command("status")(operate.status)
-app.command("explain")(operate.explain)
+app.command("plan")(planning.plan)
+app.command("explain")(explaining.explain)
 app.command("events")(events.events)
 app.command("cost")(cost.cost)
 app.add_typer(dev.group, name="dev")

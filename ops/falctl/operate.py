@@ -1,4 +1,4 @@
-"""`falctl status`, `explain`, `operator confirm` and `server init`."""
+"""`falctl status`, `operator confirm`, `operator revoke` and `server init`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fal_contract.errors import Code, FalError, invalid
-from falctl.context import team, unary
+from falctl.context import unary
 from falctl.pools import JsonFlag
 
 operator_group = typer.Typer(help="What needs an operator's decision.", no_args_is_help=True)
@@ -61,46 +61,6 @@ def status(json: JsonFlag = False) -> None:
 
 def _counts(counts: Any) -> str:
     return ", ".join(f"{count} {word}" for word, count in sorted(counts.items()) if count)
-
-
-def explain(subject: str, json: JsonFlag = False) -> None:
-    """Why an app, a runner or a node is as it is."""
-    from rich.markup import escape
-
-    from falctl.output import console, print_json, print_table, to_json
-
-    reply = _explained(subject)
-    if json:
-        print_json("explanation", to_json(reply))
-        return
-    out = console()
-    out.print(f"[bold]{reply.kind}[/bold] {escape(reply.summary)}", markup=True)
-    for line in reply.lines:
-        typer.echo(f"  {line}")
-    if reply.placement.nearest_miss:
-        out.print(f"nearest miss: {reply.placement.nearest_miss}")
-    if reply.verdicts:
-        print_table(
-            ("NODE", "FITS", "REFUSED BY", "BECAUSE"),
-            ((v.node_name or v.node_id, "yes" if v.feasible else "no", v.filter, v.detail) for v in reply.verdicts),
-            empty="",
-        )
-
-
-def _explained(value: str) -> Any:
-    """What the scheduler says about an app or runner of the team, or about a node by id or name."""
-    from fal_contract.v1 import cluster_pb2 as pb
-
-    meant = [value] if "/" in value else [f"{team()}/{value}", value]
-    if value.startswith("n-"):
-        meant.reverse()
-    for number, subject in enumerate(meant, start=1):
-        try:
-            return unary("Explain", pb.ExplainRequest(subject=subject))
-        except FalError as error:
-            if error.code is not Code.NOT_FOUND or number == len(meant):
-                raise
-    raise AssertionError("the last one returns or raises")
 
 
 @operator_group.command("revoke")

@@ -3745,3 +3745,188 @@ class QuotaView(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___QuotaView: _TypeAlias = QuotaView  # noqa: Y015
+
+@_typing.final
+class PlanRequest(_message.Message):
+    """--- Plans
+
+    Manifests, in the order in which they would be applied.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanItem]:
+        """One app or pool each."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___PlanItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRequest: _TypeAlias = PlanRequest  # noqa: Y015
+
+@_typing.final
+class PlanItem(_message.Message):
+    """One manifest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    APP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pool(self) -> Global___ApplyPoolRequest: ...
+    @_builtins.property
+    def app(self) -> Global___ApplyAppRequest: ...
+    def __init__(
+        self,
+        *,
+        pool: Global___ApplyPoolRequest | None = ...,
+        app: Global___ApplyAppRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "kind", b"kind", "pool", b"pool"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "kind", b"kind", "pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["pool", "app"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___PlanItem: _TypeAlias = PlanItem  # noqa: Y015
+
+@_typing.final
+class PlanReply(_message.Message):
+    """What would become of each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedItem]:
+        """In the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___PlannedItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanReply: _TypeAlias = PlanReply  # noqa: Y015
+
+@_typing.final
+class PlannedItem(_message.Message):
+    """What would become of one manifest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    STARTS_FIELD_NUMBER: _builtins.int
+    DRAINS_FIELD_NUMBER: _builtins.int
+    STOPS_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    COST_MICROS_PER_HOUR_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"pool" or "app", and its name."""
+    name: _builtins.str
+    outcome: _builtins.str
+    """"created", "changed" or "unchanged"."""
+    rollout: _builtins.str
+    """"rolling from revision 1 to 2"; empty: none."""
+    cost_micros_per_hour: _builtins.int
+    """Millionths of a US dollar per hour more than now; less than 0: cheaper."""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___FieldChange]:
+        """Fields that differ from now."""
+
+    @_builtins.property
+    def starts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedRunner]:
+        """Runners that would be made at once."""
+
+    @_builtins.property
+    def drains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Runners that would be drained, and stopped, at once; also of other apps."""
+
+    @_builtins.property
+    def stops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Things worth knowing."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        name: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        changes: _abc.Iterable[Global___FieldChange] | None = ...,
+        starts: _abc.Iterable[Global___PlannedRunner] | None = ...,
+        drains: _abc.Iterable[_builtins.str] | None = ...,
+        stops: _abc.Iterable[_builtins.str] | None = ...,
+        rollout: _builtins.str = ...,
+        cost_micros_per_hour: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "cost_micros_per_hour", b"cost_micros_per_hour", "drains", b"drains", "kind", b"kind", "name", b"name", "outcome", b"outcome", "rollout", b"rollout", "starts", b"starts", "stops", b"stops", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedItem: _TypeAlias = PlannedItem  # noqa: Y015
+
+@_typing.final
+class PlannedRunner(_message.Message):
+    """A runner that would be made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    NODE_NAME_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    READY_MS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    """App that it would serve."""
+    node_id: _builtins.str
+    """Node, and its name; empty: it would wait."""
+    node_name: _builtins.str
+    gpus: _builtins.int
+    """GPUs that it would get."""
+    ready_ms: _builtins.int
+    """Milliseconds until its first output; -1: nobody knows."""
+    reason: _builtins.str
+    """What it would wait for."""
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        node_id: _builtins.str = ...,
+        node_name: _builtins.str = ...,
+        gpus: _builtins.int = ...,
+        ready_ms: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "gpus", b"gpus", "node_id", b"node_id", "node_name", b"node_name", "ready_ms", b"ready_ms", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedRunner: _TypeAlias = PlannedRunner  # noqa: Y015

@@ -341,6 +341,11 @@ class ClusterStub:
                 request_serializer=fal__contract_dot_v1_dot_cluster__pb2.UnsetQuotaRequest.SerializeToString,
                 response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.QuotaView.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/fal.v1.Cluster/Plan',
+                request_serializer=fal__contract_dot_v1_dot_cluster__pb2.PlanRequest.SerializeToString,
+                response_deserializer=fal__contract_dot_v1_dot_cluster__pb2.PlanReply.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -779,6 +784,14 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request, context):
+        """--- Plans
+        What applying manifests would do; nothing is changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1086,6 +1099,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.UnsetQuota,
                     request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.UnsetQuotaRequest.FromString,
                     response_serializer=fal__contract_dot_v1_dot_cluster__pb2.QuotaView.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=fal__contract_dot_v1_dot_cluster__pb2.PlanRequest.FromString,
+                    response_serializer=fal__contract_dot_v1_dot_cluster__pb2.PlanReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -2736,6 +2754,33 @@ class Cluster:
             '/fal.v1.Cluster/UnsetQuota',
             fal__contract_dot_v1_dot_cluster__pb2.UnsetQuotaRequest.SerializeToString,
             fal__contract_dot_v1_dot_cluster__pb2.QuotaView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fal.v1.Cluster/Plan',
+            fal__contract_dot_v1_dot_cluster__pb2.PlanRequest.SerializeToString,
+            fal__contract_dot_v1_dot_cluster__pb2.PlanReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -166,6 +166,10 @@ class ClusterStub:
     """Every team that has one, or holds GPUs."""
     UnsetQuota: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.UnsetQuotaRequest, _cluster_pb2.QuotaView]
     """Takes a quota away."""
+    Plan: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.PlanRequest, _cluster_pb2.PlanReply]
+    """--- Plans
+    What applying manifests would do; nothing is changed.
+    """
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -304,6 +308,10 @@ class ClusterAsyncStub(ClusterStub):
     """Every team that has one, or holds GPUs."""
     UnsetQuota: _aio.UnaryUnaryMultiCallable[_cluster_pb2.UnsetQuotaRequest, _cluster_pb2.QuotaView]  # type: ignore[assignment]
     """Takes a quota away."""
+    Plan: _aio.UnaryUnaryMultiCallable[_cluster_pb2.PlanRequest, _cluster_pb2.PlanReply]  # type: ignore[assignment]
+    """--- Plans
+    What applying manifests would do; nothing is changed.
+    """
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     """Served by the scheduler to roles viewer, operator and admin."""
@@ -805,5 +813,15 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.QuotaView, _abc.Awaitable[_cluster_pb2.QuotaView]]:
         """Takes a quota away."""
+
+    @_abc_1.abstractmethod
+    def Plan(
+        self,
+        request: _cluster_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.PlanReply, _abc.Awaitable[_cluster_pb2.PlanReply]]:
+        """--- Plans
+        What applying manifests would do; nothing is changed.
+        """
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,51 +27,57 @@ from fal_contract.v1 import fsd_pb2 as fal__contract_dot_v1_dot_fsd__pb2
 from fal_contract.v1 import state_pb2 as fal__contract_dot_v1_dot_state__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x61l_contract/v1/weights.proto\x12\x06\x66\x61l.v1\x1a\x1b\x66\x61l_contract/v1/agent.proto\x1a\x19\x66\x61l_contract/v1/fsd.proto\x1a\x1b\x66\x61l_contract/v1/state.proto\" \n\x12GetManifestRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xdb\x01\n\x07\x43\x61\x63heUp\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.fal.v1.CacheHelloH\x00\x12%\n\x06report\x18\x02 \x01(\x0b\x32\x13.fal.v1.CacheReportH\x00\x12%\n\x06\x63laims\x18\x03 \x01(\x0b\x32\x13.fal.v1.PieceClaimsH\x00\x12*\n\x0b\x61ttestation\x18\x04 \x01(\x0b\x32\x13.fal.v1.AttestationH\x00\x12)\n\x08manifest\x18\x05 \x01(\x0b\x32\x15.fal.v1.ModelManifestH\x00\x42\x06\n\x04kind\"\xd4\x02\n\tCacheDown\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.fal.v1.CacheWelcomeH\x00\x12\x1e\n\x05swarm\x18\x02 \x01(\x0b\x32\r.fal.v1.SwarmH\x00\x12!\n\x06wishes\x18\x03 \x01(\x0b\x32\x0f.fal.v1.WishSetH\x00\x12)\n\x08\x61ttested\x18\x04 \x01(\x0b\x32\x15.fal.v1.ModelManifestH\x00\x12$\n\x04\x64rop\x18\x05 \x01(\x0b\x32\x14.fal.v1.DropArtifactH\x00\x12(\n\x06verify\x18\x06 \x01(\x0b\x32\x16.fal.v1.VerifyArtifactH\x00\x12-\n\rwant_manifest\x18\x07 \x01(\x0b\x32\x14.fal.v1.WantManifestH\x00\x12)\n\x0blast_copies\x18\x08 \x01(\x0b\x32\x12.fal.v1.LastCopiesH\x00\x42\x06\n\x04kind\"\xec\x01\n\nCacheHello\x12\"\n\x08versions\x18\x01 \x01(\x0b\x32\x10.fal.v1.Versions\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x10\n\x08\x63\x61\x63he_id\x18\x04 \x01(\t\x12#\n\tendpoints\x18\x05 \x03(\x0b\x32\x10.fal.v1.Endpoint\x12#\n\x06status\x18\x06 \x01(\x0b\x32\x13.fal.v1.CacheStatus\x12)\n\tartifacts\x18\x07 \x03(\x0b\x32\x16.fal.v1.CachedArtifact\x12\x11\n\tmanifests\x18\x08 \x03(\t\"\xdf\x01\n\x0b\x43\x61\x63heReport\x12)\n\tartifacts\x18\x01 \x03(\x0b\x32\x16.fal.v1.CachedArtifact\x12\x0c\n\x04gone\x18\x02 \x03(\t\x12\x1f\n\x05links\x18\x03 \x03(\x0b\x32\x10.fal.v1.LinkRate\x12\"\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x12.fal.v1.CacheEvent\x12#\n\x06status\x18\x05 \x01(\x0b\x32\x13.fal.v1.CacheStatus\x12\x13\n\x0bunreachable\x18\x06 \x03(\t\x12\x18\n\x10unreachable_told\x18\x07 \x01(\x08\"?\n\x08LinkRate\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x14\n\x0crate_bytes_s\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"J\n\nCacheEvent\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04\x61t_s\x18\x04 \x01(\x01\"F\n\x0bPieceClaims\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\"\n\x06\x63laims\x18\x02 \x03(\x0b\x32\x12.fal.v1.PieceClaim\"N\n\nPieceClaim\x12\r\n\x05piece\x18\x01 \x01(\r\x12\x0e\n\x06\x62lake3\x18\x02 \x01(\x0c\x12\x0e\n\x06signer\x18\x03 \x01(\t\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"}\n\x0b\x41ttestation\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12 \n\x05\x66iles\x18\x02 \x03(\x0b\x32\x11.fal.v1.ModelFile\x12\x15\n\rpiece_signers\x18\x03 \x03(\r\x12\x0f\n\x07signers\x18\x04 \x03(\t\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\"\xb3\x01\n\x0c\x43\x61\x63heWelcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x13\n\x0bticket_keys\x18\x04 \x03(\x0c\x12\x0c\n\x04pool\x18\x05 \x01(\t\x12\x0e\n\x06region\x18\x06 \x01(\t\x12\x0c\n\x04zone\x18\x07 \x01(\t\x12\x17\n\x0ftrusted_network\x18\x08 \x01(\x08\x12\x16\n\x0e\x64isk_bytes_max\x18\t \x01(\x04\"z\n\x05Swarm\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12$\n\x07members\x18\x03 \x03(\x0b\x32\x13.fal.v1.SwarmMember\x12\x0c\n\x04seed\x18\x04 \x01(\x08\x12\x16\n\x0eregion_members\x18\x05 \x01(\r\"\xe7\x01\n\x0bSwarmMember\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12#\n\tendpoints\x18\x02 \x03(\x0b\x32\x10.fal.v1.Endpoint\x12\x0c\n\x04pool\x18\x03 \x01(\t\x12\x0e\n\x06region\x18\x04 \x01(\t\x12\x0c\n\x04zone\x18\x05 \x01(\t\x12\x1f\n\x17\x65gress_gib_price_micros\x18\x06 \x01(\x04\x12\x0c\n\x04seed\x18\x07 \x01(\x08\x12\x0e\n\x06ticket\x18\x08 \x01(\x0c\x12\x18\n\x10ticket_expires_s\x18\t \x01(\x01\x12\x0b\n\x03tls\x18\n \x01(\x08\x12\x10\n\x08\x63omplete\x18\x0b \x01(\x08\";\n\x07WishSet\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x1e\n\x06wishes\x18\x02 \x03(\x0b\x32\x0e.fal.v1.Wished\"P\n\x06Wished\x12\"\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x10.fal.v1.Artifact\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x14\n\x0c\x65xpires_at_s\x18\x03 \x01(\x01\";\n\x0c\x44ropArtifact\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07revoked\x18\x03 \x01(\x08\"\x1c\n\x0eVerifyArtifact\x12\n\n\x02id\x18\x01 \x01(\t\"\x1a\n\x0cWantManifest\x12\n\n\x02id\x18\x01 \x01(\t\"\"\n\nLastCopies\x12\x14\n\x0c\x61rtifact_ids\x18\x01 \x03(\t2\x83\x01\n\x0c\x43\x61\x63heService\x12\x31\n\x07Session\x12\x0f.fal.v1.CacheUp\x1a\x11.fal.v1.CacheDown(\x01\x30\x01\x12@\n\x0bGetManifest\x12\x1a.fal.v1.GetManifestRequest\x1a\x15.fal.v1.ModelManifestb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x61l_contract/v1/weights.proto\x12\x06\x66\x61l.v1\x1a\x1b\x66\x61l_contract/v1/agent.proto\x1a\x19\x66\x61l_contract/v1/fsd.proto\x1a\x1b\x66\x61l_contract/v1/state.proto\" \n\x12GetManifestRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xdb\x01\n\x07\x43\x61\x63heUp\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.fal.v1.CacheHelloH\x00\x12%\n\x06report\x18\x02 \x01(\x0b\x32\x13.fal.v1.CacheReportH\x00\x12%\n\x06\x63laims\x18\x03 \x01(\x0b\x32\x13.fal.v1.PieceClaimsH\x00\x12*\n\x0b\x61ttestation\x18\x04 \x01(\x0b\x32\x13.fal.v1.AttestationH\x00\x12)\n\x08manifest\x18\x05 \x01(\x0b\x32\x15.fal.v1.ModelManifestH\x00\x42\x06\n\x04kind\"\xfe\x02\n\tCacheDown\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.fal.v1.CacheWelcomeH\x00\x12\x1e\n\x05swarm\x18\x02 \x01(\x0b\x32\r.fal.v1.SwarmH\x00\x12!\n\x06wishes\x18\x03 \x01(\x0b\x32\x0f.fal.v1.WishSetH\x00\x12)\n\x08\x61ttested\x18\x04 \x01(\x0b\x32\x15.fal.v1.ModelManifestH\x00\x12$\n\x04\x64rop\x18\x05 \x01(\x0b\x32\x14.fal.v1.DropArtifactH\x00\x12(\n\x06verify\x18\x06 \x01(\x0b\x32\x16.fal.v1.VerifyArtifactH\x00\x12-\n\rwant_manifest\x18\x07 \x01(\x0b\x32\x14.fal.v1.WantManifestH\x00\x12)\n\x0blast_copies\x18\x08 \x01(\x0b\x32\x12.fal.v1.LastCopiesH\x00\x12(\n\x06values\x18\t \x01(\x0b\x32\x16.fal.v1.ArtifactValuesH\x00\x42\x06\n\x04kind\"\xec\x01\n\nCacheHello\x12\"\n\x08versions\x18\x01 \x01(\x0b\x32\x10.fal.v1.Versions\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x10\n\x08\x63\x61\x63he_id\x18\x04 \x01(\t\x12#\n\tendpoints\x18\x05 \x03(\x0b\x32\x10.fal.v1.Endpoint\x12#\n\x06status\x18\x06 \x01(\x0b\x32\x13.fal.v1.CacheStatus\x12)\n\tartifacts\x18\x07 \x03(\x0b\x32\x16.fal.v1.CachedArtifact\x12\x11\n\tmanifests\x18\x08 \x03(\t\"\xdf\x01\n\x0b\x43\x61\x63heReport\x12)\n\tartifacts\x18\x01 \x03(\x0b\x32\x16.fal.v1.CachedArtifact\x12\x0c\n\x04gone\x18\x02 \x03(\t\x12\x1f\n\x05links\x18\x03 \x03(\x0b\x32\x10.fal.v1.LinkRate\x12\"\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x12.fal.v1.CacheEvent\x12#\n\x06status\x18\x05 \x01(\x0b\x32\x13.fal.v1.CacheStatus\x12\x13\n\x0bunreachable\x18\x06 \x03(\t\x12\x18\n\x10unreachable_told\x18\x07 \x01(\x08\"?\n\x08LinkRate\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x14\n\x0crate_bytes_s\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"J\n\nCacheEvent\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04\x61t_s\x18\x04 \x01(\x01\"F\n\x0bPieceClaims\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\"\n\x06\x63laims\x18\x02 \x03(\x0b\x32\x12.fal.v1.PieceClaim\"N\n\nPieceClaim\x12\r\n\x05piece\x18\x01 \x01(\r\x12\x0e\n\x06\x62lake3\x18\x02 \x01(\x0c\x12\x0e\n\x06signer\x18\x03 \x01(\t\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"}\n\x0b\x41ttestation\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12 \n\x05\x66iles\x18\x02 \x03(\x0b\x32\x11.fal.v1.ModelFile\x12\x15\n\rpiece_signers\x18\x03 \x03(\r\x12\x0f\n\x07signers\x18\x04 \x03(\t\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\"\xb3\x01\n\x0c\x43\x61\x63heWelcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x13\n\x0bticket_keys\x18\x04 \x03(\x0c\x12\x0c\n\x04pool\x18\x05 \x01(\t\x12\x0e\n\x06region\x18\x06 \x01(\t\x12\x0c\n\x04zone\x18\x07 \x01(\t\x12\x17\n\x0ftrusted_network\x18\x08 \x01(\x08\x12\x16\n\x0e\x64isk_bytes_max\x18\t \x01(\x04\"z\n\x05Swarm\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12$\n\x07members\x18\x03 \x03(\x0b\x32\x13.fal.v1.SwarmMember\x12\x0c\n\x04seed\x18\x04 \x01(\x08\x12\x16\n\x0eregion_members\x18\x05 \x01(\r\"\xe7\x01\n\x0bSwarmMember\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12#\n\tendpoints\x18\x02 \x03(\x0b\x32\x10.fal.v1.Endpoint\x12\x0c\n\x04pool\x18\x03 \x01(\t\x12\x0e\n\x06region\x18\x04 \x01(\t\x12\x0c\n\x04zone\x18\x05 \x01(\t\x12\x1f\n\x17\x65gress_gib_price_micros\x18\x06 \x01(\x04\x12\x0c\n\x04seed\x18\x07 \x01(\x08\x12\x0e\n\x06ticket\x18\x08 \x01(\x0c\x12\x18\n\x10ticket_expires_s\x18\t \x01(\x01\x12\x0b\n\x03tls\x18\n \x01(\x08\x12\x10\n\x08\x63omplete\x18\x0b \x01(\x08\";\n\x07WishSet\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x1e\n\x06wishes\x18\x02 \x03(\x0b\x32\x0e.fal.v1.Wished\"P\n\x06Wished\x12\"\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x10.fal.v1.Artifact\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x14\n\x0c\x65xpires_at_s\x18\x03 \x01(\x01\";\n\x0c\x44ropArtifact\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07revoked\x18\x03 \x01(\x08\"\x1c\n\x0eVerifyArtifact\x12\n\n\x02id\x18\x01 \x01(\t\"\x1a\n\x0cWantManifest\x12\n\n\x02id\x18\x01 \x01(\t\"\"\n\nLastCopies\x12\x14\n\x0c\x61rtifact_ids\x18\x01 \x03(\t\"s\n\x0e\x41rtifactValues\x12\x32\n\x06values\x18\x01 \x03(\x0b\x32\".fal.v1.ArtifactValues.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\x83\x01\n\x0c\x43\x61\x63heService\x12\x31\n\x07Session\x12\x0f.fal.v1.CacheUp\x1a\x11.fal.v1.CacheDown(\x01\x30\x01\x12@\n\x0bGetManifest\x12\x1a.fal.v1.GetManifestRequest\x1a\x15.fal.v1.ModelManifestb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fal_contract.v1.weights_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ARTIFACTVALUES_VALUESENTRY']._loaded_options = None
+  _globals['_ARTIFACTVALUES_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_GETMANIFESTREQUEST']._serialized_start=126
   _globals['_GETMANIFESTREQUEST']._serialized_end=158
   _globals['_CACHEUP']._serialized_start=161
   _globals['_CACHEUP']._serialized_end=380
   _globals['_CACHEDOWN']._serialized_start=383
-  _globals['_CACHEDOWN']._serialized_end=723
-  _globals['_CACHEHELLO']._serialized_start=726
-  _globals['_CACHEHELLO']._serialized_end=962
-  _globals['_CACHEREPORT']._serialized_start=965
-  _globals['_CACHEREPORT']._serialized_end=1188
-  _globals['_LINKRATE']._serialized_start=1190
-  _globals['_LINKRATE']._serialized_end=1253
-  _globals['_CACHEEVENT']._serialized_start=1255
-  _globals['_CACHEEVENT']._serialized_end=1329
-  _globals['_PIECECLAIMS']._serialized_start=1331
-  _globals['_PIECECLAIMS']._serialized_end=1401
-  _globals['_PIECECLAIM']._serialized_start=1403
-  _globals['_PIECECLAIM']._serialized_end=1481
-  _globals['_ATTESTATION']._serialized_start=1483
-  _globals['_ATTESTATION']._serialized_end=1608
-  _globals['_CACHEWELCOME']._serialized_start=1611
-  _globals['_CACHEWELCOME']._serialized_end=1790
-  _globals['_SWARM']._serialized_start=1792
-  _globals['_SWARM']._serialized_end=1914
-  _globals['_SWARMMEMBER']._serialized_start=1917
-  _globals['_SWARMMEMBER']._serialized_end=2148
-  _globals['_WISHSET']._serialized_start=2150
-  _globals['_WISHSET']._serialized_end=2209
-  _globals['_WISHED']._serialized_start=2211
-  _globals['_WISHED']._serialized_end=2291
-  _globals['_DROPARTIFACT']._serialized_start=2293
-  _globals['_DROPARTIFACT']._serialized_end=2352
-  _globals['_VERIFYARTIFACT']._serialized_start=2354
-  _globals['_VERIFYARTIFACT']._serialized_end=2382
-  _globals['_WANTMANIFEST']._serialized_start=2384
-  _globals['_WANTMANIFEST']._serialized_end=2410
-  _globals['_LASTCOPIES']._serialized_start=2412
-  _globals['_LASTCOPIES']._serialized_end=2446
-  _globals['_CACHESERVICE']._serialized_start=2449
-  _globals['_CACHESERVICE']._serialized_end=2580
+  _globals['_CACHEDOWN']._serialized_end=765
+  _globals['_CACHEHELLO']._serialized_start=768
+  _globals['_CACHEHELLO']._serialized_end=1004
+  _globals['_CACHEREPORT']._serialized_start=1007
+  _globals['_CACHEREPORT']._serialized_end=1230
+  _globals['_LINKRATE']._serialized_start=1232
+  _globals['_LINKRATE']._serialized_end=1295
+  _globals['_CACHEEVENT']._serialized_start=1297
+  _globals['_CACHEEVENT']._serialized_end=1371
+  _globals['_PIECECLAIMS']._serialized_start=1373
+  _globals['_PIECECLAIMS']._serialized_end=1443
+  _globals['_PIECECLAIM']._serialized_start=1445
+  _globals['_PIECECLAIM']._serialized_end=1523
+  _globals['_ATTESTATION']._serialized_start=1525
+  _globals['_ATTESTATION']._serialized_end=1650
+  _globals['_CACHEWELCOME']._serialized_start=1653
+  _globals['_CACHEWELCOME']._serialized_end=1832
+  _globals['_SWARM']._serialized_start=1834
+  _globals['_SWARM']._serialized_end=1956
+  _globals['_SWARMMEMBER']._serialized_start=1959
+  _globals['_SWARMMEMBER']._serialized_end=2190
+  _globals['_WISHSET']._serialized_start=2192
+  _globals['_WISHSET']._serialized_end=2251
+  _globals['_WISHED']._serialized_start=2253
+  _globals['_WISHED']._serialized_end=2333
+  _globals['_DROPARTIFACT']._serialized_start=2335
+  _globals['_DROPARTIFACT']._serialized_end=2394
+  _globals['_VERIFYARTIFACT']._serialized_start=2396
+  _globals['_VERIFYARTIFACT']._serialized_end=2424
+  _globals['_WANTMANIFEST']._serialized_start=2426
+  _globals['_WANTMANIFEST']._serialized_end=2452
+  _globals['_LASTCOPIES']._serialized_start=2454
+  _globals['_LASTCOPIES']._serialized_end=2488
+  _globals['_ARTIFACTVALUES']._serialized_start=2490
+  _globals['_ARTIFACTVALUES']._serialized_end=2605
+  _globals['_ARTIFACTVALUES_VALUESENTRY']._serialized_start=2560
+  _globals['_ARTIFACTVALUES_VALUESENTRY']._serialized_end=2605
+  _globals['_CACHESERVICE']._serialized_start=2608
+  _globals['_CACHESERVICE']._serialized_end=2739
 # @@protoc_insertion_point(module_scope)

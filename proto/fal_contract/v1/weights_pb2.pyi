@@ -103,6 +103,7 @@ class CacheDown(_message.Message):
     VERIFY_FIELD_NUMBER: _builtins.int
     WANT_MANIFEST_FIELD_NUMBER: _builtins.int
     LAST_COPIES_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___CacheWelcome:
         """First of all, and again when its content changed: a day before the first ticket is made with a new key."""
@@ -125,6 +126,8 @@ class CacheDown(_message.Message):
     def want_manifest(self) -> Global___WantManifest: ...
     @_builtins.property
     def last_copies(self) -> Global___LastCopies: ...
+    @_builtins.property
+    def values(self) -> Global___ArtifactValues: ...
     def __init__(
         self,
         *,
@@ -136,12 +139,13 @@ class CacheDown(_message.Message):
         verify: Global___VerifyArtifact | None = ...,
         want_manifest: Global___WantManifest | None = ...,
         last_copies: Global___LastCopies | None = ...,
+        values: Global___ArtifactValues | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "drop", b"drop", "kind", b"kind", "last_copies", b"last_copies", "swarm", b"swarm", "verify", b"verify", "want_manifest", b"want_manifest", "welcome", b"welcome", "wishes", b"wishes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "drop", b"drop", "kind", b"kind", "last_copies", b"last_copies", "swarm", b"swarm", "values", b"values", "verify", b"verify", "want_manifest", b"want_manifest", "welcome", b"welcome", "wishes", b"wishes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "drop", b"drop", "kind", b"kind", "last_copies", b"last_copies", "swarm", b"swarm", "verify", b"verify", "want_manifest", b"want_manifest", "welcome", b"welcome", "wishes", b"wishes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "drop", b"drop", "kind", b"kind", "last_copies", b"last_copies", "swarm", b"swarm", "values", b"values", "verify", b"verify", "want_manifest", b"want_manifest", "welcome", b"welcome", "wishes", b"wishes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "swarm", "wishes", "attested", "drop", "verify", "want_manifest", "last_copies"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "swarm", "wishes", "attested", "drop", "verify", "want_manifest", "last_copies", "values"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -746,3 +750,49 @@ class LastCopies(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LastCopies: _TypeAlias = LastCopies  # noqa: Y015
+
+@_typing.final
+class ArtifactValues(_message.Message):
+    """What artifacts are worth on this node's disk by what the whole cluster asks for. The whole set; of those that it does
+    not name the cache judges by what it was asked for itself.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """By artifact id: milliseconds of waiting that keeping it saves, by hour and GiB."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArtifactValues: _TypeAlias = ArtifactValues  # noqa: Y015

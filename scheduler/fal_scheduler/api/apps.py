@@ -70,7 +70,7 @@ def _reply(state: State, app_id: str, spec: Spec, before: Spec | None, outcome: 
     return cluster_pb2.ApplyAppReply(
         app=app_view(state, app) if app is not None else None,
         outcome=outcome,
-        changes=_changes(before, spec),
+        changes=changes_of(before, spec),
         placement=placement_view(found),
         warnings=list(_warnings(state, app, spec, found.feasible, found.reason)),
     )
@@ -92,8 +92,8 @@ def _warnings(state: State, app: App | None, spec: Spec, feasible: int, reason: 
         yield "scaling values set at run time stay in force; `falctl app apply --reset-scale` forgets them"
 
 
-def _changes(before: Spec | None, after: Spec) -> list[cluster_pb2.FieldChange]:
-    """Fields that differ, in order of path; nothing for a new app."""
+def changes_of(before: Any, after: Any) -> list[cluster_pb2.FieldChange]:
+    """Fields of two dataclasses that differ, in order of path; nothing for a new one."""
     if before is None:
         return []
     old, new = dict(_flat(asdict(before))), dict(_flat(asdict(after)))
@@ -144,4 +144,4 @@ def _app(state: State, app_id: str) -> App:
     return app
 
 
-__all__ = ["apply_app", "delete_app", "get_app", "list_apps", "plan_app", "scale_app"]
+__all__ = ["apply_app", "changes_of", "delete_app", "get_app", "list_apps", "plan_app", "scale_app"]

@@ -56,6 +56,7 @@ _CLUSTER: Final[Mapping[str, frozenset[Role]]] = {
     "SteerRollout": WRITERS,
     "SetRevision": WRITERS,
     "ListRevisions": READERS,
+    "Plan": READERS,
     "ListQuotas": READERS,
     "GetUsage": READERS,
     "QuarantineGpu": WRITERS,

@@ -30,6 +30,7 @@ from fal_scheduler.api import (
     images,
     join_tokens,
     nodes,
+    plans,
     pools,
     quotas,
     rollouts,
@@ -227,6 +228,9 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
 
     async def UnsetQuota(self, request: cluster_pb2.UnsetQuotaRequest, context: Context) -> cluster_pb2.QuotaView:
         return await quotas.unset_quota(self._current.get(), request, _actor())
+
+    async def Plan(self, request: cluster_pb2.PlanRequest, context: Context) -> cluster_pb2.PlanReply:
+        return _sized(await plans.plan(self._current.get(), request), "Plan fewer manifests at once.")
 
     async def SteerRollout(self, request: cluster_pb2.SteerRolloutRequest, context: Context) -> cluster_pb2.AppView:
         return await rollouts.steer_rollout(self._current.get(), request, _actor())

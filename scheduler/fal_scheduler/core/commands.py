@@ -58,6 +58,8 @@ def apply_pool(work: Work, event: ApplyPool) -> Reply:
     """Make or change a pool."""
     pool, have = event.pool, work.state.pools.get(event.pool.name)
     _expect(event.expected_generation, have.generation if have is not None else 0, f"pool {pool.name}")
+    if have is not None:
+        pool = replace(pool, lost_declared_at_s=have.lost_declared_at_s)  # no manifest says it
     if have is not None and replace(pool, generation=have.generation) == have:
         return Reply("unchanged", pool.name, have.generation)
     after = replace(pool, generation=have.generation + 1 if have is not None else 1)

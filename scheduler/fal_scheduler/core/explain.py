@@ -154,6 +154,11 @@ def takes(state: State, node_id: str, spec: Spec, ask: Ask) -> bool:
     return facts is not None and _verdict(state, facts, facts.node_id, spec, ask).feasible
 
 
+def takes_if(state: State, facts: NodeFacts, spec: Spec, ask: Ask) -> bool:
+    """Whether a node could take it if it were as `facts` say."""
+    return _verdict(state, facts, facts.node_id, spec, ask).feasible
+
+
 def takes_without(state: State, node_id: str, spec: Spec, ask: Ask, gone: tuple[str, ...]) -> bool:
     """Whether it could if the runners `gone`, which are on it, were not."""
     facts, held = state.fleet.facts.get(node_id), state.fleet.occupancy.get(node_id)
