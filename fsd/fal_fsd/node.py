@@ -244,12 +244,13 @@ class CacheNode:
                     self._job(self.verify(message.verify.id), "verify")
                 case "last_copies":
                     self.store.set_last_copies(message.last_copies.artifact_ids)
+                case "values":
+                    self.store.values_ms = dict(message.values.values)
                 case "welcome":  # again: new keys, or the pool has changed
                     self._placed(message.welcome)
                 case "want_manifest":
                     await self._tell_manifest(message.want_manifest.id)
-                case _:
-                    pass  # a kind of a newer scheduler; the versions agreed say that it may be ignored
+                # A kind of a newer scheduler; the versions agreed say that it may be ignored.
         except (FalError, OSError) as exc:  # OSError: what it says cannot be written down
             _log.warning("scheduler_message_refused", kind=message.WhichOneof("kind"), error=str(exc))
 

@@ -31,6 +31,10 @@ class WishSide(Protocol):
         """Pinned for WISH_OWNER until the wish ends, in its tier."""
         ...
 
+    async def want_tier(self, artifact_id: str, tier: str) -> None:
+        """Another tier from now on."""
+        ...
+
     async def end_wishes(self, keep: set[str]) -> None:
         """Let go of all artifacts but these."""
         ...
@@ -49,6 +53,7 @@ class Wishes:
         self._wished: dict[str, weights_pb2.Wished] = {}
         self._begun: dict[str, Transfer] = {}
         self._failed: set[str] = set()
+        self._in_memory: set[str] = set()
         self._due = asyncio.Event()
 
     def new_session(self) -> None:
@@ -82,11 +87,19 @@ class Wishes:
         keep: set[str] = set()
         self._begun = {key: transfer for key, transfer in self._begun.items() if key in self._wished}
         self._failed.clear()
+        await self._lower()
         for key, wish in self._wished.items():
             keep.add(await self._follow(key, wish))
             if self._due.is_set():
                 return  # there is a newer set: nothing is let go of by this one
         await self._side.end_wishes(keep)
+
+    async def _lower(self) -> None:
+        """What leaves the memory makes room first: what comes may not fit beside it."""
+        hot = {key for key, wish in self._wished.items() if wish.tier == "memory"}
+        for key in sorted(self._in_memory - hot):
+            await self._side.want_tier(await self._side.id_of(key), "disk")
+        self._in_memory = hot
 
     async def _follow_lacking(self) -> None:
         broken = {key for key, x in self._begun.items() if x.task.done() and x.phase is not Phase.READY}

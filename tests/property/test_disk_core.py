@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +21,7 @@ candidates = st.builds(
     last_copy=st.booleans(),
     pinned=st.booleans(),
     open=st.booleans(),
+    told_ms=st.none() | st.integers(0, 1 << 40),
 )
 lists = st.lists(candidates, max_size=20, unique_by=lambda x: x.id)
 
@@ -56,6 +59,14 @@ def test_the_least_seconds_saved_per_gib_go_first() -> None:
     cold = Candidate("d", GIB, GIB, 0, 10)
     assert value(hot_small) == value(hot_large) > value(dear) > value(cold)
     assert choose([hot_small, dear, cold], 2 * GIB) == ["d", "c"]
+
+
+@given(lists)
+def test_what_the_scheduler_says_counts_instead_of_what_was_asked_for_here(found: list[Candidate]) -> None:
+    plain = [replace(x, last_copy=False, bytes_freed=1) for x in found]
+    chosen = [next(x for x in plain if x.id == id) for id in choose(plain, 1 << 60)]
+    worth = [x.told_ms / 1000 if x.told_ms is not None else value(x) for x in chosen]
+    assert worth == sorted(worth)
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 1000), st.integers(50, 100), st.integers(0, 50))

@@ -372,6 +372,18 @@ def test_room_is_made_of_what_is_worth_least(tmp_path: Path) -> None:
     store.close()
 
 
+def test_room_is_made_by_the_schedulers_values_where_it_told_some(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "s", bytes_max=1_000_000)
+    made = [stage(store, content(n, {"x": 200_000}), uri=f"s3://b/{n}") for n in range(4)]
+    for _ in range(9):
+        store.touch(made[0].id)  # asked for here, but the cluster does not want it any more
+    store.values_ms = {made[0].id: 0, made[1].id: 10_000_000, made[2].id: 1}
+    stage(store, content(9, {"x": 200_000}), uri="s3://b/9")
+    assert store.artifacts() and made[0].id not in {x.id for x in store.artifacts()}
+    assert len(store.artifacts()) == 4
+    store.close()
+
+
 def test_what_is_pinned_or_open_stays_and_the_newcomer_is_refused(tmp_path: Path) -> None:
     store = open_store(tmp_path / "s", bytes_max=500_000)
     pinned = stage(store, content(1, {"x": 200_000}), uri="s3://b/1", owner="r")

@@ -3,7 +3,8 @@
 What an artifact is worth here is the time that it saves: requests per hour x seconds to bring it back, for each GiB
 that it takes. The least valuable goes first; what no other node of the cluster has goes last; what is pinned or open
 never goes. Requests are counted as heat: each adds one, and it halves every HALF_LIFE_S, so that last week's favourite
-does not stay for ever.
+does not stay for ever. The scheduler tells a value in the same unit where it knows of apps that use an artifact: it sees
+the requests of the whole cluster, and who else has it; its word counts instead of ours.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Candidate:
     """An artifact on this node.
 
     `bytes_total`: of all its files. `bytes_freed`: of those that no other artifact here shares. `last_copy`: no other
-    node of the cluster has it. `open`: a mount or a reader holds it.
+    node of the cluster has it. `open`: a mount or a reader holds it. `told_ms`: milliseconds saved per hour and GiB, by
+    the scheduler's word; None: it said nothing.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Candidate:
     last_copy: bool = False
     pinned: bool = False
     open: bool = False
+    told_ms: int | None = None
 
 
 def cooled(heat: float, age_s: float) -> float:
@@ -49,6 +52,8 @@ def requests_per_hour(heat: float) -> float:
 
 def value(candidate: Candidate) -> float:
     """Seconds saved per hour and GiB."""
+    if candidate.told_ms is not None:
+        return candidate.told_ms / 1000
     rate = max(candidate.requests_per_hour, _IDLE_REQUESTS_PER_HOUR)
     return rate * max(candidate.seconds_back, 0.0) * _GIB / max(candidate.bytes_total, 1)
 

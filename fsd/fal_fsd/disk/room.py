@@ -120,6 +120,7 @@ def candidates(store: DiskStore) -> list[eviction.Candidate]:
             last_copy=store.is_last_copy(row.id),
             pinned=row.id in pins,
             open=store.is_open(row.id),
+            told_ms=store.values_ms.get(row.id),
         )
         for row in store.catalog.rows()
         if row.state != REVOKED

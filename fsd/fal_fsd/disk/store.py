@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,7 @@ class DiskStore:
         self._hits: dict[str, int] = {}
         self._part_bytes: dict[str, int] = {}  # of parts that are not open
         self._last_copies: frozenset[str] = frozenset()
+        self.values_ms: Mapping[str, int] = {}  # by id, the scheduler's word, see eviction; replaced as a whole
         self._arrivals: dict[str, tuple[float, int]] = {}  # when a part was opened, with how many bytes
         self._lock_fd = lock_folder(root / "lock")
         try:
