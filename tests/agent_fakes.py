@@ -19,6 +19,7 @@ from fal_agent.node import Facts, Node
 from fal_agent.packing import Packer
 from fal_agent.ports import MachineView, Places, Usage
 from fal_agent.proxy.messages import GatewayEntry, ProxyStats, RunnerEntry, RunnerStats
+from fal_agent.reboot import Reboot
 from fal_agent.runner_secrets import AskSecrets
 from fal_agent.tools import Tools
 from fal_contract.clock import Clock
@@ -230,6 +231,7 @@ class Box:
         self.ca_key: ec.EllipticCurvePublicKey | None = None
         self.packer = Packer()
         self.secrets: AskSecrets | None = None
+        self.reboot: Reboot | None = None
 
     def agent(self, *, agent_id: str = "a-1", node_id: str = "n-000000000001") -> Node:
         """A new agent process on this machine (not started)."""
@@ -244,6 +246,8 @@ class Box:
         )  # fmt: skip
         if self.secrets is not None:
             tools = replace(tools, secrets=self.secrets)
+        if self.reboot is not None:
+            tools = replace(tools, reboot=self.reboot)
         return Node(Facts(node_id, "boot-1", agent_id, capabilities), tools, self.journal)
 
     def push(self, node: Node) -> None:

@@ -256,10 +256,9 @@ class Node:
         """Reboot the machine where it is still of that boot. FAILED_PRECONDITION: it may not, or something runs."""
         if boot_id != self._facts.boot_id:
             return
-        if self._leader is None or (doubt := distrust(self._standing, self._leader)):
-            raise FalError(
-                Code.FAILED_PRECONDITION, doubt or "no leader", remedy="Look at the alarms in `falctl status`."
-            )
+        doubt = distrust(self._standing, self._leader) if self._leader is not None else "no leader is known"
+        if doubt:
+            raise FalError(Code.FAILED_PRECONDITION, doubt, remedy="Look at the alarms in `falctl status`.")
         if live := [runner.id for runner in self._runners.values() if runner.task.live]:
             what = f"{len(live)} runners are left on it, {live[0]} among them"
             raise FalError(Code.FAILED_PRECONDITION, what, remedy="Drain it first.")

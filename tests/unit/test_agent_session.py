@@ -12,6 +12,7 @@ from random import Random
 import pytest
 
 from agent_fakes import Box, Dial, Wire, assignment, until, welcome
+from fal_agent.core.notice import Announced
 from fal_agent.core.tasks import Phase
 from fal_agent.node import Node
 from fal_agent.ports import Usage
@@ -68,8 +69,11 @@ Scenario = Callable[[Bench], Awaitable[None]]
 
 
 @asynccontextmanager
-async def bench(root: Path, refuse: FalError | None = None) -> AsyncIterator[Bench]:
+async def bench(
+    root: Path, refuse: FalError | None = None, reboot: Callable[[], Awaitable[None]] | None = None
+) -> AsyncIterator[Bench]:
     box, dial, states = Box(root, LoopClock()), Dial(), []
+    box.reboot = reboot
     dial.refuse = refuse
     node = box.agent()
     await node.start()
@@ -301,5 +305,77 @@ def test_a_scheduler_that_chose_a_version_we_do_not_speak_is_refused(play: Calla
         await b.wire.closed.wait()
         assert b.states[-1] == "disconnected"
         assert "connected" not in b.states
+
+    play(scenario)
+
+
+def test_what_is_announced_is_told_once_it_is_known_and_with_each_hello(play: Callable[[Scenario], None]) -> None:
+    async def scenario(b: Bench) -> None:
+        hello = await b.hello()
+        assert not hello.HasField("notice"), "not known yet"
+        b.complete()
+        await b.reports(6.0)
+        b.node.announce(Announced("spot", b.box.clock.wall_s() + 90.0, "power"))
+        told = [m.report.notice for _, m in await b.reports(11.0) if m.report.HasField("notice")]
+        assert [(one.kind, one.reason) for one in told] == [("spot", "power")]
+        assert told[0].within_s == pytest.approx(90.0, abs=0.2)
+        b.wire.cut()
+        again = (await b.hello()).notice
+        assert again.kind == "spot"
+        assert 0.0 < again.within_s < 80.0
+        b.complete()
+        await b.reports(1.0)
+        b.node.announce(None)
+        told = [m.report.notice for _, m in await b.reports(6.0) if m.report.HasField("notice")]
+        assert [one.kind for one in told] == [""]
+        b.node.announce(Announced("notice", None, "some time"))
+        told = [m.report.notice for _, m in await b.reports(6.0) if m.report.HasField("notice")]
+        assert [one.within_s for one in told] == [-1.0]
+
+    play(scenario)
+
+
+def test_a_machine_is_rebooted_once_when_nothing_runs_and_only_of_the_boot_named(tmp_path: Path) -> None:
+    async def main() -> None:
+        asked = asyncio.Event()
+        calls: list[float] = []
+
+        async def reboot() -> None:
+            calls.append(asyncio.get_running_loop().time())
+            asked.set()
+            await asyncio.sleep(300.0)
+            raise FalError(Code.TIMEOUT, "it is still up", remedy="Go and look.")
+
+        async with bench(tmp_path, reboot=reboot) as b:
+            await b.hello()
+            b.complete(assignment())
+            await until(lambda: b.phase() is Phase.SERVING)
+            b.wire.tell(reboot=agent_pb2.RebootOrder(boot_id="boot-1"))
+            refused = [m.reboot_refusal for _, m in await b.reports(6.0) if m.WhichOneof("kind") == "reboot_refusal"]
+            assert [one.boot_id for one in refused] == ["boot-1"]
+            assert A in refused[0].error
+            b.complete(assignment(goal=state_pb2.GOAL_KILL), revision=2)
+            await until(lambda: b.phase() is Phase.GONE)
+            b.wire.tell(reboot=agent_pb2.RebootOrder(boot_id="boot-0"))
+            assert not [m for _, m in await b.reports(6.0) if m.WhichOneof("kind") == "reboot_refusal"]
+            assert not calls, "of an earlier boot: it has happened"
+            for _ in range(2):
+                b.wire.tell(reboot=agent_pb2.RebootOrder(boot_id="boot-1"))
+            async with asyncio.timeout(10.0):
+                await asked.wait()
+            refused = [m.reboot_refusal for _, m in await b.reports(310.0) if m.WhichOneof("kind") == "reboot_refusal"]
+            assert [(one.error, one.remedy) for one in refused] == [("it is still up", "Go and look.")]
+            assert len(calls) == 1
+
+    run_virtually(main())
+
+
+def test_without_a_command_a_reboot_is_refused(play: Callable[[Scenario], None]) -> None:
+    async def scenario(b: Bench) -> None:
+        await b.hello()
+        b.complete()
+        b.wire.tell(reboot=agent_pb2.RebootOrder(boot_id="boot-1"))
+        refused = [m.reboot_refusal for _, m in await b.reports(6.0) if m.WhichOneof("kind") == "reboot_refusal"]
+        assert "reboot_command" in refused[0].error
 
     play(scenario)

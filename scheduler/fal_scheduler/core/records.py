@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import Any, Final
 
 from fal_contract.ids import name_of, team_of
+from fal_scheduler.core.drain_record import Drain as Drain
 from fal_scheduler.core.learnt_record import Learnt
 from fal_scheduler.core.spec_records import HOST_IMAGE as HOST_IMAGE
 from fal_scheduler.core.spec_records import BuildTask as BuildTask
@@ -108,23 +109,6 @@ class Pool:
     def domain(self) -> str:
         """The failure domain: the zone, else the pool itself."""
         return self.zone or self.name
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Runners are to leave a node; `deadline_at_s` 0: never stopped, wall clock else.
-
-    `boot_id`: of a reboot, which boot of the machine was told to end; empty: none yet.
-    """
-
-    kind: str
-    reason: str = ""
-    began_at_s: float = 0.0
-    deadline_at_s: float = 0.0
-    force: bool = False
-    keep_cordoned: bool = False
-    created_by: str = ""
-    boot_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
