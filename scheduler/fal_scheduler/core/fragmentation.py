@@ -111,13 +111,17 @@ class Shares:
 
 def rows_that_fit(shares: Shares, demand: Demand, rows: NDArray[np.intp]) -> Bools:
     """Of these rows, those with the CPU, GPUs and kind that `demand` asks for. Memory is left to the caller."""
-    fits: Bools = shares.cpu_free[rows] >= demand.cpu_milli
-    if demand.num_gpus == 1:
-        fits &= shares.gpu_free[rows].max(axis=1) >= demand.gpu_milli
-    elif demand.num_gpus:
-        fits &= (shares.gpu_free[rows] >= demand.gpu_milli).sum(axis=1) >= demand.num_gpus
+    return those_that_fit(shares, demand, rows, shares.gpu_free.take(rows, axis=0), shares.cpu_free.take(rows))
+
+
+def those_that_fit(shares: Shares, demand: Demand, rows: NDArray[np.intp], free: Milli, cpu: Ints) -> Bools:
+    """`rows_that_fit` of rows whose free shares and CPU are at hand."""
+    fits: Bools = cpu >= demand.cpu_milli
+    if demand.num_gpus:
+        enough = free >= demand.gpu_milli
+        fits &= enough.any(axis=1) if demand.num_gpus == 1 else enough.sum(axis=1) >= demand.num_gpus
     if demand.kinds:
-        fits &= np.isin(shares.kind[rows], demand.kinds)
+        fits &= np.isin(shares.kind.take(rows), demand.kinds)
     return fits
 
 
@@ -212,12 +216,7 @@ class Fragmentation:
         """`score` of rows whose memory is enough; one -1 for all rows where no GPU is chosen."""
         shares = self._shares
         free, cpu = shares.gpu_free.take(rows, axis=0), shares.cpu_free.take(rows)
-        fits = cpu >= demand.cpu_milli
-        if demand.num_gpus:
-            enough = free >= demand.gpu_milli
-            fits &= enough.any(axis=1) if demand.num_gpus == 1 else enough.sum(axis=1) >= demand.num_gpus
-        if demand.kinds:
-            fits &= np.isin(shares.kind.take(rows), demand.kinds)
+        fits = those_that_fit(shares, demand, rows, free, cpu)
         if not fits.all():
             good = fits.nonzero()[0]
             scores = np.full(len(rows), NEVER, np.int64)
@@ -230,24 +229,31 @@ class Fragmentation:
 
     def _evaluate(self, demand: Demand, rows: NDArray[np.intp], free: Milli, cpu: Ints) -> tuple[Ints, Milli]:
         """Rows that fit."""
-        there = np.maximum(free, 0).astype(np.intp)
+        found = _STEPS.searchsorted(self.gain(demand, rows, free, cpu), "right")
         if not is_fraction(demand):
-            left, _ = ways_to_place(demand, there)
+            return found[:, 0], _NO_GPU
+        found[free < demand.gpu_milli] = NEVER
+        return found.max(axis=1), found.argmax(axis=1).astype(np.int16)
+
+    def gain(self, demand: Demand, rows: NDArray[np.intp], free: Milli, cpu: Ints) -> Ints:
+        """F before - F after of rows that fit and have so much free, in ppm of a milli-GPU: [row, way].
+
+        The ways are those of `ways_to_place`; where a GPU has not the share the number means nothing.
+        """
+        there = np.maximum(free, 0).astype(np.intp)
+        if is_fraction(demand) and self._single:
+            return self._fraction_gain(demand, rows, there, cpu)
+        left, _ = ways_to_place(demand, there)
+        if left.shape[1] == 1:
             both = self._stranded(
                 np.concatenate((rows, rows)),
                 np.concatenate((cpu, cpu - demand.cpu_milli)),
                 np.concatenate((there[:, None, :], left)),
-            )[:, 0]
-            return _STEPS.searchsorted(both[: len(rows)] - both[len(rows) :], "right"), _NO_GPU
-        if self._single:
-            gain = self._fraction_gain(demand, rows, there, cpu)
-        else:
-            left, _ = ways_to_place(demand, there)
-            before = self._stranded(rows, cpu, there[:, None, :])
-            gain = before - self._stranded(rows, cpu - demand.cpu_milli, left)
-        found = _STEPS.searchsorted(gain, "right")
-        found[free < demand.gpu_milli] = NEVER
-        return found.max(axis=1), found.argmax(axis=1).astype(np.int16)
+            )
+            gain: Ints = both[: len(rows)] - both[len(rows) :]
+            return gain
+        before = self._stranded(rows, cpu, there[:, None, :])
+        return before - self._stranded(rows, cpu - demand.cpu_milli, left)
 
     def _place(self, rows: NDArray[np.intp], cpu: Ints) -> NDArray[np.intp]:
         """Which kinds and which CPUs rows cover, as the table's first index."""

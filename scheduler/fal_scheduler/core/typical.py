@@ -8,7 +8,7 @@ Fed by whoever sees arrivals; read by fragmentation and the packing policy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from fal_scheduler.core.fragmentation import PPM, Demand
@@ -41,11 +41,16 @@ class TypicalTasks:
 
     def typical(self, cover_ppm: int = COVER_PPM) -> list[tuple[Demand, int]]:
         """The most frequent demands that cover so much, and their weights in ppm of one another."""
-        kept: list[tuple[Demand, int]] = []
-        covered, total = 0, sum(self._counts.values())
-        for demand, count in self.counts():
-            if covered * PPM >= cover_ppm * total:
-                break
-            kept.append((demand, count))
-            covered += count
-        return [(demand, count * PPM // covered) for demand, count in kept]
+        return most_frequent(self.counts(), cover_ppm)
+
+
+def most_frequent(weighted: Sequence[tuple[Demand, int]], cover_ppm: int = COVER_PPM) -> list[tuple[Demand, int]]:
+    """Of demands by falling weight the first that cover so much, and their weights in ppm of one another."""
+    kept: list[tuple[Demand, int]] = []
+    covered, total = 0, sum(weight for _, weight in weighted)
+    for demand, weight in weighted:
+        if covered * PPM >= cover_ppm * total:
+            break
+        kept.append((demand, weight))
+        covered += weight
+    return [(demand, weight * PPM // covered) for demand, weight in kept]

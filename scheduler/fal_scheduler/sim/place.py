@@ -27,6 +27,7 @@ BENCH_NODES: Final = 10_000
 BENCH_GPUS: Final = 8
 PRIORS: Final = ("published", "learnt")
 _STEADY_LOAD: Final = 0.95
+_WARM_UP: Final = 4  # turnovers of the fleet until what is measured no longer drifts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +88,7 @@ def _steady(trace: Trace, name: str, seeds: Sequence[int], arrival: float, learn
     allocated, refused = {}, {}
     for seed in seeds:
         one = Run(name, shares_of(trace, seed), trace.tasks, seed=seed, learnt=learnt)
-        events = list(with_departures(one, trace, seed=seed, load=_STEADY_LOAD, turnovers=turnovers, before=1))
+        events = list(with_departures(one, trace, seed=seed, load=_STEADY_LOAD, turnovers=turnovers, before=_WARM_UP))
         allocated[seed] = 100 * statistics.fmean(now for now, _ in events) / trace.capacity_milli
         refused[seed] = 100 * sum(lost for _, lost in events) / (turnovers * trace.capacity_milli)
     return {

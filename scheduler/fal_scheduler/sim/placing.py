@@ -36,6 +36,11 @@ def _falctl(shares: Shares, seen: TypicalTasks, seed: int) -> Player:
     return Player(policy, learn=lambda told: policy.learn(told.typical(PPM)))
 
 
+def _steady(shares: Shares, seen: TypicalTasks, seed: int) -> Player:
+    policy = Falctl(shares, seen.typical(PPM), stranded=True)
+    return Player(policy, learn=lambda told: policy.learn(told.typical(PPM)))
+
+
 def _fgd(shares: Shares, seen: TypicalTasks, seed: int) -> Player:
     policy = Fgd(shares, seen.typical())
     return Player(policy, learn=lambda told: policy.learn(told.typical()))
@@ -48,6 +53,7 @@ def _clustering(shares: Shares, seen: TypicalTasks, seed: int) -> Player:
 
 POLICIES: Final[Mapping[str, Callable[[Shares, TypicalTasks, int], Player]]] = {
     "falctl": _falctl,
+    "falctl-steady": _steady,
     "fgd": _fgd,
     "best-fit": lambda shares, seen, seed: Player(BestFit(shares)),
     "gpu-packing": lambda shares, seen, seed: Player(GpuPacking(shares)),
