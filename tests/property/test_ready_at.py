@@ -66,7 +66,18 @@ def random_news(state: State, rng: Random) -> None:
         case 2:
             state.cache_facts.settle(node_id, rng.choice(ARTIFACTS))
         case 3 | 4:
-            part = rng.choice(("rest", "make/", "start/", "setup/disk/", "setup/arrived/", "weights/peer", "compile/"))
+            part = rng.choice(
+                (
+                    "rest",
+                    "make/",
+                    "start/",
+                    "setup/disk/",
+                    "setup/arrived/",
+                    "weights/peer/",
+                    "weights/origin/origin:bucket",
+                    "compile/",
+                )
+            )
             subjects = ("app/default/a", f"pool/p{rng.randrange(3)}", f"node/{node_id}")
             state.learning.learn(part, rng.randrange(10**5), rng.randrange(10**5), subjects, wall_s=rng.randrange(99))
         case _:

@@ -107,9 +107,9 @@ def test_each_tier_costs_what_its_rates_say_and_no_less_than_a_nearer_one(rig: R
     rig.tell("n1", peer__n2=500 * MB, peer__n3=500 * MB)
     at = {node: rig.predict(node) for node in ("n1", "n2", "n3", "n4")}
     assert [at[node].tier for node in at] == ["peer", "disk", "memory", "origin"]
-    assert at["n1"].ms("weights") == 200 + SIZE * 1000 // (1100 * MB) + 1
+    assert at["n1"].ms("weights") == SIZE * 1000 // (1100 * MB) + 1
     assert at["n2"].ms("weights") == at["n3"].ms("weights") == 0
-    assert at["n4"].ms("weights") == 200 + SIZE * 1000 // (100 * MB)  # measured by others of that origin
+    assert at["n4"].ms("weights") == SIZE * 1000 // (100 * MB)  # measured by others of that origin
     assert at["n3"].total_ms <= at["n2"].total_ms < at["n1"].total_ms < at["n4"].total_ms
 
 
@@ -127,7 +127,7 @@ def test_more_bytes_are_never_sooner(rig: Rig) -> None:
 
 def test_what_nobody_measured_is_assumed_slow_and_says_so(rig: Rig) -> None:
     found = rig.predict("n1")
-    assert found.ms("weights") == 200 + SIZE * 1000 // ASSUMED_BYTES_S
+    assert found.ms("weights") == SIZE * 1000 // ASSUMED_BYTES_S
     because = {term.name: term.because for term in found.terms}
     assert "assumed 25 MB/s" in because["weights"]
     assert "assumed, nothing learnt yet" in because["setup"]
@@ -166,7 +166,7 @@ def test_a_line_is_shared_with_what_is_under_way_and_with_what_was_just_placed(r
 
 def test_bytes_that_arrive_are_predicted_by_the_rate_at_which_they_do(rig: Rig) -> None:
     rig.tell("n1", {A: CachedFact(4 * GB, fetching=True, bytes_left=6 * GB, rate_bytes_s=50 * MB)}, origin__b=GB)
-    assert rig.predict("n1").ms("weights") == 200 + 120_000
+    assert rig.predict("n1").ms("weights") == 120_000
 
 
 def test_an_image_and_a_compile_cache_have_their_terms(rig: Rig) -> None:

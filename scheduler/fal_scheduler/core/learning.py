@@ -2,7 +2,7 @@
 
     time of a part = line of its family (x) · ratio of its app · ratio of its node's pool · ratio of its node
 
-A *family* is one kind of part ("weights/origin", "make/oci", "setup/disk/H100-80GB" …); its line is fitted through
+A *family* is one kind of part ("weights/origin/HOST", "make/oci", "setup/disk/H100-80GB" …); its line is fitted through
 the last POINTS_MAX points (`robust_line`), so that the first hosts and sizes predict the next ones. A *subject*
 ("app/…", "pool/…", "node/…") has the last RATIOS_MAX ratios of what it took over what the line and the other subjects
 say, one after the other, and the line learns what the subjects leave (backfitting). The median of a subject's ratios
@@ -32,21 +32,21 @@ MILLI: Final = 1000
 RATIO_MIN, RATIO_MAX = 50, 20_000  # thousandths: what is beyond is a mishap, not a property
 LOG_MAX: Final = 8192
 
-# Before anything was learnt. Milliseconds; x of "weights" and "image" is what bytes and rates say, in ms; x of "setup"
-# is KiB to load. Assumed and said so (`Learning.known`), on the slow side.
+# Before anything was learnt. Milliseconds; x of "weights" is KiB to come, of "setup" KiB to load. Assumed and said so (`Learning.known`), on the slow side.
 DEFAULTS: Final = {
     "rest": RobustLine(100),
     "image": RobustLine(0, 1_000_000),
-    "weights": RobustLine(200, 1_000_000),
+    "weights": RobustLine(200, 40_960),  # the shape only: until the first point told rates count
     "make": RobustLine(200),
     "start": RobustLine(100),
     "setup": RobustLine(2000, 977),  # 1 GB/s
     "compile": RobustLine(60_000),
+    "load": RobustLine(300, 977),  # of a model or LoRA into a live worker; x is KiB, 1 GB/s
     "tail": RobustLine(0, 1_000_000),
 }
 
 
-_TIERS_ALIKE: Final = {"weights": ("origin", "peer"), "setup": ("arrived", "disk", "memory")}
+_TIERS_ALIKE: Final = {"setup": ("arrived", "disk", "memory")}
 NO_LINE: Final = RobustLine(0)
 
 

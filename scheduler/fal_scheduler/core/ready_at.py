@@ -8,8 +8,10 @@
 the bytes to load, by tier and GPU; `compile`: where an entry of the compile cache is missing. Weights of all artifacts
 share the node's line with what is under way there, and an origin's or peer's line with what is under way elsewhere:
 
-    weights = learnt( max( (missing + ahead) / supply of this node, (missing + others) / capacity of the sources ) )
+    weights = max( (missing + ahead) / supply of this node, (missing + others) / capacity of the sources )
 
+That is by rates that caches tell, until placements have taught how long bytes of that origin, or of peers, take: from
+then on it is a learnt line over the same bytes, as rates swing with what a fetch has to ask for and placements do not.
 Every part is learnt (`learning`); what is assumed says so. A node that nothing leads to gets NEVER_MS. `ready_ms` is
 the same formula on columns (`ready_views`), integers throughout: both give the same numbers, on every machine.
 Form: design, section 4; here the container starts once unstreamed weights are whole, as our agent does (ADR 0023).
@@ -42,6 +44,7 @@ from fal_scheduler.core.ready_views import (
     Number,
     OneNode,
     ahead,
+    source_family,
 )
 from fal_scheduler.core.records import HOST_IMAGE, Model, ModelState, Spec
 from fal_scheduler.core.state import State
@@ -54,6 +57,7 @@ TAIL_PERC: Final = 5  # of the setup, after the last byte of streamed weights
 PATCHED_ROWS_MAX: Final = 512  # more that changed: everything is computed anew
 TOTALS_KEPT_MAX: Final = 64
 _KIB: Final = 10
+MILLI: Final = 1000
 _MS: Final = 1000
 
 
@@ -111,12 +115,18 @@ def predictor(state: State) -> Predictor:
 
 @dataclass(slots=True)
 class _Weights:
-    """All artifacts of a spec. `raw`: milliseconds before what was learnt; `tier`: index into TIERS."""
+    """All artifacts of a spec. `raw`: milliseconds by told rates; `come`: bytes on the node's line until they are there.
+
+    `arriving`: 1 where their own fetch is measured; `tier`: index into TIERS; `source`: of their origin.
+    """
 
     missing: Number
     raw: Number
+    come: Number
+    arriving: Number
     tier: Number
     unmeasured: Number
+    source: str = ""
     bytes_total: int = 0
 
 
@@ -168,6 +178,10 @@ class Predictor:
             self._asked, self._row_of = node_ids, row_of
         found: Ints = totals[self._rows]
         return found
+
+    def columns(self) -> Columns:
+        """What it rests on, up to the state."""
+        return self._columns.fresh()
 
     def predict(self, node_id: str, spec: Spec, *, app: str = "") -> Prediction:
         """See the function."""
@@ -225,8 +239,9 @@ def _compute(view: NodesView, needs: _Needs) -> _Parts:
     spec, gpus = needs.spec, needs.spec.num_gpus > 0
     app, image = f"app/{needs.app}" if needs.app else "", f"image/{spec.image}"
     weights = _weights(view, needs)
-    learnt = view.by_tier("weights", weights.raw, weights.tier)
-    fetched = view.pick((weights.missing > 0) & (weights.raw < NEVER_MS), learnt, weights.raw)
+    known, learnt = view.by_source("weights", weights.come >> _KIB, weights.tier, weights.source)
+    taught = (known > 0) & (weights.missing > 0) & (weights.raw < NEVER_MS) & (weights.arriving == 0)
+    fetched = view.pick(taught, learnt, weights.raw)
     rest, make, start = view.everywhere("rest"), view.by_driver("make", 0, image), view.by_driver("start", 0, image)
     setup = view.by_gpu("setup", weights.bytes_total >> _KIB, app, gpus, weights.tier)
     compile_ = view.by_gpu("compile", 0, app, gpus, None) if needs.compiles else view.zero
@@ -246,19 +261,23 @@ def _compute(view: NodesView, needs: _Needs) -> _Parts:
 def _weights(view: NodesView, needs: _Needs) -> _Weights:
     """All models, LoRAs and entries: their bytes come over one line, one after the other or beside each other."""
     zero = view.zero
-    found = _Weights(zero, zero, zero + MEMORY, zero > 0)
+    found = _Weights(zero, zero, zero, zero, zero + MEMORY, zero > 0)
     if not needs.artifacts:
         found.tier = zero + DISK
     for at, (model, line) in enumerate(needs.artifacts):
         have, size = view.held(artifact_of(model)), model.bytes
         found.bytes_total += size if model.kind != "cache" else 0
         missing = view.pick(have.ready > 0, zero, view.most(size - have.here, 0))
-        ms, tier, unmeasured = _fetch(view, model, line, have, missing, first=at == 0)
+        if not found.source:
+            found.source = origin_source(model.resolved_uri or model.uri)
+        ms, come, tier, unmeasured = _fetch(view, model, line, have, missing, first=at == 0)
         here = view.pick(have.memory >= max(size, 1), zero + MEMORY, zero + DISK)
         attest = 0 if model.state is ModelState.ATTESTED else ATTEST_MS
         done = view.pick(have.ready > 0, zero, zero + attest)
         fetches = missing > 0
         found.raw = view.least(found.raw + view.pick(fetches, ms + attest, done), NEVER_MS)
+        found.come = found.come + view.pick(fetches, come, zero)
+        found.arriving = view.most(found.arriving, view.pick(fetches & (have.rate > 0), zero + 1, zero))
         found.tier = view.most(found.tier, view.pick(fetches, tier, here))
         found.missing = found.missing + missing
         found.unmeasured = found.unmeasured | (fetches & unmeasured)
@@ -267,8 +286,11 @@ def _weights(view: NodesView, needs: _Needs) -> _Weights:
 
 def _fetch(
     view: NodesView, model: Model, line: SharedLine, have: Held, missing: Number, *, first: bool
-) -> tuple[Number, Number, Number]:
-    """Milliseconds for what is missing; its tier, peer where one has some; whether no rate was ever measured."""
+) -> tuple[Number, Number, Number, Number]:
+    """Milliseconds for what is missing; bytes on the line until then; its tier; whether no rate was ever measured.
+
+    The tier is peer where a node that can be reached has some of it.
+    """
     zero = view.zero
     origin, peer = view.origin(origin_source(model.resolved_uri or model.uri)), view.most(view.peer, 0)
     peers = view.least(view.most(have.others, 0), PEERS_AT_ONCE_MAX)
@@ -281,7 +303,8 @@ def _fetch(
     supply = view.pick(unmeasured, zero + ASSUMED_BYTES_S, supply)
     beside = ahead(view, model.bytes) if first else zero
     mine = have.known * view.least(view.ahead_bytes, missing)  # its own fetch is part of what is under way
-    node_ms = _ceil_ms(view, missing + view.most(beside - mine, 0), supply)
+    come = missing + view.most(beside - mine, 0)
+    node_ms = _ceil_ms(view, come, supply)
     by_origin, by_peers = from_origin > 0, peers > 0
     capacity = view.pick(by_origin, zero + line.origin_bytes_s, zero)
     capacity = capacity + view.pick(by_peers, zero + line.peers_bytes_s, zero)
@@ -291,7 +314,9 @@ def _fetch(
     arriving = have.rate > 0
     ms = view.pick(arriving, _ceil_ms(view, missing, have.rate), view.most(node_ms, shared_ms))
     ms = view.pick((supply == 0) & (have.rate == 0), zero + NEVER_MS, ms)
-    return view.least(ms, NEVER_MS), view.pick(peers > 0, zero + PEER, zero + ORIGIN), unmeasured
+    shared = view.pick(by_origin & (others > 0), (missing + others) * line.one_of_all_milli // MILLI, zero)
+    come = view.most(come, view.pick(peers > 0, zero, shared))
+    return view.least(ms, NEVER_MS), come, view.pick(peers > 0, zero + PEER, zero + ORIGIN), unmeasured
 
 
 def _image(view: NodesView, needs: _Needs) -> Number:
@@ -301,7 +326,7 @@ def _image(view: NodesView, needs: _Needs) -> Number:
     model, line = needs.image
     have = view.held(artifact_of(model))
     missing = view.pick(have.ready > 0, view.zero, view.most(first_bytes(model) - have.here, 0))
-    ms, _, _ = _fetch(view, model, line, have, missing, first=False)
+    ms, _, _, _ = _fetch(view, model, line, have, missing, first=False)
     return view.pick(missing > 0, ms, view.zero)
 
 
@@ -317,8 +342,8 @@ def _inputs(view: OneNode, needs: _Needs, weights: _Weights) -> tuple[tuple[str,
     gpu, driver = view.gpu if needs.spec.num_gpus else "", view.driver
     found = [("rest", 0), (f"make/{driver}", 0), (f"start/{driver}", 0)]
     found.append((f"setup/{LOADED_FROM[weights.tier]}/{gpu}", weights.bytes_total >> _KIB))
-    if weights.missing and weights.raw < NEVER_MS:
-        found.append((f"weights/{TIERS[weights.tier]}", weights.raw))
+    if weights.missing and weights.raw < NEVER_MS and not weights.arriving:
+        found.append((source_family("weights", weights.tier, weights.source), weights.come >> _KIB))
     if needs.compiles:
         found.append((f"compile/{gpu}", 0))
     return tuple(found)

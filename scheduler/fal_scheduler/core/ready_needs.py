@@ -15,6 +15,7 @@ from fal_scheduler.core.state import State
 IMAGE_FIRST_PERC: Final = 25  # of an image whose first pieces nobody has recorded
 UNDER_WAY_MAX: Final = 64  # artifacts looked at; beyond that a shared source is busy anyway
 PEERS_MAX: Final = 8
+MILLI: Final = 1000
 _IMAGE_PIECE_BYTES: Final = 256 << 10
 _IMAGE_PIECES_MAX: Final = 1 << 16
 
@@ -22,12 +23,14 @@ _IMAGE_PIECES_MAX: Final = 1 << 16
 @dataclass(frozen=True, slots=True)
 class SharedLine:
     """What an artifact's sources give all nodes together, in bytes per second (0: never measured), and the bytes of
-    other artifacts that they send meanwhile, none counted for more than the artifact itself."""
+    other artifacts that they send meanwhile, none counted for more than the artifact itself. `one_of_all_milli`: what
+    the origin gives one node at most, over what it gives all."""
 
     origin_bytes_s: int = 0
     origin_bytes: int = 0
     peers_bytes_s: int = 0
     peers_bytes: int = 0
+    one_of_all_milli: int = MILLI
 
 
 def artifact_of(model: Model) -> str:
@@ -83,7 +86,9 @@ def shared_line(state: State, model: Model) -> SharedLine:
         ):
             at_origin += left
     capacity = sum(facts.capacity(f"peer:{node_id}") for node_id in peers)
-    return SharedLine(facts.capacity(source), at_origin, capacity, at_peers)
+    whole = facts.capacity(source)
+    share = facts.best.get(source, 0) * MILLI // whole if whole else MILLI
+    return SharedLine(whole, at_origin, capacity, at_peers, share)
 
 
 def _whole_somewhere(holders: Mapping[str, CachedFact]) -> bool:

@@ -58,9 +58,14 @@ class NodesView(Protocol):
     @property
     def ahead_count(self) -> Number: ...
     def by_driver(self, part: str, x: Number, subject: str) -> Number: ...
-    def by_tier(self, part: str, x: Number, tier: Number) -> Number: ...
+    def by_source(self, part: str, x: Number, tier: Number, source: str) -> tuple[Number, Number]: ...
     def by_gpu(self, part: str, x: Number, subject: str, gpus: bool, tier: Number | None) -> Number: ...
     def everywhere(self, part: str) -> Number: ...
+
+
+def source_family(part: str, tier: int, source: str) -> str:
+    """What is learnt of bytes from there: each origin by itself, peers together."""
+    return f"{part}/{TIERS[tier]}/{source if tier == ORIGIN else ''}"
 
 
 def ahead(view: NodesView, size: int) -> Number:
@@ -154,9 +159,10 @@ class OneNode:
         """See NodesView."""
         return self._at(f"{part}/{self.driver}", x, subject)
 
-    def by_tier(self, part: str, x: Number, tier: Number) -> Number:
+    def by_source(self, part: str, x: Number, tier: Number, source: str) -> tuple[Number, Number]:
         """See NodesView."""
-        return self._at(f"{part}/{TIERS[tier]}", x, "")
+        family = source_family(part, tier, source)
+        return self._learning.known(family), self._at(family, x, "")
 
     def by_gpu(self, part: str, x: Number, subject: str, gpus: bool, tier: Number | None) -> Number:
         """See NodesView."""
@@ -228,9 +234,11 @@ class ManyNodes:
         columns = self.columns
         return self._chosen(columns.driver[self._rows], [f"{part}/{one}" for one in columns.drivers], x, subject)
 
-    def by_tier(self, part: str, x: Number, tier: Number) -> Number:
+    def by_source(self, part: str, x: Number, tier: Number, source: str) -> tuple[Number, Number]:
         """See NodesView."""
-        return self._chosen(tier, [f"{part}/{one}" for one in TIERS], x, "")
+        families = [source_family(part, at, source) for at in range(len(TIERS))]
+        known = np.array([self.columns.state.learning.known(family) for family in families], np.int64)
+        return known[tier], self._chosen(tier, families, x, "")
 
     def by_gpu(self, part: str, x: Number, subject: str, gpus: bool, tier: Number | None) -> Number:
         """See NodesView."""
@@ -274,5 +282,5 @@ class ManyNodes:
 
 __all__ = [
     "DISK", "LOADED_FROM", "MEMORY", "ORIGIN", "PEER", "TIERS", "ManyNodes", "NodesView", "Number", "OneNode", "Truth",
-    "ahead",
+    "ahead", "source_family",
 ]  # fmt: skip
