@@ -262,6 +262,12 @@ RESIDENTS_MAX: Final = 16  # models that one worker has loaded at once
 MODEL_LOAD_TIMEOUT_S: Final = 600.0  # for one model or LoRA to be loaded into a live worker
 RESIDENT_STAGE_TIMEOUT_S: Final = 3600.0  # for its files to arrive on the node
 
+# Runners of lost nodes that are replaced in a minute, whichever is more: so many, or this share of all runners.
+LOST_REPLACED_OF_DOMAIN_MIN: Final = 60
+LOST_REPLACED_OF_DOMAIN_SHARE: Final = 0.1
+LOST_REPLACED_MIN: Final = 120  # in all domains together
+LOST_REPLACED_SHARE: Final = 0.2
+
 # Notices of clouds, reboots.
 NOTICE_POLL_S: Final = 5.0  # clouds give between 30 s and hours
 NOTICE_FILE_POLL_S: Final = 1.0
@@ -274,3 +280,15 @@ NOTICE_REASON_CHARS_MAX: Final = 512
 NOTICE_WITHIN_MAX_S: Final = 30 * 86400.0  # what is announced for later than that has no date yet
 REBOOT_COMMAND_TIMEOUT_S: Final = 60.0
 REBOOT_PATIENCE_S: Final = 300.0  # a machine that is still up so long after the command was not rebooted
+
+# Keep-warm by value: what caches are told to keep in memory and to stage ahead of need, by themselves.
+WARM_LOOK_S: Final = 30.0  # a node's set changes so often at most
+WARM_GAIN_PERC: Final = 20  # by which another set must be worth more before it replaces what is there
+WARM_APPS_MAX: Final = 256  # looked at each time, those asked for most
+WARM_NODES_PER_APP_MAX: Final = 4  # of which each counts half as much as the one before
+WARM_PER_NODE_MAX: Final = 128  # artifacts that one node is told to keep by itself
+STAGE_AHEAD_BYTES_PER_HOUR: Final = 64 << 30  # of one node
+STAGE_AHEAD_DISK_PERC: Final = 25  # of a cache's disk, pinned at once
+STAGE_AHEAD_KEPT_S: Final = 900.0  # then it is like anything else on the disk
+STAGE_AHEAD_HORIZON_MAX_S: Final = 3600.0  # a forecast of later than that says little
+VALUES_EVERY_S: Final = 300.0  # how often a cache is told what its artifacts are worth

@@ -259,7 +259,8 @@ def _heard(work: Work, live: NodeLive, arrived_s: float) -> None:
         return
     before, live.health = live.health, Health.READY
     for runner_id in state.runners_by_node.get(live.node_id, ()):
-        state.abandoned.pop(runner_id, None)
+        if state.abandoned.pop(runner_id, "") is None:
+            state.returned[runner_id] = None
         state.dirty[state.runners[runner_id].app] = None
         work.emit(RouteChanged(runner_id))
     state.refresh_node(live.node_id)

@@ -22,7 +22,7 @@ from fal_scheduler.core.runner_groups import Runners
 from fal_scheduler.core.scaling import desired
 from fal_scheduler.core.starts import backoff_of, grow, new_runner, place_waiting, placed, take_room
 from fal_scheduler.core.state import State
-from fal_scheduler.core.stops import relieve, shrink, stop
+from fal_scheduler.core.stops import relieve, settle_returned, shrink, stop
 from fal_scheduler.core.waiting import enter
 from fal_scheduler.core.work import Work
 
@@ -58,6 +58,8 @@ def reconcile(work: Work, placer: Placer, app_id: str) -> None:
     more = relieve(work, app, current, share.new)
     if current.count <= share.new and state.stops_held.pop(app_id, "") is None and not state.stops_held:
         work.settle("MASS_STOP", "cluster")
+    if current.count <= share.new:
+        settle_returned(state, current)
     if current.count > share.new + more:
         shrink(work, app, current, share.new + more)
     elif current.count < share.new:

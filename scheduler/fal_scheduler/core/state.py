@@ -108,6 +108,8 @@ class State:
         self.failures: dict[str, RunnerStatus] = {}  # last words of runners that crashed and wait to be replaced
         self.pending: dict[tuple[str, int], Pending] = {}  # by app and revision with runners that have no node
         self.abandoned: dict[str, None] = {}  # runners of lost nodes that may be replaced
+        self.abandoned_recent: dict[str, deque[float]] = {}  # by failure domain: when they became so, monotonic
+        self.returned: dict[str, None] = {}  # runners that were replaced, and whose node then came back
         self.alarms: dict[tuple[str, str], Alarm] = {}
         self.build_failures: dict[tuple[str, str], BuildFailure] = {}  # by namespace and key, the newest last
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation

@@ -35,6 +35,7 @@ def shrink(work: Work, app: App, current: Runners, wanted: int) -> None:
         work.drop(runner)
         current.unplaced.remove(runner)
         surplus -= 1
+    surplus -= _end_doubles(work, app, current, surplus)
     unused, others = _by_use(work, app, current)
     for runner, why in unused[:surplus]:
         stop(work, runner, Goal.DRAIN, why)
@@ -42,6 +43,37 @@ def shrink(work: Work, app: App, current: Runners, wanted: int) -> None:
     if victims and may_stop(work, app, len(victims)):
         for runner, goal in victims:
             stop(work, runner, goal, f"{app.id} should have {wanted} runner{'' if wanted == 1 else 's'} now")
+
+
+def settle_returned(state: State, current: Runners) -> None:
+    """No more run than should: whatever was replaced and came back has its place."""
+    if state.returned:
+        for runner in (*current.ready, *current.starting):
+            state.returned.pop(runner.id, None)
+
+
+def _end_doubles(work: Work, app: App, current: Runners, surplus: int) -> int:
+    """Nodes came back whose runners were replaced: what only starts is stopped, else the newer one drains.
+
+    So what served all the time stays, with its caches and its requests. Returns how many have ended.
+    """
+    state = work.state
+    back = [runner for runner in (*current.ready, *current.starting) if runner.id in state.returned]
+    serving = [runner for runner in current.ready if state.health_of(runner.node) is Health.READY]
+    if not back or not serving or surplus <= 0:
+        return 0
+    since_s = min(runner.created_at_s for runner in back)
+    newer = [one for one in current.ready if one.created_at_s > since_s and one.id not in state.returned]
+    doubles = [(one, Goal.STOP) for one in _youngest_first(current.starting)]
+    doubles += [(one, Goal.DRAIN) for one in _youngest_first(newer)]
+    doubles = doubles[: min(surplus, len(back))]
+    if not doubles or not may_stop(work, app, len(doubles)):
+        return 0
+    for runner, goal in doubles:
+        stop(work, runner, goal, "the runner that it stood in for is back")
+    for group in (current.starting, current.ready):
+        group[:] = [runner for runner in group if state.runners[runner.id].goal is Goal.RUN]
+    return len(doubles)
 
 
 def _by_use(work: Work, app: App, current: Runners) -> tuple[list[tuple[Runner, str]], list[tuple[Runner, Goal]]]:

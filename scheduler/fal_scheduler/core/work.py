@@ -92,6 +92,7 @@ class Work:
             state.failures.pop(runner.id, None)
         if after is None:
             state.abandoned.pop(runner.id, None)
+            state.returned.pop(runner.id, None)
         if after is None or not after.node:
             state.demand.forget_runner(runner.id)
         state.dirty[runner.app] = None
