@@ -25,6 +25,7 @@ from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.cache_outbox import Outbox, Send, Sources
 from fal_scheduler.cache_swarms import Swarms
 from fal_scheduler.cache_telling import CacheTelling
+from fal_scheduler.cache_warmth import Warmth
 from fal_scheduler.cache_wishes import Manifests, WishKeeper
 from fal_scheduler.core.artifact_standing import standing_of
 from fal_scheduler.core.events import Effect, Logged, ModelChanged, NodeChanged, WishesChanged
@@ -87,6 +88,7 @@ class CacheSessions:
         self.wishes = WishKeeper(
             self.table, lambda: engine.view, registrar, clock=clock, alarms=alarms, tell=self._wishes_due
         )
+        self.warmth = Warmth(self.table, lambda: engine.view, self.wishes, clock=clock, push=self._push)
         self._sources = Sources(lambda: engine.view, self.table, self.swarms, self.wishes, registrar)
         self.telling = CacheTelling(self.table, lambda: engine.view, engine.offer, clock)
         self._generation = TicketOffice.generation(clock.wall_s())
@@ -116,6 +118,7 @@ class CacheSessions:
             self._ask_manifests(peer_name)
             self.swarms.session_began(peer_name)
             self.wishes.nodes_changed()
+            self.warmth.session_began(peer_name)
             session.signal.set()
             writer = asyncio.create_task(session.write(send))
             reader = asyncio.create_task(self._read(session, incoming))
@@ -316,17 +319,18 @@ class CacheSessions:
 
     async def upkeep(self) -> None:
         """Wishes, ends of everything that lasts so long only; until cancelled."""
-        worker = asyncio.create_task(self.wishes.run(), name="cache-wishes")
+        workers = {asyncio.create_task(one.run(), name="cache-wishes") for one in (self.wishes, self.warmth)}
         try:
-            ticks = 0
-            while not worker.done():
-                await asyncio.wait({worker}, timeout=TICK_S)
+            ticks, done = 0, set[asyncio.Task[None]]()
+            while not done:
+                done, _ = await asyncio.wait(workers, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
                 ticks += 1
                 self.tick(renew=ticks % RENEW_EVERY_TICKS == 0)
-            worker.result()
+            done.pop().result()
         finally:
-            worker.cancel()
-            await asyncio.gather(worker, return_exceptions=True)
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
 
     def tick(self, *, renew: bool = True) -> None:
         """Forget nodes that stayed away; try again what could not be told; make tickets and keys anew."""
@@ -436,6 +440,7 @@ class CacheSessions:
             "waiting": sum(len(x.control) + len(x.swarms) + len(x.attested) for x in self._sessions.values()),
             "facts_told": self.telling.told,
             **self.swarms.statistics(),
+            **self.warmth.statistics(),
         }
 
 

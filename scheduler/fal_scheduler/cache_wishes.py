@@ -67,6 +67,7 @@ class WishKeeper:
         self._signal = LeadingEdge(WISH_WINDOW_S)
         self._of_model: dict[str, dict[str, Wanted]] = {}  # model -> node
         self._of_node: dict[str, dict[str, Wanted]] = {}  # node -> model
+        self._automatic: dict[str, dict[str, Wanted]] = {}  # node -> model, by `cache_warmth`
         self._before: dict[tuple[str, str], frozenset[str]] = {}  # (model, target) -> nodes it meant
         self._ends_s: dict[str, float] = {}  # model -> wall clock moment at which the first of its wishes ends
         self._revision = 0
@@ -191,16 +192,35 @@ class WishKeeper:
                     del self._of_node[node_id]
             self._tell(node_id)
 
+    def wished_on(self, node_id: str) -> dict[str, str]:
+        """What operators' wishes mean on a node: artifact id to tier."""
+        return {one.artifact_id: one.tier for one in self._merged(self._of_node.get(node_id, {})).values()}
+
+    def set_automatic(self, node_id: str, wanted: dict[str, Wanted]) -> None:
+        """What a node should have beside that, by model; the whole set. Not stored, and not shown as a wish."""
+        if self._automatic.get(node_id, {}) == wanted:
+            return
+        self._automatic[node_id] = wanted
+        if not wanted:
+            del self._automatic[node_id]
+        self._tell(node_id)
+
     # --- told -------------------------------------------------------------------------------------------------------
 
-    def message(self, node_id: str) -> weights_pb2.WishSet:
-        """The node's whole set, in order of model."""
-        catalog = self._view().catalog
+    def _merged(self, *sets: dict[str, Wanted]) -> dict[str, Wanted]:
         by_artifact: dict[str, Wanted] = {}
-        for _, one in sorted(self._of_node.get(node_id, {}).items()):
-            known = by_artifact.get(one.artifact_id)
-            by_artifact[one.artifact_id] = merge(known, one) if known is not None else one
-        self._check_count(node_id, len(by_artifact))
+        for wanted in sets:
+            for _, one in sorted(wanted.items()):
+                known = by_artifact.get(one.artifact_id)
+                by_artifact[one.artifact_id] = merge(known, one) if known is not None else one
+        return by_artifact
+
+    def message(self, node_id: str) -> weights_pb2.WishSet:
+        """The node's whole set, in order of model; operators' wishes first."""
+        catalog = self._view().catalog
+        wished = self._of_node.get(node_id, {})
+        self._check_count(node_id, len(self._merged(wished)))
+        by_artifact = self._merged(wished, self._automatic.get(node_id, {}))
         self._revision += 1
         message = weights_pb2.WishSet(revision=(self._view().term << 32) + self._revision)
         room = INLINE_BYTES_MAX

@@ -11,7 +11,7 @@ UTC: the profile is of the day's hours. Must not decide anything: `core.scaling`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 MICRO: Final = 1_000_000
@@ -67,6 +67,12 @@ class Arrivals:
             self.in_minute = 0
         self.minute = max(self.minute, minute)
         self._close_bins(minute // BIN_MINUTES)
+
+    def as_of(self, wall_s: float) -> Arrivals:
+        """A copy, brought up to a moment; this one stays as it is, so that anybody may look."""
+        copy = replace(self, profile=list(self.profile))
+        copy.advance(wall_s)
+        return copy
 
     def _close_bins(self, current: int) -> None:
         self.bin = max(self.bin, current - _BINS_CAUGHT_UP_MAX)

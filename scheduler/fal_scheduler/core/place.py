@@ -112,6 +112,12 @@ class Placer:
                 found.setdefault(self._fleet.node_ids[ranking.rows[at]], ranking.why(at))
         return found
 
+    def suited(self, spec: Spec, ask: Ask = ANYBODY) -> tuple[Bools, Bools]:
+        """Rows of ready nodes of a kind that could take it, whatever runs there; and those of them with room now."""
+        fleet = self._fleet.fresh()
+        kinds: Bools = fleet.ready & np.logical_or.reduce(self._masks_of(spec))
+        return kinds, kinds & self._open(spec, ask)
+
     def _rankings(
         self, spec: Spec, ask: Ask, ready: ReadyFn | None, fragments: FragmentsFn | None, *, all_types: bool = False
     ) -> list[Ranking]:

@@ -179,10 +179,6 @@ class Predictor:
         found: Ints = totals[self._rows]
         return found
 
-    def columns(self) -> Columns:
-        """What it rests on, up to the state."""
-        return self._columns.fresh()
-
     def predict(self, node_id: str, spec: Spec, *, app: str = "") -> Prediction:
         """See the function."""
         columns = self._columns.fresh()
