@@ -191,7 +191,7 @@ def drain_text(view: Any) -> str:
 
 
 def _follow(node: str, json: bool) -> None:
-    """Until the drain is over. Raises FalError where it was cancelled."""
+    """Until the drain is over. Raises FalError where it was cancelled, or the machine was not rebooted."""
     from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import console
 
@@ -203,11 +203,15 @@ def _follow(node: str, json: bool) -> None:
             if error.code is Code.NOT_FOUND:
                 return  # it was to be removed
             raise
-        text = drain_text(view)
-        if not json and text != last:
+        text, left = drain_text(view), f"{len(view.runners)} of {view.node.cordon_reason}"
+        if not json and left != last:  # the deadline comes nearer all the time
             console().print(f"node {view.node.name}: {text}")
-        last = text
+        last = left
         if not view.node.HasField("drain"):
+            if view.node.cordon_reason.startswith("not rebooted"):
+                what = f"node {view.node.name} was {view.node.cordon_reason}"
+                remedy = f"Reboot it by hand; then `falctl node uncordon {view.node.name}`."
+                raise FalError(Code.FAILED_PRECONDITION, what, remedy=remedy)
             if not view.node.cordoned and view.runners:
                 what = f"the drain of node {view.node.name} was cancelled, {len(view.runners)} runners are left"
                 raise FalError(Code.FAILED_PRECONDITION, what, remedy="Begin it again.")

@@ -16,17 +16,17 @@ DETAILS_PER_PAGE_MAX: Final = 5000
 
 def get_usage(leader: Leadership, request: cluster_pb2.GetUsageRequest) -> cluster_pb2.GetUsageReply:
     """Between two moments. Raises INVALID where they are no interval."""
-    wall_s = leader.clock.wall_s()
+    now_s, wall_s = leader.clock.monotonic_s(), leader.clock.wall_s()
     until_s = min(request.until_s or wall_s, wall_s)
     if not 0.0 <= request.since_s < until_s:
         remedy = "Give a moment in the past that is before the other."
         raise invalid("since", request.since_s, "is not before the end", remedy=remedy)
     state, reply = leader.view, cluster_pb2.GetUsageReply(until_s=until_s)
     if not request.details:
-        found = usage.rows(state, since_s=request.since_s, until_s=until_s, wall_s=wall_s)
+        found = usage.rows(state, since_s=request.since_s, until_s=until_s, now_s=now_s, wall_s=wall_s)
         reply.rows.extend(usage_row_to_pb(row) for row in found if request.team in ("", team_of(row.app)))
         return reply
-    present = {one.assignment: one for one in usage.running(state, wall_s)}
+    present = {one.assignment: one for one in usage.running(state, now_s, wall_s)}
     details = {**state.usage, **present}
     chosen = [
         details[key]

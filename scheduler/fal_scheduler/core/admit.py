@@ -130,7 +130,7 @@ def _less(state: State, facts: NodeFacts, name: str, spec: Spec, ask: Ask) -> It
 def _stops(state: State, facts: NodeFacts, name: str, spec: Spec, ask: Ask) -> Iterator[Admission]:
     """End as few runners there as will do: those of the lowest priority, of the largest holdings, the youngest."""
     mine = (state.runners[id_] for id_ in state.runners_by_node.get(facts.node_id, ()))
-    others = [one for one in mine if one.goal is Goal.RUN]
+    others = [one for one in mine if one.goal is Goal.RUN and one.app != ask.app]
     others.sort(key=lambda one: (one.priority, -quotas.held_by(one), -one.created_at_s, one.id))
     for one in others:
         if takes_without(state, facts.node_id, spec, ask, (one.id,)):

@@ -177,6 +177,7 @@ def revoke_node(work: Work, event: RevokeNode) -> Reply:
         for runner_id in list(live.orphans):
             state.forget_orphan(node.id, runner_id)
         live.statuses.clear()
+        live.told_at_s.clear()
     for runner_id in list(state.runners_by_node.get(node.id, ())):
         work.drop(state.runners[runner_id])
     work.emit(Revoked(subject))

@@ -168,6 +168,7 @@ def _forget(work: Work, node: Node) -> None:
         for runner_id in list(live.orphans):
             state.forget_orphan(node.id, runner_id)
         live.statuses.clear()
+        live.told_at_s.clear()
     for runner_id in list(state.runners_by_node.get(node.id, ())):
         work.drop(state.runners[runner_id])
     subject = f"node/{node.id}"

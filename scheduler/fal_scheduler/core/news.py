@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fal_contract.limits import CRASH_BACKOFF_MAX_S, CRASH_BACKOFF_STEP_S, GPU_REFUSALS_FREE_MAX
-from fal_scheduler.core import builds, demand_news, expectations, gpu_faults, packs, rollout, suspicion
+from fal_scheduler.core import (
+    bindings,
+    builds,
+    demand_news,
+    expectations,
+    gpu_faults,
+    packs,
+    rollout,
+    sharing,
+    suspicion,
+)
 from fal_scheduler.core.events import (
     GatewayReach,
     HelloNeeded,
@@ -62,7 +72,7 @@ def _take_all(work: Work, live: NodeLive, statuses: tuple[RunnerStatus, ...]) ->
         work.state.forget_orphan(live.node_id, runner_id)
     for runner_id in live.statuses:
         work.emit(RouteChanged(runner_id))
-    live.statuses = {}
+    live.statuses, live.told_at_s = {}, {}
     for status in statuses:
         _take(work, live, status)
 
@@ -74,9 +84,13 @@ def _take(work: Work, live: NodeLive, status: RunnerStatus) -> RunnerStatus | No
     if runner is not None and runner.node == live.node_id:
         before = live.statuses.get(runner.id)
         live.statuses[runner.id] = status
+        live.told_at_s[runner.id] = work.moment.now_s
         demand_news.note_status(work, runner, before, status)
         if before is None or (before.state, before.max_multiplexing) != (status.state, status.max_multiplexing):
             work.emit(RouteChanged(runner.id))
+        if status.residents and (before is None or before.residents != status.residents):
+            work.emit(RouteChanged(runner.id))
+            sharing.note_residents(work, runner, before, status)
         return before
     if status.ended:
         state.forget_orphan(live.node_id, status.runner_id)
@@ -195,6 +209,7 @@ def _gone(work: Work, live: NodeLive, runner_id: str) -> None:
         _ended(work, runner, ended)
     if last is not None and (runner is None or runner.node != live.node_id):
         del live.statuses[runner_id]
+        live.told_at_s.pop(runner_id, None)
 
 
 def _ended(work: Work, runner: Runner, status: RunnerStatus) -> None:
@@ -208,17 +223,28 @@ def _ended(work: Work, runner: Runner, status: RunnerStatus) -> None:
         work.drop(runner)
         work.log("RUNNER_ENDED", runner.id, why)
         return
-    waiting = replace(runner, node="", gpus=(), assignment=None, memory_bytes=0, cpu_milli=0)
+    waiting = _without_guests(work, runner)
     if status.refused and _refused_freely(work, runner):
         work.put(waiting, runner)
         work.log("RUNNER_REFUSED", runner.id, f"{why}; placed again", node=runner.node)
         return
-    backoff = work.state.backoffs[runner.app] = _backoff_after(work, runner, status)
+    for guest in runner.apps[1:]:  # any of them may have been the reason
+        work.state.backoffs[guest] = _backoff_after(work, runner, status, guest)
+    backoff = work.state.backoffs[runner.app] = _backoff_after(work, runner, status, runner.app)
     wait_s = max(0.0, backoff.until_s - work.moment.now_s)
     work.put(waiting, runner)
     work.state.failures[runner.id] = status
     rollout.note_failure(work, runner, why)
     work.log("RUNNER_FAILED", runner.id, f"{why}; tried again in {wait_s:g} s", node=runner.node)
+
+
+def _without_guests(work: Work, runner: Runner) -> Runner:
+    """Its record without a node, for the app whose it is: others that shared it find a place of their own."""
+    first = runner.bindings[:1]
+    needs = bindings.needs_of(work.state, replace(runner, bindings=first), runner.app)
+    kept = tuple(one for one in runner.residencies if len(runner.bindings) == 1 or one.id in needs)
+    empty = replace(runner, node="", gpus=(), assignment=None, memory_bytes=0, cpu_milli=0)
+    return replace(empty, bindings=first, residencies=kept)
 
 
 def _refused_freely(work: Work, runner: Runner) -> bool:
@@ -231,14 +257,14 @@ def _refused_freely(work: Work, runner: Runner) -> bool:
     return refusals[runner.app] <= GPU_REFUSALS_FREE_MAX
 
 
-def _backoff_after(work: Work, runner: Runner, status: RunnerStatus) -> Backoff:
-    """How long its app waits now.
+def _backoff_after(work: Work, runner: Runner, status: RunnerStatus, app_id: str) -> Backoff:
+    """How long an app of its waits now.
 
     Runners that were there when the last failure counted are of the same round: a machine that takes ten of them with
     it is one failure, not ten in a row.
     """
     now_s, wall_s = work.moment.now_s, work.moment.wall_s
-    have = work.state.backoffs.get(runner.app)
+    have = work.state.backoffs.get(app_id)
     if have is not None and now_s < have.until_s and runner.created_at_s <= have.until_wall_s - _wait_s(have.failures):
         return replace(have, last=status)
     failures = min((have.failures if have is not None else 0) + 1, BACKOFF_STEPS_MAX)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from fal_contract.ids import team_of
 from fal_scheduler.core.cache_facts import CacheFacts
@@ -45,6 +45,8 @@ from fal_scheduler.core.waiting_line import Need, Waiting
 
 if TYPE_CHECKING:
     from fal_scheduler.core.expectations import Expectation
+
+K = TypeVar("K")
 
 EXPLANATIONS_PER_TICK_MAX: Final = 20  # each looks at every node
 
@@ -82,6 +84,7 @@ class State:
         # Indexes. Dicts without values are ordered sets.
         self.runners_by_app: dict[str, dict[str, None]] = {}
         self.runners_by_node: dict[str, dict[str, None]] = {}
+        self.runners_by_group: dict[tuple[str, str], dict[str, None]] = {}  # by team and share group
         self.runners_by_assignment: dict[str, dict[str, None]] = {}  # one each, unless an invariant is broken
         self.draining: dict[str, None] = {}  # nodes with a drain under way
         self.rolling: dict[str, None] = {}  # apps with a rollout under way
@@ -104,6 +107,7 @@ class State:
         """What this leader decided for itself."""
         self.backoffs: dict[str, Backoff] = {}  # by app
         self.apps_version = 0  # rises with every change of an app's record
+        self.sharing_barred_s: dict[str, float] = {}  # by app: shares no runner before then, monotonic
         self.refusals: dict[str, int] = {}  # by app: how often in a row a node has turned a runner away
         self.failures: dict[str, RunnerStatus] = {}  # last words of runners that crashed and wait to be replaced
         self.pending: dict[tuple[str, int], Pending] = {}  # by app and revision with runners that have no node
@@ -210,10 +214,15 @@ class State:
                 _discard(self.runners_by_assignment, before.assignment.id, before.id)
             if after is None:
                 del self.runners[before.id]
-                _discard(self.runners_by_app, before.app, before.id)
+                _discard(self.runners_by_group, _group_of(before), before.id)
+            for app_id in before.apps:
+                if after is None or app_id not in after.apps:
+                    _discard(self.runners_by_app, app_id, before.id)
         if after is not None:
             self.runners[after.id] = after
-            self.runners_by_app.setdefault(after.app, {})[after.id] = None
+            self.runners_by_group.setdefault(_group_of(after), {})[after.id] = None
+            for app_id in after.apps:
+                self.runners_by_app.setdefault(app_id, {})[after.id] = None
             if after.assignment is not None:
                 self.runners_by_assignment.setdefault(after.assignment.id, {})[after.id] = None
             if after.node:
@@ -245,6 +254,7 @@ class State:
         status = live.statuses.get(gone.id) if live is not None else None
         if status is not None and live is not None and not status.ended:
             del live.statuses[gone.id]
+            live.told_at_s.pop(gone.id, None)
             self.add_orphan(live.node_id, status)
 
     # --- told -------------------------------------------------------------------------------------------------------
@@ -376,7 +386,11 @@ def _set(table: dict[Any, Any], key: object, value: object | None) -> None:
         table[key] = value
 
 
-def _discard(index: dict[str, dict[str, None]], key: str, member: str) -> None:
+def _group_of(runner: Runner) -> tuple[str, str]:
+    return team_of(runner.id), runner.share_group
+
+
+def _discard(index: dict[K, dict[str, None]], key: K, member: str) -> None:
     members = index[key]
     members.pop(member, None)
     if not members:

@@ -200,6 +200,7 @@ class NodeLive:
     endpoints: tuple[Endpoint, ...] = ()
     capabilities: Capabilities = Capabilities()
     statuses: dict[str, RunnerStatus] = field(default_factory=dict)  # runners of the store, by id
+    told_at_s: dict[str, float] = field(default_factory=dict)  # when that was, monotonic
     orphans: dict[str, RunnerStatus] = field(default_factory=dict)  # containers that the store does not know
 
 

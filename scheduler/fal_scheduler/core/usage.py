@@ -25,11 +25,13 @@ from fal_contract.limits import (
     USAGE_DETAILS_MAX,
     USAGE_ROWS_PER_PART_MAX,
 )
+from fal_scheduler.core.told import Health
 from fal_scheduler.core.usage_records import Usage, UsageDay, UsageRow
 
 if TYPE_CHECKING:
     from fal_scheduler.core.records import Runner
     from fal_scheduler.core.state import State
+    from fal_scheduler.core.told import RunnerStatus
     from fal_scheduler.core.work import Work
 
 FOLD_EVERY_S: Final = 60.0
@@ -38,19 +40,21 @@ CHECKPOINTS_AT_ONCE_MAX: Final = 40
 _DAY_S: Final = 86_400.0
 
 
-def of_runner(state: State, runner: Runner, wall_s: float, *, ended: bool) -> Usage | None:
+def of_runner(state: State, runner: Runner, now_s: float, wall_s: float, *, ended: bool) -> Usage | None:
     """What `runner` used so far under its assignment; None before its container started, or if nothing was told."""
     assignment, status = runner.assignment, state.status_of(runner)
     if assignment is None or status is None or not status.started_at_s or status.assignment_id != assignment.id:
         return None
     node = state.nodes.get(runner.node)
     pool = state.pools.get(node.pool) if node is not None else None
-    milli = runner.gpu_milli or 1000
-    gpu_ms = round(status.gpu_seconds * milli)
+    milli, count = runner.gpu_milli or 1000, len(runner.gpus)
+    since_s = _since_told(state, runner, status, now_s, ended=ended)
+    gpu_ms = round((status.gpu_seconds + since_s * count) * milli)
     until_s = wall_s
-    if runner.gpus:  # when the node told it: the ledger agrees with what it counted
-        until_s = min(wall_s, status.started_at_s + status.gpu_seconds / len(runner.gpus))
-    busy_ms = round(min(status.busy_seconds, max(0.0, until_s - status.started_at_s)) * milli) * len(runner.gpus)
+    if count:  # the ledger agrees with what the node counted, whatever its clock says
+        until_s = min(wall_s, status.started_at_s + status.gpu_seconds / count + since_s)
+    busy_s = status.busy_seconds + (since_s if status.in_flight else 0.0)
+    busy_ms = round(min(busy_s, max(0.0, until_s - status.started_at_s)) * milli) * count
     return Usage(
         assignment.id,
         runner.app,
@@ -59,7 +63,7 @@ def of_runner(state: State, runner: Runner, wall_s: float, *, ended: bool) -> Us
         node.pool if node is not None else "",
         runner.node,
         _machine_type(state, runner),
-        len(runner.gpus),
+        count,
         runner.gpu_milli,
         status.started_at_s,
         until_s,
@@ -71,6 +75,16 @@ def of_runner(state: State, runner: Runner, wall_s: float, *, ended: bool) -> Us
     )
 
 
+def _since_told(state: State, runner: Runner, status: RunnerStatus, now_s: float, *, ended: bool) -> float:
+    """Seconds that it ran on since its node told of it: a node tells what changes, and heartbeats that it lives."""
+    live = state.live.get(runner.node)
+    if live is None or status.ended:
+        return 0.0
+    speaks = live.health is Health.READY and not ended
+    until_s = now_s if speaks else min(now_s, live.heard_at_s)
+    return max(0.0, until_s - live.told_at_s.get(runner.id, until_s))
+
+
 def _machine_type(state: State, runner: Runner) -> str:
     live = state.live.get(runner.node)
     if not runner.gpus or live is None or live.inventory is None:
@@ -80,7 +94,7 @@ def _machine_type(state: State, runner: Runner) -> str:
 
 def note_end(work: Work, runner: Runner) -> None:
     """The runner's assignment ends with this step: its usage is written in the same commit."""
-    found = of_runner(work.state, runner, work.moment.wall_s, ended=True)
+    found = of_runner(work.state, runner, work.moment.now_s, work.moment.wall_s, ended=True)
     if found is not None:
         _grow(work, found)
 
@@ -91,6 +105,8 @@ def _grow(work: Work, found: Usage) -> None:
     if have is not None:
         found = replace(
             found,
+            app=have.app,  # of several that share a runner, the one it was written for first
+            revision=have.revision,
             machine_type=found.machine_type or have.machine_type,
             until_s=max(found.until_s, have.until_s),
             gpu_ms=max(found.gpu_ms, have.gpu_ms),
@@ -131,7 +147,7 @@ def _checkpoint(work: Work) -> None:
         have = state.usage.get(assignment.id)
         since_s = have.until_s if have is not None else _started(state, runner)
         if since_s and wall_s - since_s >= USAGE_CHECKPOINT_S:
-            found = of_runner(state, runner, wall_s, ended=False)
+            found = of_runner(state, runner, work.moment.now_s, wall_s, ended=False)
             if found is not None and found.until_s - since_s >= USAGE_CHECKPOINT_S / 2:  # a silent node tells nothing
                 left -= 1
                 _grow(work, found)
@@ -245,22 +261,22 @@ def between(usage: Usage, since_s: float, until_s: float) -> UsageRow | None:
     return _portion(usage, share, runners=1)
 
 
-def running(state: State, wall_s: float) -> list[Usage]:
-    """Of containers that run now, as their nodes told last."""
+def running(state: State, now_s: float, wall_s: float) -> list[Usage]:
+    """Of containers that run now."""
     found = []
     for runner in state.runners.values():
-        usage = of_runner(state, runner, wall_s, ended=False)
+        usage = of_runner(state, runner, now_s, wall_s, ended=False)
         if usage is not None:
             found.append(usage)
     return found
 
 
-def rows(state: State, *, since_s: float, until_s: float, wall_s: float) -> list[UsageRow]:
+def rows(state: State, *, since_s: float, until_s: float, now_s: float, wall_s: float) -> list[UsageRow]:
     """Sums by app, pool and machine type between two moments; folded days count whole.
 
     A record of a running container gives way to what its node tells now.
     """
-    present = {one.assignment: one for one in running(state, wall_s)}
+    present = {one.assignment: one for one in running(state, now_s, wall_s)}
     details: Mapping[str, Usage] = {**state.usage, **present}
     parts = (between(one, since_s, until_s) for one in details.values())
     first, last = day_of(since_s), day_of(until_s)
