@@ -115,7 +115,7 @@ def predictor(state: State) -> Predictor:
 
 @dataclass(slots=True)
 class _Weights:
-    """All artifacts of a spec. `raw`: milliseconds by told rates; `come`: bytes on the node's line until they are there.
+    """All artifacts of a spec. `raw`: milliseconds by told rates; `come`: bytes on the node's line until then.
 
     `arriving`: 1 where their own fetch is measured; `tier`: index into TIERS; `source`: of their origin.
     """
