@@ -64,6 +64,7 @@ def node_view(leader: Leadership, node: Node) -> cluster_pb2.NodeView:
         runners.update(live.orphans)
         view.heard_age_s = max(0.0, leader.clock.monotonic_s() - live.heard_at_s)
         view.software = live.software
+        view.connected = live.connected
         view.capabilities.CopyFrom(wire.fill(agent_pb2.Capabilities(), live.capabilities))
         view.endpoints.extend(wire.endpoint_to(endpoint) for endpoint in live.endpoints)
         if live.inventory is not None:
