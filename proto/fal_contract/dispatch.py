@@ -210,6 +210,7 @@ class DispatchClient:
     ) -> HttpResponse:
         connection = await self._paths.connection(slot.node_id, fresh=fresh)
         ours = [("host", slot.runner_id.replace("/", ".")), ("fal-ticket", f"term={slot.term};lease={slot.lease_id}")]
+        ours += self._table.headers_for(slot)
         return await connection.request(method, f"/v1/runners/{slot.runner_id}{path}", [*ours, *headers], body)
 
     async def _refused(self, slot: Slot, response: HttpResponse, failures: int) -> FalError:
@@ -292,7 +293,7 @@ class DispatchClient:
         return self._table.take(app, now_s, leaderless=not self._connected, reachable=self._paths.reachable)
 
     def _why_nothing(self, app: str, waited_s: float) -> FalError:
-        nodes = {route.node_id for route in self._table.routes if route.app == app and route.open}
+        nodes = {route.node_id for route in self._table.routes if app in route.apps and route.open}
         reasons = [reason for node_id in sorted(nodes) if (reason := self._paths.reason(node_id))]
         return self._table.why_nothing(
             app, waited_s, leaderless=not self._connected, unreachable="; ".join(reasons[:3])

@@ -31,6 +31,12 @@ class RouteEntry:
     max_multiplexing: int
     request_timeout_s: float
     any_path: bool = False  # a server of its own, not our worker
+    shared: tuple[tuple[str, str], ...] = ()  # apps that share it, each with the model that its requests name
+
+    @property
+    def apps(self) -> tuple[str, ...]:
+        """Every app that it serves."""
+        return tuple(app for app, _ in self.shared) or (self.app,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +110,17 @@ class DispatchTable:
         if complete:
             removed = set(self._routes) - {route.runner_id for route in routes}
         for runner_id in removed:
-            gone = self._routes.pop(runner_id, None)
-            if gone is not None:
-                self._of_app[gone.app].discard(runner_id)
+            self._forget_route(runner_id)
         for route in routes:
+            self._forget_route(route.runner_id)
             self._routes[route.runner_id] = route
-            self._of_app.setdefault(route.app, set()).add(route.runner_id)
+            for app in route.apps:
+                self._of_app.setdefault(app, set()).add(route.runner_id)
+
+    def _forget_route(self, runner_id: str) -> None:
+        gone = self._routes.pop(runner_id, None)
+        for app in gone.apps if gone is not None else ():
+            self._of_app[app].discard(runner_id)
 
     def put_leases(self, leases: Iterable[LeaseEntry], revoked: Iterable[str], now_s: float) -> set[str]:
         """New and prolonged leases, and ids of those taken back; returns the apps that got slots."""
@@ -249,6 +260,12 @@ class DispatchTable:
     def route(self, runner_id: str) -> RouteEntry | None:
         """Where a runner is, if the table says."""
         return self._routes.get(runner_id)
+
+    def headers_for(self, slot: Slot) -> list[tuple[str, str]]:
+        """What a request with this slot says: in a runner that apps share, which model it means."""
+        route = self._routes.get(slot.runner_id)
+        model = dict(route.shared).get(slot.app, "") if route is not None else ""
+        return [("fal-model", model)] if model else []
 
     def path_refusal(self, slot: Slot) -> FalError | None:
         """Why its runner may not be asked by a path that a stranger chose."""

@@ -75,6 +75,7 @@ def routes(message: serving_pb2.Routes) -> list[RouteEntry]:
             max_multiplexing=max(1, route.max_multiplexing),
             request_timeout_s=route.request_timeout_s,
             any_path=route.any_path,
+            shared=tuple((one.app, one.model) for one in route.shared),
         )
         for route in message.routes
     ]

@@ -15,7 +15,9 @@ from fal_contract.errors import Code, FalError
 from fal_contract.ids import team_of
 from fal_contract.limits import MANIFEST_EMBEDDED_BYTES_MAX
 from fal_contract.v1 import agent_pb2, state_pb2
+from fal_scheduler.codec import residency_to_pb
 from fal_scheduler.codec_spec import spec_to_pb
+from fal_scheduler.core.bindings import shared
 from fal_scheduler.core.records import CacheEntry, Goal, Model, ModelState, Runner, Spec
 from fal_scheduler.core.state import State
 
@@ -62,8 +64,11 @@ class AssignmentBuilder:
         if (scaling := state.scaling_for(runner)) is not None:  # may be set at run time
             message.spec.scaling.request_timeout_s = scaling.request_timeout_s
         if runner.goal is Goal.RUN:
-            for name in revision.spec.artifacts:
+            names = dict.fromkeys((*revision.spec.artifacts, *(one.model for one in runner.residencies)))
+            for name in names:
                 message.artifacts.append(self._artifact(state, name, revision.spec))
+            if shared(runner):
+                message.residencies.extend(residency_to_pb(one) for one in runner.residencies)
             team = team_of(runner.app)
             for key in revision.spec.compile_caches:
                 if (entry := entry_for(state, team, key)) is not None:

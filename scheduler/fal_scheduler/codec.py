@@ -326,10 +326,7 @@ def runner_to_pb(runner: Runner) -> pb.Runner:
         )
         if assignment is not None
         else None,
-        residencies=[
-            pb.Residency(id=one.id, model=one.model, manifest_digest=one.manifest_digest, base=one.base)
-            for one in runner.residencies
-        ],
+        residencies=[residency_to_pb(one) for one in runner.residencies],
         bindings=[pb.Binding(app=one.app, revision=one.revision, residency=one.residency) for one in runner.bindings],
         created_at_s=runner.created_at_s,
         goal=pb.Goal.ValueType(runner.goal),
@@ -339,6 +336,11 @@ def runner_to_pb(runner: Runner) -> pb.Runner:
         gpu_milli=runner.gpu_milli,
         priority=runner.priority,
     )
+
+
+def residency_to_pb(one: Residency) -> pb.Residency:
+    """A model in a runner for the wire."""
+    return pb.Residency(id=one.id, model=one.model, manifest_digest=one.manifest_digest, base=one.base)
 
 
 def _runner_from_pb(runner: pb.Runner) -> Runner:

@@ -27,7 +27,7 @@ from fal_scheduler.core.slots import Held, Lease, SlotBook, Want
 from fal_scheduler.demand_teller import DemandTeller
 from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.leading_edge import LeadingEdge
-from fal_scheduler.routes import RouteTable
+from fal_scheduler.routes import RouteTable, apps_of
 from fal_scheduler.stream_edges import first_message, send_bounded, until_first
 from fal_scheduler.tunnels import PATHS, TunnelBook
 
@@ -350,11 +350,12 @@ class Dispatcher:
             gateway = self._gateways.get(lease.gateway)
             if gateway is not None:
                 self._tell(gateway, [], [lease.id])
-        route = self._table.get(runner_id) or before
+        routes = [one for one in (self._table.get(runner_id), before) if one is not None]
+        apps = dict.fromkeys(app for route in routes for app in apps_of(route))
         for gateway in self._gateways.values():
-            if route is not None and gateway.wants(route.app):
+            if any(gateway.wants(app) for app in apps):
                 gateway.routes[runner_id] = None
-                gateway.check_refusals = gateway.check_refusals or route.app in gateway.refused
+                gateway.check_refusals = gateway.check_refusals or any(app in gateway.refused for app in apps)
                 gateway.signal.set()
         return True
 

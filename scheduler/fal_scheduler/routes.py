@@ -6,10 +6,11 @@ us, and may well be reached by gateways. Must not be changed by anything but `re
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from fal_contract.v1 import serving_pb2
 from fal_scheduler import wire
+from fal_scheduler.core.bindings import served_apps, shared
 from fal_scheduler.core.records import Runner, RunnerState
 from fal_scheduler.core.serving import serves
 from fal_scheduler.core.slots import SlotRunner
@@ -26,7 +27,8 @@ class RouteTable:
     def refresh(self, state: State, runner_id: str) -> bool:
         """Work one route out anew; True when it changed."""
         runner = state.runners.get(runner_id)
-        route = _route(state, runner) if runner is not None and serves(state, runner) else None
+        apps = served_apps(state, runner) if runner is not None and serves(state, runner) else ()
+        route = _route(state, runner, apps) if runner is not None and apps else None
         if route == self._routes.get(runner_id):
             return False
         if route is None:
@@ -44,17 +46,28 @@ class RouteTable:
         route = self._routes.get(runner_id)
         if route is None:
             return None
-        return SlotRunner(runner_id, route.app, route.node_id, route.max_multiplexing, tuple(route.resident))
+        others = tuple(one.app for one in route.shared if one.app != route.app)
+        return SlotRunner(runner_id, route.app, route.node_id, route.max_multiplexing, tuple(route.resident), others)
 
     def all(self, apps: Collection[str]) -> list[serving_pb2.Route]:
         """Routes of these apps (none named: all), in order of runner id."""
-        return [self._routes[i] for i in sorted(self._routes) if not apps or self._routes[i].app in apps]
+        return [self._routes[i] for i in sorted(self._routes) if not apps or any_of(apps, self._routes[i])]
 
     def __len__(self) -> int:
         return len(self._routes)
 
 
-def _route(state: State, runner: Runner) -> serving_pb2.Route:
+def apps_of(route: serving_pb2.Route) -> list[str]:
+    """Every app that it serves."""
+    return [one.app for one in route.shared] or [route.app]
+
+
+def any_of(apps: Collection[str], route: serving_pb2.Route) -> bool:
+    """Whether it serves one of these apps."""
+    return any(app in apps for app in apps_of(route))
+
+
+def _route(state: State, runner: Runner, apps: Sequence[str]) -> serving_pb2.Route:
     live = state.live[runner.node]
     status = live.statuses[runner.id]
     revision = state.revisions.get((runner.app, runner.revision))
@@ -64,7 +77,7 @@ def _route(state: State, runner: Runner) -> serving_pb2.Route:
     phase = RunnerState.UNKNOWN if silent else RunnerState.IDLE
     return serving_pb2.Route(
         runner_id=runner.id,
-        app=runner.app,
+        app=apps[0],
         node_id=runner.node,
         endpoints=[wire.endpoint_to(endpoint) for endpoint in live.endpoints],
         state=int(phase),  # type: ignore[arg-type]  # the numbers are the wire's
@@ -72,7 +85,14 @@ def _route(state: State, runner: Runner) -> serving_pb2.Route:
         resident=[residency.model for residency in status.residencies or runner.residencies],
         request_timeout_s=scaling.request_timeout_s if scaling else 0.0,
         any_path=revision is not None and revision.spec.own_server,
+        shared=_shared(state, runner, apps) if shared(runner) else (),
     )
 
 
-__all__ = ["RouteTable"]
+def _shared(state: State, runner: Runner, apps: Sequence[str]) -> list[serving_pb2.SharedApp]:
+    models = {one.id: one.model for one in runner.residencies}
+    bound = {one.app: models.get(one.residency, "") for one in runner.bindings}
+    return [serving_pb2.SharedApp(app=app, model=bound[app]) for app in apps]
+
+
+__all__ = ["RouteTable", "any_of", "apps_of"]

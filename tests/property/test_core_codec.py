@@ -147,6 +147,7 @@ def test_broken_rules_in_the_store_do_not_stop_it_from_being_read() -> None:
 
 
 LATER_FIELDS = (
+    "base=''",
     "suspicion=None",
     "stream_weights=False",
     "allow_provisional=False",

@@ -90,10 +90,13 @@ def test_a_gateway_cannot_touch_anothers_lease() -> None:
     assert book.leases() == (lease,)
 
 
-def test_a_runner_never_changes_its_app() -> None:
+def test_a_runner_that_serves_another_app_takes_the_slots_of_the_first_along() -> None:
     book = book_of(SlotRunner("t/r", "t/a", "n1", 1))
-    with pytest.raises(ValueError, match="cannot move"):
-        book.put_runner(SlotRunner("t/r", "t/b", "n1", 1))
+    book.want("g", [Want("t/a", 1), Want("t/b", 1)])
+    [lease] = book.grant(0.0)
+    assert book.put_runner(SlotRunner("t/r", "t/b", "n1", 1)) == [lease]
+    assert (book.runners("t/a"), book.runners("t/b")) == (0, 1)
+    assert [(one.app, one.slots) for one in book.grant(0.0)] == [("t/b", 1)]
 
 
 def test_wants_for_one_app_and_model_add_up() -> None:

@@ -88,6 +88,8 @@ def head_for_worker(head: RequestHead, request: RunnerRequest, request_id: bytes
         (b"x-fal-request-id", request_id),
         (b"x-fal-runner", request.runner_id.encode()),
     ]
+    if (model := header(head.headers, b"fal-model")) is not None:  # of a runner that apps share; the gateway's word
+        headers.append((b"x-fal-model", model))
     return encode_head(head.method + b" " + request.target + b" HTTP/1.1", headers)
 
 
@@ -102,7 +104,7 @@ def head_for_client(head: ResponseHead, request_id: bytes, *, keep_alive: bool) 
 
 def refused_by_worker(head: ResponseHead) -> bool:
     """The worker had no room, although a slot was free: it still ends a request whose client went away."""
-    return head.status == 503 and header(head.headers, _NOT_RUN_HEADER) == Code.BUSY.value.encode()
+    return head.status in (503, 409) and header(head.headers, _NOT_RUN_HEADER) == Code.BUSY.value.encode()
 
 
 def probe_answer(node_id: str, *, keep_alive: bool) -> bytes:

@@ -11,7 +11,8 @@ the shorter queue is still on its way: so of both numbers the smaller counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Final
 
 from fal_scheduler.core.forecast import Arrivals
@@ -89,6 +90,7 @@ class Demand:
         self.look_at_s: dict[str, float] = {}  # app -> when time alone may change what it should have
         self.room_sought_s: dict[str, float] = {}  # app that waits -> when idle runners were looked at for it
         self.gave_way: dict[str, str] = {}  # runner that ends early -> app that waits for its place
+        self.bound: dict[str, dict[str, Usage]] = {}  # runner that several apps share -> app
 
     def set_load(self, app_id: str, gateway_id: str, load: GatewayLoad | None) -> bool:
         """Replace one gateway's demand for one app; None: nothing any more. True where it changed."""
@@ -133,6 +135,24 @@ class Demand:
             self.requests.setdefault(app_id, RequestTime()).note(busy_ms, max(0, done))
         have.told_at_s, have.in_flight, have.served = now_s, status.in_flight, status.served
 
+    def note_shared(self, apps: Collection[str], status: RunnerStatus, served_before: int, now_s: float) -> None:
+        """Take in which of the apps that share a runner use it: those that hold slots; all, where nobody knows."""
+        bound = self.bound.get(status.runner_id)
+        if bound is None or not status.serves or not (status.in_flight or status.served > served_before):
+            return
+        using = [app_id for app_id in apps if self.slots(app_id)]
+        for app_id in using or apps:
+            if app_id in bound:
+                bound[app_id].used_at_s = now_s
+
+    def begin_binding(self, runner_id: str, app_id: str, now_s: float) -> None:
+        """An app got a place in a runner that serves another: from now on each app's use counts for itself."""
+        self.bound.setdefault(runner_id, {})[app_id] = Usage(now_s)
+
+    def end_binding(self, runner_id: str, app_id: str) -> None:
+        """It gave its place up."""
+        self.bound.get(runner_id, {}).pop(app_id, None)
+
     def note_ready(self, app_id: str, took_ms: int) -> None:
         """A runner took so long from its start to ready."""
         have = self.bring_back_ms.get(app_id)
@@ -151,8 +171,14 @@ class Demand:
         arrivals.advance(wall_s)
         return arrivals.rate
 
-    def usage_of(self, runner_id: str, now_s: float) -> Usage:
-        """A runner's usage; one of which nothing is known is taken for ready just now."""
+    def usage_of(self, runner_id: str, now_s: float, app_id: str = "") -> Usage:
+        """A runner's usage, or an app's in it; one of which nothing is known is taken for ready just now."""
+        bound = self.bound.get(runner_id)
+        if bound is not None and app_id:
+            if app_id not in bound:  # it was there before the others
+                have = self.usage.get(runner_id)
+                bound[app_id] = replace(have) if have is not None else Usage(now_s)
+            return bound[app_id]
         have = self.usage.get(runner_id)
         if have is None:
             have = self.usage[runner_id] = Usage(now_s)
@@ -190,6 +216,7 @@ class Demand:
         """The runner is gone, or begins anew."""
         self.usage.pop(runner_id, None)
         self.gave_way.pop(runner_id, None)
+        self.bound.pop(runner_id, None)
 
 
 __all__ = ["NEVER", "Demand", "GatewayLoad", "Usage"]

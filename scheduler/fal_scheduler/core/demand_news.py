@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from fal_contract.ids import team_of
+from fal_scheduler.core.bindings import shared
 from fal_scheduler.core.demand import GatewayLoad
 from fal_scheduler.core.demand_events import AppDemand, DemandTold
 from fal_scheduler.core.forecast import Arrivals
@@ -65,11 +67,24 @@ def note_status(work: Work, runner: Runner, before: RunnerStatus | None, status:
     """
     demand, now_s = work.state.demand, work.moment.now_s
     demand.note_status(runner.app, status, now_s)
+    demand.note_shared(runner.apps, status, before.served if before is not None else status.served, now_s)
     if status.serves and before is not None and not before.serves:
         took_s = sum(seconds for _, seconds in status.phases) or work.moment.wall_s - runner.created_at_s
         demand.note_ready(runner.app, max(0, round(took_s * 1000)))
     if before is None or (before.in_flight, before.serves) != (status.in_flight, status.serves):
-        demand.look(runner.app, now_s)
+        for app_id in runner.apps:
+            demand.look(app_id, now_s)
+        if shared(runner):
+            _wake_group(work, runner)
+
+
+def _wake_group(work: Work, runner: Runner) -> None:
+    """A shared runner became ready or idle: apps of its group that wait for a place may get one in it."""
+    state = work.state
+    for runner_id in state.runners_by_group.get((team_of(runner.id), runner.share_group), ()):
+        one = state.runners[runner_id]
+        if not one.node:
+            state.demand.look(one.app, work.moment.now_s)
 
 
 __all__ = ["note_status", "told"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from fal_contract.ids import team_of
+from fal_scheduler.core.bindings import same_engine, shared
 from fal_scheduler.core.fleet import WHOLE
 from fal_scheduler.core.gpu_faults import as_placed
 from fal_scheduler.core.records import App, Change, Goal, Meta, Record, Revision, Runner
@@ -93,7 +94,8 @@ def _runner_transition(before: Runner, after: Runner) -> list[Violation]:
     found: list[Violation] = []
     if after.goal < before.goal:
         found.append(_violation("goal-forward", f"{after.id}: {before.goal.name} → {after.goal.name}", after.id))
-    if before.bindings != after.bindings or before.share_group != after.share_group:
+    moved = before.bindings != after.bindings and (not shared(after) or after.goal is not Goal.RUN)
+    if moved or before.share_group != after.share_group:
         found.append(_violation("bindings-fixed", f"{after.id} serves another app or revision", after.id))
     old, new = before.assignment, after.assignment
     if old is not None and new is not None:
@@ -117,10 +119,32 @@ def _runner(state: State, runner: Runner) -> list[Violation]:
         sharing = state.runners_by_assignment[runner.assignment.id]
         if len(sharing) > 1:
             found.append(_violation("assignment-unique", f"assignment {runner.assignment.id} is shared", *sharing))
+    found += _bindings(state, runner)
     if runner.goal in (Goal.RUN, Goal.DRAIN) and (runner.app, runner.revision) not in state.revisions:
         found.append(_violation("reference", f"{runner.id} serves a revision that is not there", runner.id))
     elif runner.goal is Goal.RUN and runner.app not in state.apps:
         found.append(_violation("reference", f"{runner.id} serves an app that is not there", runner.id))
+    return found
+
+
+def _bindings(state: State, runner: Runner) -> list[Violation]:
+    """Apps that share a runner are of its team and share group, of one engine; what each needs is to be loaded."""
+    if len(runner.bindings) <= 1:
+        return [] if runner.bindings else [_violation("bindings", f"{runner.id} serves no app", runner.id)]
+    found: list[Violation] = []
+    if len(runner.apps) != len(runner.bindings):
+        found.append(_violation("bindings", f"{runner.id} serves an app twice", runner.id))
+    if any(team_of(app_id) != team_of(runner.id) for app_id in runner.apps):
+        found.append(_violation("share-team", f"{runner.id} serves apps of several teams", runner.id))
+    keys = [(one.app, one.revision) for one in runner.bindings]
+    specs = [state.revisions[key].spec for key in keys if key in state.revisions]
+    if any(spec.share_group != runner.share_group or not same_engine(specs[0], spec) for spec in specs):
+        found.append(_violation("share-engine", f"{runner.id} serves apps of several engines or groups", runner.id))
+    if len(specs) < len(keys) and runner.goal is Goal.RUN:
+        found.append(_violation("reference", f"{runner.id} serves a revision that is not there", runner.id))
+    ids = [one.id for one in runner.residencies]
+    if any(one.residency and one.residency not in ids for one in runner.bindings):
+        found.append(_violation("residency", f"{runner.id} serves an app whose model it is not to load", runner.id))
     return found
 
 
@@ -137,7 +161,7 @@ def _app(state: State, app: App) -> list[Violation]:
 
 def _revision_gone(state: State, revision: Revision) -> list[Violation]:
     used = [id_ for id_ in state.runners_by_app.get(revision.app, ()) if state.runners[id_].goal is Goal.RUN]
-    if any(state.runners[id_].revision == revision.number for id_ in used):
+    if any(state.runners[id_].revision_for(revision.app) == revision.number for id_ in used):
         return [_violation("reference", f"a revision of {revision.app} went while runners serve it", revision.app)]
     return []
 

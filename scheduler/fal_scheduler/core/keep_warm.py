@@ -9,6 +9,7 @@ valuable first, as many of one node as the waiting runner needs there, and no mo
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
@@ -57,8 +58,14 @@ def value_of(state: State, runner: Runner, wall_s: float) -> int:
     demand, facts = state.demand, state.fleet.facts.get(runner.node)
     sizes = {gpu.id: gpu.memory_bytes for gpu in facts.gpus} if facts is not None else {}
     held_bytes = sum(sizes.get(gpu, 0) for gpu in runner.gpus) * (runner.gpu_milli or 1000) // 1000
-    back_ms = demand.bring_back_ms.get(runner.app, BRING_BACK_MS)
-    return value(demand.rate(runner.app, wall_s), back_ms, held_bytes or runner.memory_bytes)
+    return sum(
+        value(
+            demand.rate(app_id, wall_s),
+            demand.bring_back_ms.get(app_id, BRING_BACK_MS),
+            held_bytes or runner.memory_bytes,
+        )
+        for app_id in runner.apps
+    )
 
 
 def make_room(work: Work, placer: Placer, app: App, revision: Revision) -> None:
@@ -88,6 +95,7 @@ def idle_runners(work: Work, *, but: str = "") -> list[Idle]:
     """Runners without a request that nothing asks for, the least valuable first."""
     state, now_s, wall_s = work.state, work.moment.now_s, work.moment.wall_s
     found: list[Idle] = []
+    times: Counter[str] = Counter()  # of a runner that several apps share all must have others
     for app_id in sorted(state.demand.wanted):
         app = state.apps.get(app_id)
         if app is None or app_id == but or app.deleting or app.rollout is not None or app_id in state.frozen:
@@ -99,7 +107,10 @@ def idle_runners(work: Work, *, but: str = "") -> list[Idle]:
         spare = len(ready) - needed(state, app, state.scaling_of(app), now_s, wall_s).runners
         unused = (_idle(work, runner) for runner in ready)
         idle = sorted((one for one in unused if one is not None), key=lambda one: one.order)
-        found += idle[: max(0, spare)]
+        for one in idle[: max(0, spare)]:
+            times[one.runner.id] += 1
+            if times[one.runner.id] == len(one.runner.apps):
+                found.append(one)
     return sorted(found, key=lambda one: one.order)
 
 

@@ -255,7 +255,7 @@ def in_use(state: State) -> set[str]:
     found: set[str] = set()
     for app in state.apps.values():
         found.update(state.revision_of(app).spec.artifacts)
-    for served in {(runner.app, runner.revision) for runner in state.runners.values()}:
+    for served in {(one.app, one.revision) for runner in state.runners.values() for one in runner.bindings}:
         revision = state.revisions.get(served)
         if revision is not None:
             found.update(revision.spec.artifacts)
@@ -342,10 +342,11 @@ def _runners_of(state: State, model_id: str, *, provisional: bool = False) -> li
     attested."""
     found = []
     for runner in state.runners.values():
-        revision = state.revisions.get((runner.app, runner.revision))
-        if revision is None or runner.goal is not Goal.RUN or not runner.node:
+        if runner.goal is not Goal.RUN or not runner.node:
             continue
-        if model_id in revision.spec.artifacts and (revision.spec.allow_provisional or not provisional):
+        revisions = (state.revisions.get((one.app, one.revision)) for one in runner.bindings)
+        specs = [revision.spec for revision in revisions if revision is not None]
+        if any(model_id in spec.artifacts and (spec.allow_provisional or not provisional) for spec in specs):
             found.append(runner.id)
     return sorted(found)
 
@@ -355,7 +356,7 @@ def _withdrawn(work: Work, model_id: str) -> None:
     state = work.state
     apps: Iterable[str] = {
         *users(state, model_id),
-        *(state.runners[runner_id].app for runner_id in _runners_of(state, model_id)),
+        *(app_id for runner_id in _runners_of(state, model_id) for app_id in state.runners[runner_id].apps),
     }
     for app_id in sorted(apps):
         if app_id in state.apps:

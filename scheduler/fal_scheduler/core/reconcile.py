@@ -13,6 +13,7 @@ Called by `step` only.
 
 from __future__ import annotations
 
+from fal_scheduler.core.bindings import serves_app
 from fal_scheduler.core.builds import end_of_task
 from fal_scheduler.core.keep_warm import make_room
 from fal_scheduler.core.place import Placer
@@ -122,11 +123,12 @@ def _stop_withdrawn(work: Work, app: App) -> None:
         runner = state.runners[runner_id]
         if runner.goal is not Goal.RUN or not runner.node:
             continue
-        if runner.revision not in reasons:
-            revision = state.revisions.get((app.id, runner.revision))
-            reasons[runner.revision] = _withdrawn(state, revision.spec) if revision is not None else ""
-        if why := reasons[runner.revision]:
-            stop(work, runner, Goal.STOP, why)
+        number = runner.revision_for(app.id)
+        if number not in reasons:
+            revision = state.revisions.get((app.id, number))
+            reasons[number] = _withdrawn(state, revision.spec) if revision is not None else ""
+        if why := reasons[number]:
+            stop(work, runner, Goal.STOP, why, app=app.id)
 
 
 def _withdrawn(state: State, spec: Spec) -> str:
@@ -146,15 +148,14 @@ def _sort(work: Work, app: App) -> tuple[Runners, Runners]:
         runner = state.runners[runner_id]
         if runner.goal is not Goal.RUN or runner_id in state.abandoned:
             continue
-        group = current if runner.revision == app.revision else old
+        group = current if runner.revision_for(app.id) == app.revision else old
         if not runner.node:
             group.unplaced.append(runner)
             continue
-        status = state.status_of(runner)
         live = state.live.get(runner.node)
         # Of a node that this leader has not heard yet nothing is known: its runners may well serve.
         unheard = live is None or not live.session_id
-        ready = unheard or (status is not None and status.serves)
+        ready = unheard or serves_app(state, runner, app.id)
         (group.ready if ready else group.starting).append(runner)
     return current, old
 
@@ -189,7 +190,7 @@ def _delete(work: Work, app: App) -> None:
     for runner_id in list(state.runners_by_app.get(app.id, ())):
         runner = state.runners[runner_id]
         if not runner.node or runner.goal < Goal.STOP:
-            stop(work, runner, Goal.STOP, f"{app.id} is deleted")
+            stop(work, runner, Goal.STOP, f"{app.id} is deleted", app=app.id)
     if app.id in state.runners_by_app:
         return
     revisions = [revision for (owner, _), revision in state.revisions.items() if owner == app.id]

@@ -286,14 +286,14 @@ def blocked(state: State, spec: Spec) -> str:
 def _leaving(state: State, app: App) -> bool:
     """Whether containers of another revision are still there."""
     runners = (state.runners[id_] for id_ in state.runners_by_app.get(app.id, ()))
-    return any(one.node and one.revision != app.revision for one in runners)
+    return any(one.node and one.revision_for(app.id) != app.revision for one in runners)
 
 
 def give_way(work: Work, app: App, old: Runners, keep: int, wanted: int) -> None:
     """Old runners beyond `keep` go: never held back as a mass, an operator's apply asked; but so many at once."""
     rollout = app.rollout
     base = rollout.from_revision if rollout is not None else 0
-    old.ready.sort(key=lambda runner: runner.revision != base)  # what served before stays longest
+    old.ready.sort(key=lambda runner: runner.revision_for(app.id) != base)  # what served before stays longest
     surplus = [(runner, Goal.DRAIN) for runner in old.ready[keep:]]
     if rollout is not None and rollout.phase != RECREATING:
         surplus = surplus[: allowed(work.state, app.id, wanted)]
@@ -301,6 +301,6 @@ def give_way(work: Work, app: App, old: Runners, keep: int, wanted: int) -> None
     for runner in old.unplaced:
         stop(work, runner, Goal.STOP, "")
     for runner, goal in surplus:
-        stop(work, runner, goal, f"replaced by revision {app.revision}")
+        stop(work, runner, goal, f"replaced by revision {app.revision}", app=app.id)
     if rollout is not None and rollout.phase == RECREATING:  # those without a node are gone at once, and tell nothing
         work.state.demand.look(app.id, work.moment.now_s)

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from fal_contract.limits import FAILOVER_GRACE_S
+from fal_scheduler.core.bindings import serves_app, shared
 from fal_scheduler.core.forecast import BRING_BACK_MS, FORECAST_LOOK_S, foretold_runners
 from fal_scheduler.core.records import App, Goal, Runner, Scaling
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Health
 from fal_scheduler.core.work import Work
 
+CONTENDED_S: Final = 2.0  # that a request waits for a runner which its app shares, before another is asked for
 UNUSED_S: Final = 10.0  # fal's: a new runner that never gets a request
 
 
@@ -82,12 +84,12 @@ def _staying(state: State, app: App, scaling: Scaling, now_s: float) -> _Staying
     for runner in _running(state, app.id):
         if not runner.node:
             continue
-        by_revision[runner.revision] += 1
-        if not _serves(state, runner):
+        by_revision[runner.revision_for(app.id)] += 1
+        if not _serves(state, runner, app.id):
             found.starting += 1
             continue
         found.ready += 1
-        until_s = kept_until_s(state, scaling, runner, now_s)
+        until_s = kept_until_s(state, scaling, runner, now_s, app.id)
         found.kept += until_s > now_s
         if until_s > now_s:
             found.again_at_s = min(found.again_at_s, until_s)
@@ -102,7 +104,19 @@ def needed(state: State, app: App, scaling: Scaling, now_s: float, wall_s: float
     forecast = _foretold(state, app, scaling, queued + under_way, wall_s)
     if scaling.forecast_concurrency and app.id in state.demand.arrivals:
         again_at_s = min(again_at_s, now_s + FORECAST_LOOK_S)
-    return Need(runners_for(scaling, queued + under_way, forecast), queued, under_way, again_at_s)
+    runners = runners_for(scaling, queued + under_way, forecast)
+    if queued and (taken := _taken_by_others(state, app, now_s)):
+        runners = min(scaling.max_concurrency, runners + taken)
+    return Need(runners, queued, under_way, again_at_s)
+
+
+def _taken_by_others(state: State, app: App, now_s: float) -> int:
+    """Shared runners that other apps use while requests of this one have waited for a while: they are no help."""
+    since_s = min((one.since_s for one in state.demand.loads.get(app.id, {}).values() if one.queued), default=now_s)
+    if now_s - since_s < CONTENDED_S or state.demand.slots(app.id):
+        return 0
+    mine = [one for one in _running(state, app.id) if shared(one) and len(one.bindings) > 1]
+    return sum(1 for one in mine if (status := state.status_of(one)) is not None and status.in_flight)
 
 
 def _queued(state: State, app: App, scaling: Scaling, now_s: float) -> tuple[int, float]:
@@ -115,7 +129,7 @@ def _queued(state: State, app: App, scaling: Scaling, now_s: float) -> tuple[int
             counted += load.queued
         elif load.queued:
             again_at_s = min(again_at_s, due_s)
-    if waiting and not counted and not any(_serves(state, one) for one in _running(state, app.id)):
+    if waiting and not counted and not any(_serves(state, one, app.id) for one in _running(state, app.id)):
         counted = 1  # nobody is there to pick it up
     return counted, again_at_s
 
@@ -131,25 +145,24 @@ def _running(state: State, app_id: str) -> Iterable[Runner]:
     return [one for one in runners if one.goal is Goal.RUN and one.id not in state.abandoned]
 
 
-def _serves(state: State, runner: Runner) -> bool:
+def _serves(state: State, runner: Runner, app_id: str) -> bool:
     """Ready when last heard; of a node that this leader has not heard yet its runners may well serve."""
     if not runner.node:
         return False
     live = state.live.get(runner.node)
-    status = state.status_of(runner)
-    return live is None or not live.session_id or (status is not None and status.serves)
+    return live is None or not live.session_id or serves_app(state, runner, app_id)
 
 
-def kept_until_s(state: State, scaling: Scaling, runner: Runner, now_s: float) -> float:
-    """Until when a ready runner stays though nothing asks for it (monotonic; infinite: as things are now, for ever)."""
+def kept_until_s(state: State, scaling: Scaling, runner: Runner, now_s: float, app_id: str) -> float:
+    """Until when a ready runner stays for an app that does not ask for it (monotonic; infinite: as things are now)."""
     status = state.status_of(runner)
     if status is None or state.health_of(runner.node) is not Health.READY or in_grace(state, now_s):
         return math.inf  # nobody knows whether it is idle
-    if status.in_flight:
+    if status.in_flight and (len(runner.bindings) == 1 or state.demand.slots(app_id)):
         return math.inf
-    usage = state.demand.usage_of(runner.id, now_s)
+    usage = state.demand.usage_of(runner.id, now_s, app_id)
     if usage.unused:
-        return now_s if runner.app in state.asked else usage.ready_at_s + UNUSED_S
+        return now_s if app_id in state.asked else usage.ready_at_s + UNUSED_S
     return usage.used_at_s + scaling.keep_alive_s
 
 

@@ -53,8 +53,6 @@ class SlotBook:
         old = self._runners.get(runner.id)
         if old == runner:
             return []
-        if old is not None and old.app != runner.app:
-            raise ValueError(f"runner {runner.id} cannot move from app {old.app} to {runner.app}")
         revoked = []
         if old is not None:
             self._close(old)

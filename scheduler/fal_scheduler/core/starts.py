@@ -10,6 +10,7 @@ from typing import Final
 
 from fal_contract.ids import team_of
 from fal_scheduler.core import quotas
+from fal_scheduler.core.bindings import residencies_of
 from fal_scheduler.core.events import AppChanged
 from fal_scheduler.core.explain import model_awaited, why_pending
 from fal_scheduler.core.fleet_fragments import fragments_of
@@ -18,8 +19,9 @@ from fal_scheduler.core.place import Ask, Placer
 from fal_scheduler.core.preemption import keep_free_no_more, preempt
 from fal_scheduler.core.ranking import ReadyFn
 from fal_scheduler.core.ready_at import ready_ms
-from fal_scheduler.core.records import App, AssignmentRef, Binding, Residency, Revision, Runner, Spec
+from fal_scheduler.core.records import App, AssignmentRef, Binding, Revision, Runner
 from fal_scheduler.core.scaling import in_grace
+from fal_scheduler.core.sharing import join
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Backoff
 from fal_scheduler.core.waiting import enter, reserved_for_others
@@ -47,6 +49,8 @@ def grow(work: Work, placer: Placer, app: App, revision: Revision, missing: int)
         if work.full:
             work.state.dirty[app.id] = None
             return
+        if join(work, placer, app, revision, ask_of(work, app.id)):
+            continue
         runner = new_runner(work, app, revision)
         assigned = placed(work, placer, runner, revision)
         work.put(assigned or runner, None)
@@ -57,12 +61,13 @@ def grow(work: Work, placer: Placer, app: App, revision: Revision, missing: int)
 def new_runner(work: Work, app: App, revision: Revision) -> Runner:
     """A runner of `revision` without a node, not stored yet."""
     spec = revision.spec
+    residencies = residencies_of(work.state, spec)
     return Runner(
         id=f"{app.id}-{work.ids.suffix()}",
         share_group=spec.share_group or app.id,
-        bindings=(Binding(app.id, revision.number, "main" if spec.model else ""),),
+        bindings=(Binding(app.id, revision.number, residencies[0].id if residencies else ""),),
         created_at_s=work.moment.wall_s,
-        residencies=_residencies(work, spec),
+        residencies=residencies,
     )
 
 
@@ -73,6 +78,9 @@ def place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unpl
             if work.full:
                 work.state.dirty[app.id] = None
                 break
+            if join(work, placer, app, revision, ask_of(work, app.id)):
+                work.drop(runner)
+                continue
             assigned = placed(work, placer, runner, revision)
             if assigned is None:
                 note_pending(work, runner, revision)
@@ -148,7 +156,7 @@ def placed(
         node=found.node_id,
         gpus=found.gpus,
         assignment=AssignmentRef(work.ids.suffix(), state.term, generation_of(state, found.node_id)),
-        residencies=_residencies(work, spec),
+        residencies=residencies_of(state, spec),
         memory_bytes=found.memory_bytes,
         cpu_milli=found.cpu_milli,
         gpu_milli=found.gpu_milli,
@@ -211,11 +219,3 @@ def refresh_reasons(work: Work) -> None:
         runner = next((one for one in mine if not one.node and one.revision == number), None)
         if runner is not None:
             note_pending(work, runner, revision)
-
-
-def _residencies(work: Work, spec: Spec) -> tuple[Residency, ...]:
-    """What the runner loads. The digest is empty where the model is staged before it is attested."""
-    if not spec.model:
-        return ()
-    model = work.state.models.get(spec.model)
-    return (Residency("main", spec.model, model.manifest_digest if model is not None else ""),)

@@ -15,6 +15,7 @@ from fal_scheduler.core.gpu_faults import dead, faulty
 from fal_scheduler.core.records import App, Goal, Runner
 from fal_scheduler.core.runner_groups import Runners
 from fal_scheduler.core.scaling import in_grace, kept_until_s
+from fal_scheduler.core.sharing import unbind
 from fal_scheduler.core.state import State
 from fal_scheduler.core.told import Health
 from fal_scheduler.core.work import Work
@@ -38,11 +39,12 @@ def shrink(work: Work, app: App, current: Runners, wanted: int) -> None:
     surplus -= _end_doubles(work, app, current, surplus)
     unused, others = _by_use(work, app, current)
     for runner, why in unused[:surplus]:
-        stop(work, runner, Goal.DRAIN, why)
+        stop(work, runner, Goal.DRAIN, why, app=app.id)
     victims = others[: max(0, surplus - len(unused))]
     if victims and may_stop(work, app, len(victims)):
         for runner, goal in victims:
-            stop(work, runner, goal, f"{app.id} should have {wanted} runner{'' if wanted == 1 else 's'} now")
+            why = f"{app.id} should have {wanted} runner{'' if wanted == 1 else 's'} now"
+            stop(work, runner, goal, why, app=app.id)
 
 
 def settle_returned(state: State, current: Runners) -> None:
@@ -70,7 +72,7 @@ def _end_doubles(work: Work, app: App, current: Runners, surplus: int) -> int:
     if not doubles or not may_stop(work, app, len(doubles)):
         return 0
     for runner, goal in doubles:
-        stop(work, runner, goal, "the runner that it stood in for is back")
+        stop(work, runner, goal, "the runner that it stood in for is back", app=app.id)
     for group in (current.starting, current.ready):
         group[:] = [runner for runner in group if state.runners[runner.id].goal is Goal.RUN]
     return len(doubles)
@@ -82,8 +84,8 @@ def _by_use(work: Work, app: App, current: Runners) -> tuple[list[tuple[Runner, 
     scaling = state.scaling_of(app)
     idle, busy, unused = [], [], []
     for runner in current.ready:
-        status, usage = state.status_of(runner), state.demand.usage_of(runner.id, now_s)
-        if kept_until_s(state, scaling, runner, now_s) <= now_s and app.id not in state.asked:
+        status, usage = state.status_of(runner), state.demand.usage_of(runner.id, now_s, app.id)
+        if kept_until_s(state, scaling, runner, now_s, app.id) <= now_s and app.id not in state.asked:
             unused.append((usage.idle_since_s, runner.id, runner, usage.unused))
         elif status is not None and not status.in_flight:
             since_s = -runner.created_at_s if usage.unused else usage.used_at_s
@@ -116,12 +118,12 @@ def relieve(work: Work, app: App, current: Runners, wanted: int) -> int:
     replaced = [runner for runner in current.ready if runner.id in going][max(0, wanted - sound) :]
     drained = [runner for runner in replaced if leaving(state, runner)]
     for runner in drained[: allowed(state, app.id, wanted)]:  # an operator or the cloud asked
-        stop(work, runner, Goal.DRAIN, f"replaced: {going[runner.id]}")
+        stop(work, runner, Goal.DRAIN, f"replaced: {going[runner.id]}", app=app.id)
     others = [runner for runner in replaced if not leaving(state, runner)]
     if others and may_stop(work, app, len(others)):
         for runner in others:
-            stop(work, runner, Goal.DRAIN, f"replaced: {going[runner.id]}")
-    current.ready = [runner for runner in current.ready if state.runners[runner.id].goal is Goal.RUN]
+            stop(work, runner, Goal.DRAIN, f"replaced: {going[runner.id]}", app=app.id)
+    current.ready = [runner for runner in current.ready if _serves_on(state, runner, app.id)]
     left = [runner for runner in current.ready if runner.id in going]
     drains = sum(1 for runner in left if leaving(state, runner))
     return max(min(1, len(left)), min(drains, allowed(state, app.id, wanted)))
@@ -189,14 +191,24 @@ def may_stop(work: Work, app: App, count: int, *, grace: bool = True) -> bool:
     return True
 
 
-def stop(work: Work, runner: Runner, goal: Goal, why: str) -> None:
-    """Raise a runner's goal; one without a node is forgotten."""
+def _serves_on(state: State, runner: Runner, app_id: str) -> bool:
+    have = state.runners[runner.id]
+    return have.goal is Goal.RUN and app_id in have.apps
+
+
+def stop(work: Work, runner: Runner, goal: Goal, why: str, *, app: str = "") -> None:
+    """Raise a runner's goal; one without a node is forgotten.
+
+    `app`: it ends for this app only; where it serves others, too, it serves on.
+    """
     live = work.state.live.get(runner.node)
     held = live is not None and live.hold and runner.app not in work.state.asked
     if held or runner.id in work.state.frozen:
         return
     if work.full:
-        work.state.dirty[runner.app] = None
+        work.state.dirty[app or runner.app] = None
+    elif app and len(runner.bindings) > 1:
+        unbind(work, runner, app, why)
     elif not runner.node:
         work.drop(runner)
     elif runner.goal < goal:

@@ -95,7 +95,9 @@ class Work:
             state.returned.pop(runner.id, None)
         if after is None or not after.node:
             state.demand.forget_runner(runner.id)
-        state.dirty[runner.app] = None
+        for one in (before, after):
+            if one is not None:
+                state.dirty.update(dict.fromkeys(one.apps))
         self.emit(RouteChanged(runner.id))
 
     def _lived(self, gone: Runner) -> None:
