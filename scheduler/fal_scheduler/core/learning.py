@@ -32,7 +32,7 @@ MILLI: Final = 1000
 RATIO_MIN, RATIO_MAX = 50, 20_000  # thousandths: what is beyond is a mishap, not a property
 LOG_MAX: Final = 8192
 
-# Before anything was learnt, in milliseconds. x of "weights" is KiB to come, of "setup" KiB to load. Assumed and said so
+# Before anything was learnt, in milliseconds. x of "weights" is KiB to come, of "setup" KiB to load. Assumed, said so
 # (`Learning.known`), on the slow side.
 DEFAULTS: Final = {
     "rest": RobustLine(100),
