@@ -35,7 +35,7 @@ class EventFeed:
 
     def latest(self, kind: str, subject: str) -> Logged | None:
         """The newest event of this kind about `subject` that is still in memory."""
-        return next((event for event in reversed(self._log.since(0, subject=subject)) if event.kind == kind), None)
+        return self._log.latest(kind, subject)
 
     async def follow(self, *, after: int, subject: str, follow: bool) -> AsyncIterator[Logged]:
         """Events with a higher number, oldest first; with `follow` until the caller goes away.

@@ -10,6 +10,7 @@ import json
 from collections import deque
 from dataclasses import replace
 from io import BufferedWriter
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -32,14 +33,16 @@ class EventLog:
         """`directory`: where the files go; None keeps the ring only."""
         self._directory = directory
         self._file_bytes_max = file_bytes_max
-        self._ring: deque[Logged] = deque(maxlen=RING_EVENTS_MAX)
+        self._ring: deque[Logged] = deque()
+        self._newest: dict[tuple[str, str], Logged] = {}  # of each kind and subject in the ring
         self._file: BufferedWriter | None = None
         self._file_bytes = 0
         self._failed = False
         self._number = 0
         if directory is not None:
             for name in ("events.jsonl.1", "events.jsonl"):
-                self._ring.extend(_read_back(directory / name))
+                for event in _read_back(directory / name):
+                    self._keep(event)
             self._number = self._ring[-1].number if self._ring else 0
             self._open()
 
@@ -52,13 +55,28 @@ class EventLog:
         """Number an event and keep it; `flush` brings it to the file."""
         self._number += 1
         numbered = replace(event, number=self._number)
-        self._ring.append(numbered)
+        self._keep(numbered)
         self._write(numbered)
         return numbered
 
+    def _keep(self, event: Logged) -> None:
+        self._ring.append(event)
+        self._newest[event.kind, event.subject] = event
+        if len(self._ring) > RING_EVENTS_MAX:
+            gone = self._ring.popleft()
+            if self._newest[gone.kind, gone.subject] is gone:
+                del self._newest[gone.kind, gone.subject]
+
     def since(self, after: int, *, subject: str = "") -> list[Logged]:
         """Events in the ring with a higher number, oldest first; only about `subject` where one is given."""
-        return [event for event in self._ring if event.number > after and subject in ("", event.subject)]
+        behind = takewhile(lambda event: event.number > after, reversed(self._ring))  # readers are near the end
+        found = [event for event in behind if subject in ("", event.subject)]
+        found.reverse()
+        return found
+
+    def latest(self, kind: str, subject: str) -> Logged | None:
+        """The newest event of this kind about `subject` that is still in the ring."""
+        return self._newest.get((kind, subject))
 
     def flush(self) -> None:
         """Hand what was appended to the operating system."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from fal_scheduler import event_log
 from fal_scheduler.core.events import Logged
 from fal_scheduler.event_log import EventLog
 
@@ -49,4 +52,27 @@ def test_events_of_the_file_before_are_read_back_too(tmp_path: Path) -> None:
     again = EventLog(tmp_path)
     assert again.last_number == 6
     assert [each.number for each in again.since(0)] == list(range(again.since(0)[0].number, 7))
+    again.close()
+
+
+def test_the_newest_of_a_kind_and_subject_is_found_until_the_ring_lets_go_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_log, "RING_EVENTS_MAX", 4)
+    log = EventLog(tmp_path)
+    log.append(event(1))
+    newest = log.append(event(1))
+    assert log.latest("RUNNER_PLACED", "default/a-1") == newest
+    assert log.latest("RUNNER_READY", "default/a-1") is None
+    for number in (2, 3, 4):
+        log.append(event(number))
+    assert log.latest("RUNNER_PLACED", "default/a-1") == newest, "its predecessor left, it did not"
+    log.append(event(5))
+    assert log.latest("RUNNER_PLACED", "default/a-1") is None
+    assert [each.number for each in log.since(0)] == [3, 4, 5, 6]
+    assert log.since(4, subject="default/a-5") == log.since(5)
+    log.close()
+    again = EventLog(tmp_path)
+    assert [each.number for each in again.since(0)] == [3, 4, 5, 6]
+    assert again.latest("RUNNER_PLACED", "default/a-5") == again.since(5)[0]
     again.close()
