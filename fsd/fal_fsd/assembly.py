@@ -162,6 +162,7 @@ class Cache:
         self.around.peers = self.net
         self.around.endpoints = self._endpoints
         self.around.unreachable = lambda: net.status().unreachable
+        self.around.connected = lambda: (line.node_id for line in net.status().peers)
         self.around.peers_up = lambda: len(net.status().peers)
         self.around.link_rates = lambda: (
             [

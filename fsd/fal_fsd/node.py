@@ -25,6 +25,7 @@ from fal_fsd.disk.store import CachedRecord, DiskStore
 from fal_fsd.news import News
 from fal_fsd.origin import parse_uri
 from fal_fsd.peers.address import members_of, peer_addresses
+from fal_fsd.peers_told import PeersTold
 from fal_fsd.surroundings import Surroundings
 from fal_fsd.transfer import Phase, Transfer
 from fal_fsd.transfers import Transfers
@@ -51,7 +52,7 @@ class CacheNode:
         self._repairing: set[str] = set()
         self.wishes = Wishes(self)
         self._swarm_revisions: dict[str, int] = {}
-        self._unreachable: tuple[str, ...] = ()  # as told last in this session
+        self._peers_told = PeersTold(self.around)
         self._rates_told = False
 
     # ---- life
@@ -87,7 +88,8 @@ class CacheNode:
                 await asyncio.to_thread(self.store.evict, 0)
                 await self.transfers.keep_counts()
                 await self._seek_attestations()
-                self._tell_unreachable()
+                if self._peers_told.due:
+                    self.news.wake()
             except (FalError, OSError) as exc:
                 _log.warning("tending_failed", error=str(exc))
 
@@ -192,7 +194,8 @@ class CacheNode:
     def welcome(self, message: weights_pb2.CacheWelcome) -> None:
         self._placed(message)
         self.news.begun()
-        self._unreachable, self._rates_told = (), False  # Hello does not tell these
+        self._rates_told = False  # Hello does not tell these
+        self._peers_told.begun()
         self.wishes.new_session()
         self._swarm_revisions.clear()
         for transfer in self.transfers.active():
@@ -220,11 +223,7 @@ class CacheNode:
         if dirty or not self._rates_told:
             self._rates_told = True
             report.links.extend(self.around.link_rates())
-        unreachable = tuple(self.around.unreachable())
-        if unreachable != self._unreachable:
-            self._unreachable = unreachable
-            report.unreachable.extend(unreachable)
-            report.unreachable_told = True
+        self._peers_told.into(report)
         if report.ByteSize():
             messages.append(weights_pb2.CacheUp(report=report))
         return messages
@@ -427,10 +426,6 @@ class CacheNode:
         except FalError as exc:
             self.news.event("NOT_IN_MEMORY", artifact_id, str(exc))
         self.news.changed(artifact_id, at_once=True)
-
-    def _tell_unreachable(self) -> None:
-        if tuple(self.around.unreachable()) != self._unreachable:
-            self.news.wake()
 
     def _job(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

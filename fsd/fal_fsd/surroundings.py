@@ -103,6 +103,7 @@ class Surroundings:
         self.capabilities: Callable[[], dict[str, str]] = dict
         self.endpoints: Callable[[], Sequence[agent_pb2.Endpoint]] = tuple
         self.unreachable: Callable[[], Iterable[str]] = tuple
+        self.connected: Callable[[], Iterable[str]] = tuple
         self.link_rates: Callable[[], Iterable[weights_pb2.LinkRate]] = tuple
         self.peers_up: Callable[[], int] = lambda: 0
         self.manifest: Callable[[str], Awaitable[state_pb2.ModelManifest]] = _no_scheduler

@@ -267,6 +267,8 @@ LOST_REPLACED_OF_DOMAIN_MIN: Final = 60
 LOST_REPLACED_OF_DOMAIN_SHARE: Final = 0.1
 LOST_REPLACED_MIN: Final = 120  # in all domains together
 LOST_REPLACED_SHARE: Final = 0.2
+CACHE_PEERS_TOLD_MAX: Final = 64  # with which a cache is connected
+WITNESS_S: Final = 10.0  # so often a silent node is looked for among what caches are connected with
 
 # Notices of clouds, reboots.
 NOTICE_POLL_S: Final = 5.0  # clouds give between 30 s and hours
@@ -292,3 +294,7 @@ STAGE_AHEAD_DISK_PERC: Final = 25  # of a cache's disk, pinned at once
 STAGE_AHEAD_KEPT_S: Final = 900.0  # then it is like anything else on the disk
 STAGE_AHEAD_HORIZON_MAX_S: Final = 3600.0  # a forecast of later than that says little
 VALUES_EVERY_S: Final = 300.0  # how often a cache is told what its artifacts are worth
+
+# Lists of nodes, apps and runners.
+LISTED_MAX: Final = 5000  # in one answer; more in the next page
+LISTED_PAGE: Final = 1000  # what falctl asks for; a page of runners holds the scheduler up for some 30 ms

@@ -36,6 +36,7 @@ from fal_scheduler.core.state import State
 from fal_scheduler.core.tickets import TicketOffice
 from fal_scheduler.engine_port import EnginePort
 from fal_scheduler.stream_edges import first_message, send_bounded, until_first
+from fal_scheduler.witnesses import Witnesses
 
 TICK_S: Final = 5.0
 RENEW_EVERY_TICKS: Final = 12
@@ -91,6 +92,7 @@ class CacheSessions:
         self.warmth = Warmth(self.table, lambda: engine.view, self.wishes, clock=clock, push=self._push)
         self._sources = Sources(lambda: engine.view, self.table, self.swarms, self.wishes, registrar)
         self.telling = CacheTelling(self.table, lambda: engine.view, engine.offer, clock)
+        self.witnesses = Witnesses(lambda: engine.view, engine.offer, clock, self._sessions.__contains__)
         self._generation = TicketOffice.generation(clock.wall_s())
         self._old_keys: dict[str, None] = {}  # nodes that were told keys on another day
         self._unsubscribe = engine.subscribe(self._on_effect)
@@ -196,8 +198,7 @@ class CacheSessions:
             # A kind of a later release: ignored, as features are agreed before they are used.
 
     def _take_report(self, session: Outbox, report: weights_pb2.CacheReport) -> None:
-        catalog = self._view.catalog
-        holdings = cache_wire.holdings_in(report.artifacts, catalog)
+        holdings = cache_wire.holdings_in(report.artifacts, self._view.catalog)
         has_status = report.HasField("status")
         rates = cache_wire.rates_in(report.links)
         changed = self.table.report(
@@ -215,6 +216,7 @@ class CacheSessions:
         if holdings:
             self._ask_manifests(session.node_id)
         self._spread(session.node_id, changed)
+        self.witnesses.told(session.node_id, report)
         self.telling.report(session.node_id, (*report.gone, *(one.artifact_id for one in holdings)), rates)
         for event in list(report.events)[:CACHE_EVENTS_PER_REPORT_MAX]:
             self._note_event(session.node_id, event)
@@ -338,6 +340,7 @@ class CacheSessions:
             self._spread(node_id, changed)
             self.telling.left(node_id)
         self.wishes.tick()
+        self.witnesses.tick()
         if not renew:
             return
         self.swarms.renew()

@@ -32,7 +32,7 @@ def pair(shared_cluster: Cluster) -> Iterator[list[Node]]:
         node.process.start()
         made.append(node)
     for node in made:
-        until(lambda node=node: shared_cluster.node(node.name).health == "ready", f"{node.name} is ready")
+        shared_cluster.wait_node(node.name, "ready")
     yield made
     for node in made:
         node.process.end(signal.SIGKILL)

@@ -14,6 +14,7 @@ from fal_contract.limits import (
     LOST_REPLACED_OF_DOMAIN_MIN,
 )
 from fal_scheduler.core import liveness, tokens
+from fal_scheduler.core.cache_events import PeerReach
 from fal_scheduler.core.events import ApplyApp, ApplyPool, CreateToken, GatewayReach, Moment, RedeemToken, Tick
 from fal_scheduler.core.records import Binding, Change, Goal, Node, Pool, Runner, RunnerState, key_of
 from fal_scheduler.core.state import State
@@ -127,6 +128,19 @@ def test_a_silent_node_that_a_gateway_reaches_is_not_lost_as_long_as_it_does() -
     zones.cut("a")
     for _ in range(10):
         world.step(GatewayReach("g1", {"a-0": "direct"}, world.now_s))
+        zones.rounds(10)
+    assert world.state.health_of("a-0") is Health.UNKNOWN
+    assert world.state.health_of("a-1") is Health.LOST
+    zones.rounds(int(LOST_AFTER_S) + 2)
+    assert world.state.health_of("a-0") is Health.LOST
+
+
+def test_a_silent_node_that_a_cache_of_another_domain_reaches_is_not_lost() -> None:
+    zones = Zones()
+    world = zones.world
+    zones.cut("a")
+    for _ in range(10):
+        world.step(PeerReach("a-0", "b-0", world.now_s))
         zones.rounds(10)
     assert world.state.health_of("a-0") is Health.UNKNOWN
     assert world.state.health_of("a-1") is Health.LOST

@@ -224,8 +224,12 @@ class CacheReport(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     UNREACHABLE_FIELD_NUMBER: _builtins.int
     UNREACHABLE_TOLD_FIELD_NUMBER: _builtins.int
+    CONNECTED_FIELD_NUMBER: _builtins.int
+    CONNECTED_TOLD_FIELD_NUMBER: _builtins.int
     unreachable_told: _builtins.bool
     """True: `unreachable` is told in this message."""
+    connected_told: _builtins.bool
+    """True: `connected` is told in this message."""
     @_builtins.property
     def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[_fsd_pb2.CachedArtifact]:
         """Changed artifacts."""
@@ -250,6 +254,10 @@ class CacheReport(_message.Message):
     def unreachable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Peers that were told of and cannot be reached, by node id; the whole list whenever it changes."""
 
+    @_builtins.property
+    def connected(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Peers with which a connection stands that answers, by node id; the whole list whenever it changes."""
+
     def __init__(
         self,
         *,
@@ -260,10 +268,12 @@ class CacheReport(_message.Message):
         status: _fsd_pb2.CacheStatus | None = ...,
         unreachable: _abc.Iterable[_builtins.str] | None = ...,
         unreachable_told: _builtins.bool = ...,
+        connected: _abc.Iterable[_builtins.str] | None = ...,
+        connected_told: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "events", b"events", "gone", b"gone", "links", b"links", "status", b"status", "unreachable", b"unreachable", "unreachable_told", b"unreachable_told"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "connected", b"connected", "connected_told", b"connected_told", "events", b"events", "gone", b"gone", "links", b"links", "status", b"status", "unreachable", b"unreachable", "unreachable_told", b"unreachable_told"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

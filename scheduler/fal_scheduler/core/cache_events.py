@@ -44,4 +44,13 @@ class CacheTold:
     left: bool = False
 
 
-__all__ = ["CacheTold", "CachedFact"]
+@dataclass(frozen=True, slots=True)
+class PeerReach:
+    """A silent node is still reached by the cache of a node `by` of another failure domain. `arrived_s`: monotonic."""
+
+    node_id: str
+    by: str
+    arrived_s: float
+
+
+__all__ = ["CacheTold", "CachedFact", "PeerReach"]

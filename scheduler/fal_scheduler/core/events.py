@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fal_scheduler.core.build_events import BuildCommand, BuildEnded
-from fal_scheduler.core.cache_events import CacheTold
+from fal_scheduler.core.cache_events import CacheTold, PeerReach
 from fal_scheduler.core.demand_events import DemandTold
 from fal_scheduler.core.gpu_events import GpuCommand
 from fal_scheduler.core.model_events import (
@@ -291,7 +291,7 @@ class Proceed:
     """A step left work behind (a big plan takes several); the engine sends it when it has nothing else."""
 
 
-_OfNodes = NodeHello | NodeReport | NodeDisconnected | NodeNotice | RebootRefused
+_OfNodes = NodeHello | NodeReport | NodeDisconnected | NodeNotice | RebootRefused | PeerReach
 News = _OfNodes | GatewayReach | DemandTold | Tick | Proceed | CacheTold
 Event = Command | News
 

@@ -2,8 +2,8 @@
 
 Pure. Losing contact is not death (design, section 5, rule 3; pitfall 18; adr/0026). Age is counted from the arrival of
 the last message at the socket, and every stall of our own is taken off it. A node that has not spoken to this leader
-yet is not lost in the leader's first FAILOVER_GRACE_S: it may be on its way to it. Runners of lost nodes are replaced at
-a bounded rate, so that a judgement that was wrong costs little. Called by `step` at each tick.
+yet is not lost in the leader's first FAILOVER_GRACE_S: it may be on its way to it. Runners of lost nodes are replaced
+at a bounded rate, so that a judgement that was wrong costs little. Called by `step` at each tick.
 """
 
 from __future__ import annotations
@@ -89,10 +89,12 @@ def _speaks(group: list[Silence], silent: set[str]) -> bool:
 def tick(work: Work) -> None:
     """Judge every node that was heard or should have been, and act on what changed."""
     state = work.state
-    silences = []
-    for node_id, node in state.nodes.items():
-        if not node.revoked and (live := _live_of_expected(work, node_id)) is not None:
-            silences.append(_silence(work, live))
+    expected = [node_id for node_id, node in state.nodes.items() if not node.revoked]
+    lives = [live for node_id in expected if (live := _live_of_expected(work, node_id)) is not None]
+    if not any(_age_s(work, live) > UNKNOWN_AFTER_S for live in lives):
+        work.settle(_ALARM, "cluster")
+        return  # nobody is silent, nobody is lost; and only news makes a node ready
+    silences = [_silence(work, live) for live in lives]
     judged = judge(silences)
     for node_id, health in judged.items():
         live = state.live[node_id]
@@ -129,11 +131,17 @@ def _live_of_expected(work: Work, node_id: str) -> NodeLive | None:
     return live
 
 
+def _age_s(work: Work, live: NodeLive) -> float:
+    state = work.state
+    stalled_s = state.stall_total_s - live.stall_at_heard_s
+    return work.moment.now_s - max(live.heard_at_s, state.term_began_s) - stalled_s
+
+
 def _silence(work: Work, live: NodeLive) -> Silence:
     state, now_s = work.state, work.moment.now_s
-    stalled_s = state.stall_total_s - live.stall_at_heard_s
-    age_s = now_s - max(live.heard_at_s, state.term_began_s) - stalled_s
+    stalled_s, age_s = state.stall_total_s - live.stall_at_heard_s, _age_s(work, live)
     reached = any(now_s - at_s - stalled_s <= LOST_AFTER_S for _, at_s in live.reached.values())
+    reached = reached or bool(live.witness and now_s - live.witnessed_at_s - stalled_s <= LOST_AFTER_S)
     node = state.nodes[live.node_id]
     pool = state.pools.get(node.pool)
     declared = pool is not None and work.moment.wall_s - age_s <= pool.lost_declared_at_s

@@ -21,6 +21,7 @@ from fal_scheduler.core import (
     sharing,
     suspicion,
 )
+from fal_scheduler.core.cache_events import PeerReach
 from fal_scheduler.core.events import (
     GatewayReach,
     HelloNeeded,
@@ -314,6 +315,13 @@ def reach(work: Work, event: GatewayReach) -> None:
             del live.reached[event.gateway_id]
         if (before[0] if before is not None else None) != path:
             work.emit(NodeChanged(node_id))
+
+
+def peer_reach(work: Work, event: PeerReach) -> None:
+    """A cache of another failure domain still reaches a node that is silent here."""
+    live = work.state.live.get(event.node_id)
+    if live is not None:
+        live.witness, live.witnessed_at_s = event.by, event.arrived_s
 
 
 def tell_orphans(work: Work) -> None:

@@ -35,7 +35,7 @@ from fal_scheduler.core import (
     waiting,
 )
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry, FailBuild, PutCacheEntry, TrimCache
-from fal_scheduler.core.cache_events import CacheTold
+from fal_scheduler.core.cache_events import CacheTold, PeerReach
 from fal_scheduler.core.confirm import confirm
 from fal_scheduler.core.demand_events import DemandTold
 from fal_scheduler.core.events import (
@@ -173,6 +173,8 @@ def _take(work: Work, event: Event) -> Reply | None:
             news.disconnected(work, event)
         case GatewayReach():
             news.reach(work, event)
+        case PeerReach():
+            news.peer_reach(work, event)
         case DemandTold():
             demand_news.told(work, event)
         case CacheTold():

@@ -195,6 +195,8 @@ class NodeLive:
     heard_at_s: float = 0.0
     stall_at_heard_s: float = 0.0  # State.stall_total_s when it was heard
     reached: dict[str, tuple[str, float]] = field(default_factory=dict)  # gateway -> (path, monotonic seconds)
+    witness: str = ""  # the node of another failure domain whose cache still reached it, while it was silent
+    witnessed_at_s: float = 0.0
     tunnels: tuple[str, ...] = ()
     inventory: Inventory | None = None
     endpoints: tuple[Endpoint, ...] = ()
