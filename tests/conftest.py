@@ -1,7 +1,8 @@
 """Options and fixtures of the whole suite.
 
-`--all` runs the counts that were promised (200 crash points, 100 simulation seeds …); without it a tenth of them runs,
-with seeds that rotate by the day, and the session ends with both numbers. `--seed N` repeats a run.
+`--all` runs the counts that were promised (200 crash points, 100 simulation seeds …) and every slow test; without it a
+tenth of the counts, with seeds that rotate by the day, and half of the files with slow tests, the other half the
+next day. The session ends with both numbers. `--seed N` repeats a run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ settings.register_profile("suite", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("suite")
 
 _COUNTS: dict[str, tuple[int, int]] = {}
+_SLOW: set[tuple[int, int]] = set()  # slow tests that run, of how many
+_SLOW_DAYS = 2  # after so many days every slow test has run
+_EVERY_DAY = ("test_e2e_life", "test_worker_real", "test_ha", "test_crash_points")
 
 _END_S = 10.0
 
@@ -52,8 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.seed = int(os.environ.setdefault("FAL_TEST_SEED", str(today)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first; skip, with the reason, what this machine cannot do."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files first; without slow tests of another day; skip, with the reason, what this machine cannot do."""
+    if not config.getoption("--all"):
+        _leave_out(config, items)
     rank = {name: number for number, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))  # stable: a file's own order stays
     lacking = {
@@ -67,6 +73,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, why in lacking.items():
             if why is not None and item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=why))
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests of files that are another day's; a file that is named on the command line is always today's."""
+    named = {Path(argument.partition("::")[0]).stem for argument in config.args}
+    slow = [item for item in items if item.get_closest_marker("slow") is not None]
+    day = int(config.getoption("--seed"))
+    files = sorted({item.path.stem for item in slow} - set(_EVERY_DAY))
+    today = {stem for number, stem in enumerate(files) if (number + day) % _SLOW_DAYS == 0} | set(_EVERY_DAY) | named
+    left_out = [item for item in slow if item.path.stem not in today]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    for item in items[:1]:  # a worker process tells by its first report
+        item.user_properties.append(("slow", (len(slow) - len(left_out), len(slow))))
 
 
 def _missing(program: str) -> str | None:
@@ -96,6 +117,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         for key, value in report.user_properties:
             if key == "scaled":
                 _COUNTS[report.nodeid] = tuple(value)  # type: ignore[assignment]
+            elif key == "slow":
+                _SLOW.add(tuple(value))  # type: ignore[arg-type]
 
 
 @pytest.hookimpl(trylast=True)
@@ -104,6 +127,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(f"scaled counts (base seed {config.getoption('--seed')})")
         for nodeid, (run, full) in sorted(_COUNTS.items()):
             terminalreporter.write_line(f"{run:>5} of {full:<5} {nodeid}")
+    for run, full in sorted(_SLOW):
+        if run == full:
+            continue
+        terminalreporter.write_line(
+            f"{run:>5} of {full:<5} slow tests; each runs every {_SLOW_DAYS} days, all with --all"
+        )
 
 
 @pytest.fixture(scope="session")
