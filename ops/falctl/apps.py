@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fal_contract.errors import Code, FalError, invalid
-from falctl.context import owned, team, unary
+from falctl.context import listed, owned, team, unary
 from falctl.pools import JsonFlag
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def list_apps(
     from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import print_json, print_table, to_json
 
-    views = unary("ListApps", pb.ListAppsRequest(team="" if all_teams else team())).apps
+    views = listed("ListApps", pb.ListAppsRequest(team="" if all_teams else team()), "apps")
     if json:
         print_json("apps", [to_json(view) for view in views])
         return

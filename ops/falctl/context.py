@@ -173,6 +173,33 @@ def call(work: Callable[[ClusterAsyncStub], Awaitable[T]], *, again: Collection[
     return asyncio.run(body())
 
 
+async def pages(stub: Any, method: str, request: Any, name: str) -> list[Any]:
+    """All of a list, page by page; `name` is the reply's field. A release that knows no pages gives all at once.
+
+    What is made or goes while the pages are read may be there or not; nothing comes twice.
+    """
+    from fal_contract.limits import LISTED_PAGE
+
+    request.limit = LISTED_PAGE
+    views: list[Any] = []
+    while True:
+        reply = await getattr(stub, method)(request, timeout=GLOBALS.timeout_s)
+        views += getattr(reply, name)
+        if not reply.next:
+            return views
+        request.after = reply.next
+
+
+def listed(method: str, request: Any, name: str) -> list[Any]:
+    """`pages` over a connection of its own; another leader begins anew."""
+
+    async def work(stub: Any) -> list[Any]:
+        request.ClearField("after")
+        return await pages(stub, method, request, name)
+
+    return call(work, again=_READ_AGAIN)
+
+
 def unary(method: str, request: Any) -> Any:
     """Call one unary RPC of the operators' API by name, with the global timeout.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from falctl.context import GLOBALS, unary
+from falctl.context import GLOBALS, listed, unary
 from falctl.pools import JsonFlag
 
 group = typer.Typer(help="GPUs of all nodes.", no_args_is_help=True)
@@ -56,8 +56,8 @@ def _rows(request: Any) -> list[dict[str, Any]]:
     from falctl.output import to_json
 
     rows: list[dict[str, Any]] = []
-    holders = _holders(unary("ListRunners", pb.ListRunnersRequest()).runners)
-    for view in unary("ListNodes", request).nodes:
+    holders = _holders(listed("ListRunners", pb.ListRunnersRequest(), "runners"))
+    for view in listed("ListNodes", request, "nodes"):
         idle = set(view.gpus_free)
         for gpu in view.inventory.gpus:
             row = {**to_json(gpu), "node": view.node.id, "node_name": view.node.name, "pool": view.node.pool}

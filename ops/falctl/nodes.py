@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from falctl.context import unary
+from falctl.context import listed, unary
 from falctl.pools import JsonFlag
 
 group = typer.Typer(help="Machines with an agent.", no_args_is_help=True)
@@ -25,7 +25,7 @@ def list_nodes(
     from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import print_json, print_table, to_json
 
-    views = unary("ListNodes", pb.ListNodesRequest(pool=pool)).nodes
+    views = listed("ListNodes", pb.ListNodesRequest(pool=pool), "nodes")
     if json:
         print_json("nodes", [to_json(view) for view in views])
         return

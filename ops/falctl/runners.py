@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from falctl.context import GLOBALS, call, owned, team, unary
+from falctl.context import GLOBALS, call, listed, owned, pages, team, unary
 from falctl.pools import JsonFlag
 
 group = typer.Typer(help="Containers with their GPUs.", no_args_is_help=True)
@@ -26,7 +26,7 @@ def list_runners(
     request = pb.ListRunnersRequest(
         team="" if all_teams else team(), app=owned(app, field="--app") if app else "", node=node
     )
-    views = unary("ListRunners", request).runners
+    views = listed("ListRunners", request, "runners")
     if json:
         print_json("runners", [to_json(view) for view in views])
         return
@@ -129,8 +129,8 @@ async def find_runner(stub: Any, word: str, *, ended: bool = False) -> str:
     from fal_contract.v1 import cluster_pb2 as pb
 
     id = owned(word, field="RUNNER")
-    listed = await stub.ListRunners(pb.ListRunnersRequest(team=id.split("/", 1)[0]), timeout=GLOBALS.timeout_s)
-    found = [view for view in listed.runners if view.runner.id.startswith(id)]
+    views = await pages(stub, "ListRunners", pb.ListRunnersRequest(team=id.split("/", 1)[0]), "runners")
+    found = [view for view in views if view.runner.id.startswith(id)]
     if any(view.runner.id == id for view in found):
         return id
     of_app = [view for view in found if any(binding.app == id for binding in view.runner.bindings)]

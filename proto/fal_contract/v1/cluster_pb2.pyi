@@ -1704,7 +1704,9 @@ class ApplyAppReply(_message.Message):
 
     @_builtins.property
     def placement(self) -> Global___PlacementView:
-        """Nodes that could take a runner now, and why the others could not."""
+        """Nodes that could take a runner now, and why the others could not. Unset after an apply that found each of its
+        runners a node.
+        """
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

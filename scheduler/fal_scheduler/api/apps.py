@@ -10,6 +10,7 @@ from fal_contract.errors import Code, FalError, not_found
 from fal_contract.ids import check_customer, team_of
 from fal_contract.manifest import AppManifest, spec_digest
 from fal_contract.v1 import cluster_pb2, state_pb2
+from fal_scheduler.api.paging import page
 from fal_scheduler.api.views import app_view, placement_view
 from fal_scheduler.codec_spec import scale_from_pb, spec_from_pb
 from fal_scheduler.core.events import ApplyApp, DeleteApp, ScaleApp
@@ -18,7 +19,7 @@ from fal_scheduler.core.model_commands import check_image, check_models
 from fal_scheduler.core.place import Ask
 from fal_scheduler.core.records import App, ModelState, Spec
 from fal_scheduler.core.secrets import check_secrets
-from fal_scheduler.core.state import State
+from fal_scheduler.core.state import Pending, State
 from fal_scheduler.leadership import Leadership
 
 
@@ -31,7 +32,11 @@ async def apply_app(leader: Leadership, request: cluster_pb2.ApplyAppRequest, ac
     reply = await leader.engine.submit(
         ApplyApp(request.id, spec, spec_digest(message), expected, actor, request.reset_scale)
     )
-    return _reply(leader.view, request.id, spec, before, reply.outcome)
+    state = leader.view
+    mine = [state.runners[runner_id] for runner_id in state.runners_by_app.get(request.id, ())]
+    # It looks at every node, and has nothing to tell where each runner has found one.
+    found = None if mine and all(runner.node for runner in mine) else _why_pending(state, request.id, spec)
+    return _reply(state, request.id, spec, before, reply.outcome, found)
 
 
 def plan_app(leader: Leadership, request: cluster_pb2.ApplyAppRequest) -> cluster_pb2.ApplyAppReply:
@@ -51,7 +56,7 @@ def plan_app(leader: Leadership, request: cluster_pb2.ApplyAppRequest) -> cluste
     check_image(state, spec)
     check_secrets(state, team_of(request.id), spec)
     outcome = "created" if before is None else "unchanged" if before == spec else "changed"
-    return _reply(state, request.id, spec, before, outcome)
+    return _reply(state, request.id, spec, before, outcome, _why_pending(state, request.id, spec))
 
 
 def _checked(request: cluster_pb2.ApplyAppRequest) -> state_pb2.AppSpec:
@@ -64,26 +69,32 @@ def _current(state: State, app_id: str) -> Spec | None:
     return state.revision_of(app).spec if app is not None and not app.deleting else None
 
 
-def _reply(state: State, app_id: str, spec: Spec, before: Spec | None, outcome: str) -> cluster_pb2.ApplyAppReply:
+def _why_pending(state: State, app_id: str, spec: Spec) -> Pending:
+    return why_pending(state, spec, Ask(app_id, team_of(app_id)))
+
+
+def _reply(
+    state: State, app_id: str, spec: Spec, before: Spec | None, outcome: str, found: Pending | None
+) -> cluster_pb2.ApplyAppReply:
+    """`found` is None where every runner has its place."""
     app = state.apps.get(app_id)
-    found = why_pending(state, spec, Ask(app_id, team_of(app_id)))
     return cluster_pb2.ApplyAppReply(
         app=app_view(state, app) if app is not None else None,
         outcome=outcome,
         changes=changes_of(before, spec),
-        placement=placement_view(found),
-        warnings=list(_warnings(state, app, spec, found.feasible, found.reason)),
+        placement=placement_view(found) if found is not None else None,
+        warnings=list(_warnings(state, app, spec, found)),
     )
 
 
-def _warnings(state: State, app: App | None, spec: Spec, feasible: int, reason: str) -> Iterator[str]:
+def _warnings(state: State, app: App | None, spec: Spec, found: Pending | None) -> Iterator[str]:
     scaling = state.scaling_of(app) if app is not None else spec.scaling
     if not scaling.max_concurrency:
         yield "max_concurrency is 0: no runner starts until it is raised (`falctl app scale`)"
     elif not max(scaling.min_concurrency, scaling.concurrency_buffer):
         yield "min_concurrency is 0: the first request starts a runner, and waits for it"
-    if scaling.max_concurrency and not feasible:
-        yield f"no runner can be placed now: {reason}"
+    if scaling.max_concurrency and found is not None and not found.feasible:
+        yield f"no runner can be placed now: {found.reason}"
     for name in (spec.model, *spec.loras):
         model = state.models.get(name)
         if model is not None and model.state is ModelState.REGISTERED:
@@ -110,10 +121,13 @@ def _flat(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
 
 
 def list_apps(leader: Leadership, request: cluster_pb2.ListAppsRequest) -> cluster_pb2.ListAppsReply:
-    """A team's apps, or all, in order of id."""
+    """A page of a team's apps, or of all, in order of id."""
     state = leader.view
-    chosen = [i for i in sorted(state.apps) if request.team in ("", i.split("/", 1)[0])]
-    return cluster_pb2.ListAppsReply(apps=[app_view(state, state.apps[i]) for i in chosen])
+    keys = [(i,) for i in sorted(state.apps) if request.team in ("", team_of(i))]
+    views, following = page(
+        keys, lambda key: app_view(state, state.apps[key[0]]), limit=request.limit, after=request.after
+    )
+    return cluster_pb2.ListAppsReply(apps=views, next=following, total=len(keys))
 
 
 def get_app(leader: Leadership, request: cluster_pb2.GetAppRequest) -> cluster_pb2.AppView:

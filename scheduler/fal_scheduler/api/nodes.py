@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fal_contract.errors import not_found
 from fal_contract.v1 import cluster_pb2
+from fal_scheduler.api.paging import page
 from fal_scheduler.api.views import find_node, node_view
 from fal_scheduler.core.events import CordonNode, RevokeNode
 from fal_scheduler.core.node_events import CancelDrain, DeclareLost, DrainNode, LabelNode, RemoveNode
@@ -12,14 +13,16 @@ from fal_scheduler.leadership import Leadership
 
 
 def list_nodes(leader: Leadership, request: cluster_pb2.ListNodesRequest) -> cluster_pb2.ListNodesReply:
-    """Nodes in order of name, then id; of one pool, or one node by id or name. Raises NOT_FOUND for either."""
+    """A page of nodes in order of name, then id; of one pool, or one node by id or name. NOT_FOUND for either."""
     state = leader.view
     if request.pool and request.pool not in state.pools:
         raise not_found("pool", request.pool, remedy="List pools with `falctl pool list`.")
     nodes = [find_node(state, request.node)] if request.node else list(state.nodes.values())
-    chosen = [node for node in nodes if request.pool in ("", node.pool)]
-    chosen.sort(key=lambda node: (node.name, node.id))
-    return cluster_pb2.ListNodesReply(nodes=[node_view(leader, node) for node in chosen])
+    keys = sorted((node.name, node.id) for node in nodes if request.pool in ("", node.pool))
+    views, following = page(
+        keys, lambda key: node_view(leader, state.nodes[key[1]]), limit=request.limit, after=request.after
+    )
+    return cluster_pb2.ListNodesReply(nodes=views, next=following, total=len(keys))
 
 
 async def cordon_node(leader: Leadership, request: cluster_pb2.CordonNodeRequest, actor: str) -> cluster_pb2.NodeView:

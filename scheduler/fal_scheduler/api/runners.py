@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from fal_contract.errors import Code, FalError, not_found
+from fal_contract.ids import team_of
 from fal_contract.v1 import agent_pb2, cluster_pb2, state_pb2
-from fal_scheduler.api.views import find_node, orphan_view, runner_view, runner_views
+from fal_scheduler.api.paging import page
+from fal_scheduler.api.views import find_node, orphan_view, runner_view
 from fal_scheduler.core.events import StopRunner
 from fal_scheduler.core.state import State
 from fal_scheduler.leadership import Leadership
@@ -15,17 +17,31 @@ TAIL_LINES_MAX = 100_000
 
 
 def list_runners(leader: Leadership, request: cluster_pb2.ListRunnersRequest) -> cluster_pb2.ListRunnersReply:
-    """Runners in order of id, orphans among them; of a team, an app, a node. Raises NOT_FOUND for the node."""
+    """A page of runners in order of id, orphans among them; of a team, an app, a node. NOT_FOUND for the node."""
     state = leader.view
+    keys = sorted(_chosen(state, request))
+    views, following = page(keys, lambda key: _view(state, key), limit=request.limit, after=request.after)
+    return cluster_pb2.ListRunnersReply(runners=views, next=following, total=len(keys))
+
+
+def _chosen(state: State, request: cluster_pb2.ListRunnersRequest) -> Iterator[tuple[str, str]]:
+    """Ids of runners, and of orphans with their node."""
     node_id = find_node(state, request.node).id if request.node else ""
-    chosen = [
-        view
-        for view in runner_views(state)
-        if request.team in ("", view.runner.id.split("/", 1)[0])
-        and request.app in ("", view.runner.bindings[0].app)
-        and node_id in ("", view.runner.node)
-    ]
-    return cluster_pb2.ListRunnersReply(runners=chosen)
+    for runner in state.runners.values():
+        of_app = request.app in ("", *runner.apps)
+        if of_app and node_id in ("", runner.node) and request.team in ("", team_of(runner.id)):
+            yield runner.id, ""
+    for on_node, runner_id in state.orphans:
+        app_id = state.live[on_node].orphans[runner_id].app
+        if request.app in ("", app_id) and node_id in ("", on_node) and request.team in ("", team_of(runner_id)):
+            yield runner_id, on_node
+
+
+def _view(state: State, key: tuple[str, str]) -> cluster_pb2.RunnerView:
+    runner_id, on_node = key
+    if on_node:
+        return orphan_view(state, on_node, state.live[on_node].orphans[runner_id])
+    return runner_view(state, state.runners[runner_id])
 
 
 def get_runner(leader: Leadership, request: cluster_pb2.GetRunnerRequest) -> cluster_pb2.RunnerView:

@@ -81,7 +81,9 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         return pools.list_pools(self._current.get(), request)
 
     async def ListNodes(self, request: cluster_pb2.ListNodesRequest, context: Context) -> cluster_pb2.ListNodesReply:
-        return _sized(nodes.list_nodes(self._current.get(), request), "Name a pool or a node.")
+        return _sized(
+            nodes.list_nodes(self._current.get(), request), "Ask for pages with `limit`, or name a pool or a node."
+        )
 
     async def CordonNode(self, request: cluster_pb2.CordonNodeRequest, context: Context) -> cluster_pb2.NodeView:
         return await nodes.cordon_node(self._current.get(), request, _actor())
@@ -192,7 +194,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         return apps.plan_app(self._current.get(), request)
 
     async def ListApps(self, request: cluster_pb2.ListAppsRequest, context: Context) -> cluster_pb2.ListAppsReply:
-        return _sized(apps.list_apps(self._current.get(), request), "Name a team.")
+        return _sized(apps.list_apps(self._current.get(), request), "Ask for pages with `limit`, or name a team.")
 
     async def GetApp(self, request: cluster_pb2.GetAppRequest, context: Context) -> cluster_pb2.AppView:
         return apps.get_app(self._current.get(), request)
@@ -246,7 +248,10 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def ListRunners(
         self, request: cluster_pb2.ListRunnersRequest, context: Context
     ) -> cluster_pb2.ListRunnersReply:
-        return _sized(runners.list_runners(self._current.get(), request), "Name a team, an app or a node.")
+        return _sized(
+            runners.list_runners(self._current.get(), request),
+            "Ask for pages with `limit`, or name a team, an app or a node.",
+        )
 
     async def GetRunner(self, request: cluster_pb2.GetRunnerRequest, context: Context) -> cluster_pb2.RunnerView:
         return runners.get_runner(self._current.get(), request)

@@ -147,17 +147,6 @@ def orphan_view(state: State, node_id: str, status: RunnerStatus) -> cluster_pb2
     )
 
 
-def runner_views(state: State) -> Iterable[cluster_pb2.RunnerView]:
-    """All runners and orphans, in order of id."""
-    orphans = [(runner_id, node_id) for node_id, runner_id in state.orphans]
-    known = [(runner_id, "") for runner_id in state.runners]
-    for runner_id, node_id in sorted(orphans + known):
-        if node_id:
-            yield orphan_view(state, node_id, state.live[node_id].orphans[runner_id])
-        else:
-            yield runner_view(state, state.runners[runner_id])
-
-
 def app_view(state: State, app: App) -> cluster_pb2.AppView:
     """An app with its current revision and runners."""
     scaling = state.scaling_of(app)
