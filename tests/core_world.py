@@ -80,7 +80,7 @@ from fal_scheduler.core.rollout_events import SetRevision, SetRollout
 from fal_scheduler.core.state import State
 from fal_scheduler.core.step import Core
 from fal_scheduler.core.suspicion import term_needed
-from fal_scheduler.core.told import Capabilities, Gpu, GpuLink, Inventory, NodeLive, RunnerStatus
+from fal_scheduler.core.told import Capabilities, Gpu, GpuLink, Inventory, NodeLive, Resident, RunnerStatus
 from fal_scheduler.core.views import runner_phase
 
 GIB = 1 << 30
@@ -167,6 +167,7 @@ class SimNode:
     doubled: list[str] = field(default_factory=list)  # GPUs that two containers would have held
     changed_at: dict[str, int] = field(default_factory=dict)  # GPU → generation at which its fitness changed last
     retold: bool = False  # the inventory is told with the next report
+    broken: set[str] = field(default_factory=set)  # models that do not load into a live worker
 
     def assign(self, runners: tuple[Runner, ...], *, term: int) -> None:
         """The whole assignment set, as Complete brings it."""
@@ -191,6 +192,26 @@ class SimNode:
             self._set(replace(have, state=RunnerState.TERMINATED, exit_code=143, reason=runner.goal_reason))
         elif runner.goal is Goal.DRAIN and have.state is not RunnerState.DRAINING:
             self._set(replace(have, state=RunnerState.DRAINING))
+        elif have.serves and "/" not in runner.share_group:
+            self._load(runner, have)
+
+    def _load(self, runner: Runner, have: RunnerStatus) -> None:
+        """What its worker has follows its assignment: what it began with is there, others come a step later."""
+        told = {one.id: one for one in have.residents}
+        found = []
+        for at, one in enumerate(runner.residencies):
+            if one.id not in told and (told or at):
+                found.append(Resident(one.id, "staging"))
+            elif one.id not in told:
+                found.append(Resident(one.id, "loaded"))
+            elif told[one.id].state != "staging":
+                found.append(told[one.id])
+            elif one.model in self.broken:
+                found.append(Resident(one.id, "failed", "shapes differ"))
+            else:
+                found.append(Resident(one.id, "loaded", load_seconds=0.5))
+        if tuple(found) != have.residents:
+            self._set(replace(have, residents=tuple(found), app=runner.app, revision=runner.revision))
 
     def drop(self, runner_id: str) -> None:
         """The scheduler has forgotten it: an ended one is forgotten here too."""
@@ -509,12 +530,16 @@ def check_indexes(state: State) -> None:
     """Every index follows from records and what was told."""
     by_app: dict[str, set[str]] = {}
     by_node: dict[str, set[str]] = {}
+    by_group: dict[tuple[str, str], set[str]] = {}
     for runner in state.runners.values():
-        by_app.setdefault(runner.app, set()).add(runner.id)
+        for app_id in runner.apps:
+            by_app.setdefault(app_id, set()).add(runner.id)
+        by_group.setdefault((runner.id.partition("/")[0], runner.share_group), set()).add(runner.id)
         if runner.node:
             by_node.setdefault(runner.node, set()).add(runner.id)
     assert {key: set(ids) for key, ids in state.runners_by_app.items()} == by_app
     assert {key: set(ids) for key, ids in state.runners_by_node.items()} == by_node
+    assert {key: set(ids) for key, ids in state.runners_by_group.items()} == by_group
     told = {(live.node_id, runner_id) for live in state.live.values() for runner_id in live.orphans}
     assert set(state.orphans) == told
     fresh = Fleet()
@@ -556,7 +581,8 @@ def records_of(state: State) -> list[Record]:
 def _records(state: State) -> dict[str, object]:
     tables = (state.pools, state.nodes, state.tokens, state.revocations, state.apps, state.revisions)
     found: dict[str, object] = {"meta": state.meta}
-    for table in (*tables, state.models, state.runners, state.usage, state.usage_days, state.quotas):
+    more = (state.models, state.runners, state.usage, state.usage_days, state.quotas, state.learnt)
+    for table in (*tables, *more):
         found.update({key_of(record): record for record in table.values()})  # type: ignore[attr-defined]
     found.update({key_of(wish): wish for wish in state.catalog.all_wishes()})
     return found

@@ -35,7 +35,7 @@ from fal_scheduler.core.bindings import (
 from fal_scheduler.core.explain import model_awaited
 from fal_scheduler.core.gpu_faults import faulty
 from fal_scheduler.core.place import Placer
-from fal_scheduler.core.ranking import Ask
+from fal_scheduler.core.ranking import READY_MAX_MS, Ask
 from fal_scheduler.core.ready_at import NEVER_MS, predict, ready_ms
 from fal_scheduler.core.records import App, Binding, Goal, Residency, Revision, Runner
 from fal_scheduler.core.scaling import needed
@@ -46,6 +46,7 @@ from fal_scheduler.core.work import Work
 ROOM_PERC: Final = 80  # of device memory for weights; the rest is for what requests need
 BARRED_S: Final = 300.0  # after a model did not load in a runner, its app gets containers of its own
 CANDIDATES_MAX: Final = 64
+UNREACHED_MS: Final = READY_MAX_MS // 2  # files that nobody is known to reach: no worse than in a container
 GIB: Final = 1 << 30
 _MINUTE_PPM: Final = 60_000_000  # a request a second, in millionths of a request per minute
 
@@ -138,6 +139,7 @@ def _option(work: Work, app_id: str, revision: Revision, runner: Runner) -> Opti
     if evicted is None or len(runner.residencies) + len(missing) - len(evicted) > RESIDENTS_MAX:
         return None
     stage_ms = predict(state, runner.node, revision.spec, app=app_id).ms("weights") if missing else 0
+    stage_ms = min(stage_ms, UNREACHED_MS)
     return Option(
         runner,
         stage_ms,
@@ -292,7 +294,7 @@ def _bind(work: Work, app_id: str, revision: Revision, option: Option, start_ms:
     )
     work.put(_trimmed(state, after), runner)
     state.demand.begin_binding(runner.id, app_id, work.moment.now_s)
-    against = "no container has a place" if start_ms >= NEVER_MS else f"a container would take {start_ms / 1000:.1f} s"
+    against = "no container has a place" if start_ms >= READY_MAX_MS else f"a container would take {start_ms / 1000:.1f} s"
     facts = {
         "stage_ms": str(option.stage_ms), "load_ms": str(option.load_ms), "evicted_ms": str(option.evicted_ms),
         "start_ms": str(min(start_ms, NEVER_MS)), "node": runner.node, "app": app_id,
