@@ -6,6 +6,7 @@ read what an earlier one wrote. For a new format, kind or record version, record
 `v1-caches`: a build task of the compile cache, an app that names entries. `v1-images`: a task that packs an image, an
 image, a secret, an app with image, network, port and bounds of drivers and resources. `v1-learnt`: a shard of what was
 learnt of starts. `v1-operated`: a node that is drained, a quota, a rollout, shares of GPUs, rules of placement, usage.
+`v1-rebooted`: a node that was told to reboot.
 """
 
 from __future__ import annotations
@@ -303,6 +304,15 @@ OPERATED: Final[tuple[Record, ...]] = (
     ),
     UsageDay("2023-11-14", 0, (UsageRow("team1/canary", "spot", "H100-80GB", 181_000, 60_000, 12, 125_694, 1),)),
 )  # fmt: skip
+REBOOTED: Final[tuple[Record, ...]] = (
+    Meta("c-7k2m", 3, "i-9q4c", MADE_AT_S),
+    Pool("p", generation=1),
+    Node(
+        "n-4f7a20c1d9e8", "rack1-node3", "p", cordoned=True, cordon_reason="reboot by an operator",
+        joined_at_s=MADE_AT_S,
+        drain=Drain("reboot", "", MADE_AT_S, 0.0, False, True, "operator/ada", "0c3a6f3e-2f0a-4f6e-8d8b-6f6a1f3b2c1d"),
+    ),
+)  # fmt: skip
 SETS: Final[dict[str, tuple[Record, ...]]] = {
     "v1": RECORDS,
     "v1-weights": WEIGHTS,
@@ -310,6 +320,7 @@ SETS: Final[dict[str, tuple[Record, ...]]] = {
     "v1-images": IMAGES,
     "v1-learnt": LEARNT,
     "v1-operated": OPERATED,
+    "v1-rebooted": REBOOTED,
 }
 
 

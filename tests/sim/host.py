@@ -7,6 +7,7 @@ is told of every container that starts or ends, and of every assignment set that
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -18,6 +19,7 @@ from fal_agent.core.tasks import Task
 from fal_agent.node import Facts, Node
 from fal_agent.ports import Places, Usage
 from fal_agent.proxy.messages import ProxyStats, RunnerStats
+from fal_agent.reboot import never
 from fal_agent.session import Dialer, Session
 from fal_agent.tools import Tools
 from fal_contract.v1 import agent_pb2
@@ -124,6 +126,7 @@ class Host:
     ready: set[str] = field(default_factory=set)  # containers that answered a readiness probe
     sick_since_s: dict[str, float] = field(default_factory=dict)  # GPUs that must not be given to a new runner
     gpu_model: str = "H100-80GB"
+    on_reboot: Callable[[], None] | None = None  # carries out an order to reboot; None: the agent may not
     stream: Stream | None = None  # of the session that the agent has now; None: it talks to a ghost, or to nobody
 
     def __post_init__(self) -> None:
@@ -187,11 +190,13 @@ class Host:
         self.starts += 1
         journal = MemoryJournal(self.disk)
         journal.write_s = 0.002
-        capabilities = agent_pb2.Capabilities(driver="fake", isolates=True, runtime="fake 1", cgroup="none")
+        capabilities = agent_pb2.Capabilities(
+            driver="fake", isolates=True, runtime="fake 1", cgroup="none", features=["reboot"] if self.on_reboot else []
+        )
         tools = Tools(
             driver=FakeDriver(self.machine), cache=self.cache, proxy=self.proxy, prober=self.prober,
             machine=self.hardware, places=self.places, clock=self.clock, rng=Random(self.rng.getrandbits(64)),
-            on_event=lambda *_: None, save=_unset,
+            on_event=lambda *_: None, save=_unset, reboot=self._reboot,
         )  # fmt: skip
         facts = Facts(self.node_id, f"boot-{self.boots}", f"agent-{self.starts}", capabilities)
         self.node = node = WatchedNode(facts, tools, journal)  # type: ignore[arg-type]  # a journal without a file
@@ -224,6 +229,12 @@ class Host:
                     for id, usage in sorted(told.items())
                 )
                 node.count(ProxyStats("p-1", 0, tuple(rows), ()))
+
+    async def _reboot(self) -> None:
+        if self.on_reboot is None:
+            await never()
+        else:
+            self.on_reboot()
 
     def kill_agent(self) -> None:
         """kill -9; containers go on."""

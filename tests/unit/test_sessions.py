@@ -13,13 +13,15 @@ import pytest
 from fake_engine import FakeEngine
 from fal_contract.clock import ManualClock
 from fal_contract.errors import Code, FalError
-from fal_contract.limits import STREAM_QUEUE_MESSAGES_MAX
+from fal_contract.limits import NOTICE_REASON_CHARS_MAX, STREAM_QUEUE_MESSAGES_MAX
 from fal_contract.v1 import agent_pb2, state_pb2
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
 from fal_scheduler.core.events import HelloNeeded, Logged, NodeChanged, NodeDisconnected, NodeHello, NodeReport, Revoked
-from fal_scheduler.core.records import Goal, Model, ModelState, Node, Revocation, Spec
+from fal_scheduler.core.node_events import NodeNotice, RebootDue, RebootRefused
+from fal_scheduler.core.records import Drain, Goal, Model, ModelState, Node, Revocation, Spec
 from fal_scheduler.sessions import AgentSessions
+from fal_scheduler.wire import notice_of
 from virtual_time import run_virtually
 
 END = object()
@@ -253,6 +255,56 @@ def test_reports_become_news_and_repeats_are_ignored() -> None:
             assert not link.task.done()
 
     session_test(test)
+
+
+def test_notices_become_news_where_they_say_something() -> None:
+    async def test(rig: Rig) -> None:
+        async with opened(rig) as link:
+            spot = agent_pb2.Notice(kind="spot", within_s=90.0, reason="r" * 2000)
+            for seq, notice in enumerate((agent_pb2.Notice(), spot), start=2):
+                link.up.put_nowait(agent_pb2.AgentMessage(seq=seq, report=agent_pb2.Report(notice=notice)))
+            await asyncio.sleep(1)
+            [told] = [one for one in rig.engine.offered if isinstance(one, NodeNotice)]
+            assert (told.node_id, told.kind, told.within_s) == ("n1", "spot", 90.0)
+            assert len(told.reason) == NOTICE_REASON_CHARS_MAX
+            rig.engine.put(Node("n1", "name-n1", "p", drain=Drain("spot")))
+            nothing = agent_pb2.Report(notice=agent_pb2.Notice())
+            link.up.put_nowait(agent_pb2.AgentMessage(seq=4, report=nothing))
+            await asyncio.sleep(1)
+            assert [one.kind for one in rig.engine.offered if isinstance(one, NodeNotice)] == ["spot", ""]
+            strange = agent_pb2.Report(notice=agent_pb2.Notice(kind="strike"))
+            link.up.put_nowait(agent_pb2.AgentMessage(seq=5, report=strange))
+            assert (await link.failure()).code is Code.INVALID
+
+    session_test(test)
+
+
+def test_an_order_to_reboot_goes_behind_the_set_and_a_refusal_comes_back() -> None:
+    async def test(rig: Rig) -> None:
+        link = Link(rig)
+        link.hello()
+        await link.next("welcome")
+        rig.engine.emit(RebootDue("n1", "boot-1"))
+        rig.engine.emit(RebootDue("n2", "boot-1"))
+        await link.next("complete")
+        assert (await link.next("reboot")).reboot.boot_id == "boot-1"
+        refusal = agent_pb2.RebootRefusal(boot_id="boot-1", error="no power", remedy="Go and look.")
+        link.up.put_nowait(agent_pb2.AgentMessage(seq=2, reboot_refusal=refusal))
+        await asyncio.sleep(1)
+        [told] = [one for one in rig.engine.offered if isinstance(one, RebootRefused)]
+        assert (told.node_id, told.boot_id, told.error, told.remedy) == ("n1", "boot-1", "no power", "Go and look.")
+        link.up.put_nowait(END)
+        await asyncio.gather(link.task, return_exceptions=True)
+
+    session_test(test)
+
+
+@pytest.mark.parametrize(
+    ("within_s", "taken_s"), [(0.0, 0.0), (-3.0, -3.0), (1e30, -1.0), (float("nan"), -1.0), (float("inf"), -1.0)]
+)
+def test_a_notice_with_a_date_that_is_none_has_none(within_s: float, taken_s: float) -> None:
+    notice = agent_pb2.Notice(kind="spot", within_s=within_s)
+    assert notice_of(notice, node_id="n1", session_id="s", arrived_s=0.0).within_s == taken_s
 
 
 def test_a_gap_ends_the_session() -> None:
