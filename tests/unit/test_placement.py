@@ -352,6 +352,36 @@ def test_scores_that_were_brought_along_are_those_made_anew(steps: list[tuple[st
             assert kept.tolist() == FleetFragments().follow(state).score(spec, rows).tolist()
 
 
+@settings(max_examples=40, deadline=None, database=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("wxyz"), st.sampled_from((0, 200, 500, 1000)), st.integers(0, 3), st.booleans()),
+        max_size=12,
+    )
+)
+def test_what_is_typical_follows_apps_as_they_come_change_and_go(steps: list[tuple[str, int, int, bool]]) -> None:
+    state = fleet(p={})
+    for name in "abc":
+        node(state, name)
+    run(state, "t/r-1", "a", "GPU-a-0", milli=300)
+    run(state, "t/r-2", "b", "GPU-b-1")
+    specs, rows = (WHOLE, replace(WHOLE, gpu_milli=300)), np.arange(3)
+    keeping = FleetFragments(direct_max=0)
+    for number, (name, milli, runners, goes) in enumerate(steps):
+        before = state.apps.get(f"t/{name}")
+        spec = replace(WHOLE, gpu_milli=milli % 1000, scaling=replace(WHOLE.scaling, max_concurrency=runners))
+        if goes and before is not None:
+            state.apply(Change("k", before, replace(before, deleting=True) if runners else None))
+        else:
+            state.apply(Change("k", None, Revision(f"t/{name}", number, spec, "")))
+            state.apply(Change("k", before, App(f"t/{name}", number)))
+        if number == 6:
+            node(state, "d")
+        for one in specs:
+            kept = keeping.follow(state).score(one, rows)
+            assert kept.tolist() == FleetFragments().follow(state).score(one, rows).tolist()
+
+
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 

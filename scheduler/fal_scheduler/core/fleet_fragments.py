@@ -19,7 +19,7 @@ from fal_scheduler.core.fleet import WHOLE, Fleet, Ints
 from fal_scheduler.core.fragmentation import Demand, Fragmentation, Shares
 from fal_scheduler.core.place import fits_class
 from fal_scheduler.core.ranking import Rows
-from fal_scheduler.core.records import Spec
+from fal_scheduler.core.records import App, Spec
 from fal_scheduler.core.state import State
 from fal_scheduler.core.typical import TypicalTasks
 
@@ -36,8 +36,12 @@ class FleetFragments:
         self._fleet: Fleet | None = None
         self._made: tuple[int, int, int] | None = None
         self._kinds: list[tuple[str, int, str]] = []
+        self._shares = Shares(0, 0)
         self._fragmentation: Fragmentation | None = None
         self._kept: dict[Demand, tuple[int, Ints]] = {}  # rows touched until then, scores
+        self._of_fleet: tuple[int, int] | None = None
+        self._typical: list[tuple[Demand, int]] = []
+        self._asks: dict[str, tuple[App, Demand | None, int]] = {}  # by app, as its record was then
 
     def follow(self, state: State) -> FleetFragments:
         """Bring it up to the state's apps and nodes."""
@@ -49,21 +53,46 @@ class FleetFragments:
         return self
 
     def _make(self, state: State, fleet: Fleet) -> None:
-        numbers, first, group = np.unique(fleet.kind, return_index=True, return_inverse=True)
-        self._kinds = [fleet.classes[row] for row in first]
-        shares = Shares(0, 0)
-        # The fleet's own columns: what it brings along is seen here.
-        shares.cpu_free, shares.gpu_free = fleet.cpu_free, fleet.shares
-        shares.kind = group.ravel().astype(np.int16)
-        tasks = TypicalTasks()
+        """An app that came or changed costs a look at each app's record, and more only where it changes what is
+        typical."""
+        same_fleet = self._of_fleet == (fleet.version, fleet.epoch)
+        if not same_fleet:
+            self._asks.clear()
+            _, first, group = np.unique(fleet.kind, return_index=True, return_inverse=True)
+            self._kinds = [fleet.classes[row] for row in first]
+            # The fleet's own columns: what it brings along is seen here.
+            self._shares = Shares(0, 0)
+            self._shares.cpu_free, self._shares.gpu_free = fleet.cpu_free, fleet.shares
+            self._shares.kind = group.ravel().astype(np.int16)
+            self._of_fleet = (fleet.version, fleet.epoch)
+        typical = self._typical_tasks(state)
+        if not same_fleet or typical != self._typical:
+            self._typical = typical
+            self._fragmentation = Fragmentation(self._shares, typical) if typical and self._kinds else None
+            self._kept.clear()
+
+    def _typical_tasks(self, state: State) -> list[tuple[Demand, int]]:
+        before, self._asks = self._asks, {}
+        times_of: dict[Demand, int] = {}
         for app in state.apps.values():
-            spec = state.revision_of(app).spec
-            if not app.deleting and spec.build is None:
-                runners = state.scaling_of(app).max_concurrency
-                tasks.observe(self._demand(spec), max(1, min(runners, RUNNERS_COUNTED_MAX)))
-        typical = tasks.typical()
-        self._fragmentation = Fragmentation(shares, typical) if typical and len(numbers) else None
-        self._kept.clear()
+            have = before.get(app.id)
+            if have is None or have[0] is not app:
+                have = self._ask(state, app)
+            self._asks[app.id] = have
+            _, demand, times = have
+            if demand is not None:
+                times_of[demand] = times_of.get(demand, 0) + times
+        tasks = TypicalTasks()
+        for demand, times in times_of.items():
+            tasks.observe(demand, times)
+        return tasks.typical()
+
+    def _ask(self, state: State, app: App) -> tuple[App, Demand | None, int]:
+        spec = state.revision_of(app).spec
+        if app.deleting or spec.build is not None:
+            return app, None, 0
+        runners = state.scaling_of(app).max_concurrency
+        return app, self._demand(spec), max(1, min(runners, RUNNERS_COUNTED_MAX))
 
     def _demand(self, spec: Spec) -> Demand:
         if spec.num_gpus == 0:
