@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from fal_contract.clock import Clock
 from fal_contract.limits import FAILOVER_GRACE_S, VALUES_EVERY_S, WARM_LOOK_S
@@ -26,7 +27,7 @@ from fal_scheduler.core.records import Model
 from fal_scheduler.core.residency import CacheNode, ResidencyTable
 from fal_scheduler.core.scaling import in_grace
 from fal_scheduler.core.state import State
-from fal_scheduler.core.warm_tiers import Ahead, Keepable, chosen
+from fal_scheduler.core.warm_tiers import Ahead, Keepable, chosen, room_for
 from fal_scheduler.core.warm_worth import (
     Asked,
     MemoryWorth,
@@ -38,7 +39,8 @@ from fal_scheduler.core.warm_worth import (
 )
 from fal_scheduler.core.wishes import Wanted
 
-WISH_OWNER = "wish"  # of a cache's pin
+WISH_OWNER: Final = "wish"  # of a cache's pin
+Rates = dict[str, tuple[Model, int]]  # by artifact: arrivals of the apps that use it
 
 
 @dataclass(slots=True)
@@ -105,21 +107,22 @@ class Warmth:
             self._columns = Columns(state)
         wall_s = self._clock.wall_s()
         asked = asked_for(state, wall_s)
+        rates = rates_of(asked)
         kept = {node_id: list(warm.memory) for node_id, warm in self._nodes.items() if warm.memory}
         worth, placer = MemoryWorth(kept), Placer(state.fleet)
         for one in asked:
             if one.app_id in state.apps:
                 suited = suited_nodes(state, placer, one, wall_s)
                 worth.add(self._columns.fresh(), one, suited)
-                self._stage_ahead(state, one, suited, wall_s)
+                self._stage_ahead(state, one, suited, rates, wall_s)
             await asyncio.sleep(0)
         for node_id in sorted({*worth.found, *self._nodes}):
             self._settle(state, node_id, worth.found.get(node_id, {}), wall_s)
         if self._clock.monotonic_s() - self._values_at_s >= VALUES_EVERY_S:
             self._values_at_s = self._clock.monotonic_s()
-            await self._tell_values(asked)
+            await self._tell_values(rates)
 
-    def _stage_ahead(self, state: State, one: Asked, suited: Suited, wall_s: float) -> None:
+    def _stage_ahead(self, state: State, one: Asked, suited: Suited, rates: Rates, wall_s: float) -> None:
         """What the forecast wants on the best nodes and is neither there nor on its way, within each node's budget."""
         for node_id in suited.node_ids[: suited.copies]:
             node = self._table.node(node_id)
@@ -131,7 +134,9 @@ class Warmth:
                 artifact = artifact_of(model)
                 fact = state.cache_facts.holders.get(artifact, {}).get(node_id)
                 lacks = fact is None or not (fact.ready or fact.fetching)
-                if artifact not in wished and (lacks or artifact in warm.ahead.until_s):
+                if artifact in wished:
+                    continue
+                if artifact in warm.ahead.until_s or (lacks and _room_for(node, model, rates)):
                     warm.ahead.want(artifact, model.bytes, wall_s, node.room.disk_bytes_max)
 
     def _settle(self, state: State, node_id: str, found: dict[str, Keepable], wall_s: float) -> None:
@@ -166,10 +171,10 @@ class Warmth:
                 wanted[model.id] = Wanted(model.id, artifact, "disk", until_s)
         self._wishes.set_automatic(node_id, wanted)
 
-    async def _tell_values(self, asked: list[Asked]) -> None:
+    async def _tell_values(self, rates: Rates) -> None:
         """To every cache what its artifacts are worth, where that is another than it was told."""
         by_node: dict[str, dict[str, int]] = {node.node_id: {} for node in self._table.nodes() if not node.stale}
-        for artifact, (model, rate) in rates_of(asked).items():
+        for artifact, (model, rate) in rates.items():
             for node_id, worth in artifact_values(self._columns.fresh(), model, rate).items():
                 if node_id in by_node:
                     by_node[node_id][artifact] = worth
@@ -192,6 +197,13 @@ class Warmth:
 def _model(state: State, artifact: str) -> Model | None:
     names = state.models_by_artifact.get(artifact) or state.models_by_digest.get(artifact)
     return state.models[names[0]] if names else None
+
+
+def _room_for(node: CacheNode, model: Model, rates: Rates) -> bool:
+    free = node.room.disk_bytes_max - node.room.disk_bytes_used
+    evictable = [one for one in node.holdings.values() if not one.pinned_by and not one.wanted]
+    others = [(one.bytes_disk, rates[id_][1] if (id_ := one.artifact_id) in rates else 0) for one in evictable]
+    return room_for(model.bytes, rates[artifact_of(model)][1], free, others)
 
 
 def _memory_budget(node: CacheNode, warm: _Warm, wished: dict[str, str]) -> int:

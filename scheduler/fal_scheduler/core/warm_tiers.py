@@ -21,9 +21,11 @@ from fal_contract.limits import (
     WARM_GAIN_PERC,
     WARM_PER_NODE_MAX,
 )
+from fal_scheduler.core.forecast import MICRO
 from fal_scheduler.core.keep_warm import value
 
 HOUR_S: Final = 3600.0
+STAGE_WORTH: Final = MICRO  # a whole request in the time that it takes; for fewer it displaces what is worth as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,14 @@ def _worth(found: Iterable[Keepable]) -> int:
     return sum(one.worth for one in found)
 
 
+def room_for(size_bytes: int, rate: int, free_bytes: int, others: Iterable[tuple[int, int]]) -> bool:
+    """Whether an artifact fits on a disk without anything going that is asked for more than half as often.
+
+    `others`: (bytes, rate) of what may be evicted. What arrives at one rate is worth its arrivals, whatever its size.
+    """
+    return size_bytes <= free_bytes + sum(size for size, one in others if 2 * one <= rate)
+
+
 @dataclass(slots=True)
 class Ahead:
     """What one node was told to stage because of a forecast. `until_s`: artifact -> Unix seconds; then it is let go."""
@@ -117,4 +127,4 @@ class Ahead:
         self.until_s[artifact], self.sizes[artifact] = until_s, size_bytes
 
 
-__all__ = ["Ahead", "Keepable", "chosen"]
+__all__ = ["STAGE_WORTH", "Ahead", "Keepable", "chosen", "room_for"]

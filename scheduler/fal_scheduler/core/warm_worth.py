@@ -29,7 +29,7 @@ from fal_scheduler.core.ready_needs import artifact_of, needed
 from fal_scheduler.core.ready_views import DISK, LOADED_FROM, MEMORY, OneNode
 from fal_scheduler.core.records import Model, ModelState, Spec
 from fal_scheduler.core.state import State
-from fal_scheduler.core.warm_tiers import Keepable
+from fal_scheduler.core.warm_tiers import STAGE_WORTH, Keepable
 
 DISK_BYTES_S: Final = 1_000_000_000  # where nobody has measured a node's disk
 EQUAL_PERC: Final = 15  # as placement: times within that of the best, or EQUAL_MS, count as equal
@@ -102,7 +102,7 @@ def _copies(state: State, one: Asked, best_ms: int, wall_s: float) -> int:
     back_ms = min(back_ms, int(STAGE_AHEAD_HORIZON_MAX_S) * _MS)
     rate = demand.arrivals[one.app_id].as_of(wall_s).rate_at(wall_s + back_ms / _MS)
     multiplexing = state.scaling_of(app).max_multiplexing
-    expected = foretold_runners(rate, back_ms, demand.request_ms(one.app_id), multiplexing)
+    expected = foretold_runners(rate, back_ms, demand.request_ms(one.app_id), multiplexing, STAGE_WORTH)
     there = len(state.runners_by_app.get(one.app_id, ()))
     return min(max(0, expected - there), WARM_NODES_PER_APP_MAX)
 

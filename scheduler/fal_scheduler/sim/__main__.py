@@ -28,6 +28,7 @@ VERBS: Final[dict[str, Verb]] = {
     "place": Verb("fal_scheduler.sim.place", "placement policies on a trace of tasks: how much of the GPUs they fill"),
     "serve": Verb("fal_scheduler.sim.serve", "the order of requests on a trace: loads of models, and waits"),
     "replay": Verb("fal_scheduler.sim.replay", "a scheduler's decision log, decided again: is every decision the same"),
+    "warm": Verb("fal_scheduler.sim.warm", "models kept in memory and on disk by value, on a trace: what that saves"),
     "whatif": Verb(
         "fal_scheduler.sim.whatif", "a decision log's requests on another fleet, or by other scaling values"
     ),
