@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fal_scheduler.core.dispatch_learnt import MODELS_MAX, Learnt
 from fal_scheduler.core.dispatch_order import (
     BusyRunner,
     Decision,
@@ -204,3 +206,61 @@ def test_erlangs_loss_is_exact_to_a_millionth_or_so(servers: int, offered_micro:
         total += term
     lost = term / total
     assert abs(erlang_b_micro(servers, offered_micro) / 1e6 - lost) < 2e-5
+
+
+@given(st.lists(st.integers(0, 200_000), min_size=1, max_size=60), st.integers(1_000, 400_000))
+@settings(max_examples=60, deadline=None)
+def test_rates_decay_as_the_half_life_says_in_however_many_steps(gaps_ms: list[int], half_ms: int) -> None:
+    learnt = Learnt(22_000, (half_ms, half_ms, 10_800_000))
+    now_ms, exact = 0, 0.0
+    for gap_ms in gaps_ms:
+        now_ms += gap_ms
+        exact = exact * 0.5 ** (gap_ms / half_ms) + 1
+        learnt.arrived("m", now_ms, 1)
+    assert learnt.per_s_micro("m", now_ms, (1_000, 0, 0)) == pytest.approx(exact * 693e6 / half_ms, rel=0.005, abs=2)
+    assert learnt.per_s_micro("m", now_ms, (500, 500, 0)) == pytest.approx(exact * 693e6 / half_ms, rel=0.005, abs=3)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 100_000)), max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_what_is_expected_of_a_size_lies_between_what_was_seen_of_it_and_of_its_model(
+    done: list[tuple[str, int]],
+) -> None:
+    learnt = Learnt(22_000, (1_000, 1_000, 1_000))
+    learnt.arrived("m", 0, 1)
+    for size, took_ms in done:
+        learnt.served("m", took_ms, size)
+    for size in "abc":
+        seen = [took_ms for x, took_ms in done if x == size]
+        expected = learnt.service_ms("m", size)
+        if not seen:
+            assert expected == learnt.service_ms("m")
+        else:
+            low, high = min(*seen, learnt.service_ms("m")), max(*seen, learnt.service_ms("m"))
+            assert low - 1 <= expected <= high + 1
+
+
+def test_the_size_expected_to_be_short_is_served_first_unless_the_long_one_waited() -> None:
+    order = DispatchOrder(SETTINGS)
+    order.observe_arrival("m0", 0)
+    for size, took_ms in (("long", 60_000), ("short", 2_000)) * 10:
+        order.observe_done("m0", took_ms, size)
+    free = [FreeRunner("r0", ("m0",))]
+    long = Waiting("l", "t", "t/a", "m0", 0, 1, 20_000, size="long")
+    short = Waiting("s", "t", "t/a", "m0", 0, 1, 0, size="short")
+    assert order.choose(0, [long, short], free) == Decision("s", "r0", False, "m0")
+    assert order.choose(0, [replace(long, oldest_ms=55_000), short], free) == Decision("l", "r0", False, "m0")
+
+
+def test_what_is_learnt_is_bounded() -> None:
+    learnt = Learnt(22_000, (1_000, 1_000, 1_000))
+    learnt.arrived("m", 0, 1)
+    learnt.served("m", 5_000, "first")
+    learnt.served("m", 9_000, "second")
+    first = learnt.service_ms("m", "first")
+    for n in range(MODELS_MAX):
+        learnt.served("m", 7_000, f"size {n}")
+    assert learnt.service_ms("m", "first") == learnt.service_ms("m") != first
+    for n in range(MODELS_MAX):
+        learnt.arrived(f"model {n}", n, 1)
+    assert learnt.per_s_micro("m", 0, (1_000, 0, 0)) == 0

@@ -20,16 +20,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-MICRO: Final = 1_000_000
-SERVICE_MS: Final = 30_000  # expected before anything was served; then of a new model what all models take
-SERVICES_HEEDED: Final = 20  # the mean over about so many of the last
-MODELS_MAX: Final = 10_000  # learnt about; beyond, the one not asked for longest is forgotten
+from fal_scheduler.core.dispatch_learnt import MICRO, MODELS_MAX, Learnt, erlang_b_micro
+
 QUEUE_LOOKED_AT_MAX: Final = 64  # requests of one model that a load is weighed for
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A queue of equal requests: one team, app, model and LoRA."""
+    """A queue of equal requests: one team, app, model and LoRA, and one size class where that is told."""
 
     key: str
     team: str
@@ -40,6 +38,7 @@ class Waiting:
     oldest_ms: int  # age of the oldest
     bypassed: int = 0  # times that a younger request was served while this one's oldest waited
     weight: int = 1  # share of its team, at least 1
+    size: str = ""  # class of expected service, as `observe_done` is told it; "": unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,7 @@ class BusyRunner:
     resident: tuple[str, ...]  # while it loads: what it will have
     busy_ms: int
     loading_ms: int | None = None
+    size: str = ""  # class of what it serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,89 +79,19 @@ class Settings:
     """How strongly resident models are preferred. Times in ms; defaults are for fewest loads at a moderate wait."""
 
     load_ms: int = 22_000  # until a load was seen
-    prefer_resident_ms: int = 8_000  # total wait that a load must save
-    busy_price_ms: int = 0  # the same on top where every other runner is busy; falls with the square of those free
-    keep_milli: int = 2_000  # weight of what is dropped, 1000: its expected reload within `keep_horizon_ms`
-    keep_horizon_ms: int = 120_000
-    half_life_ms: int = 600_000  # of learnt arrival rates
-    age_milli: int = 300  # how much a waiting second counts against a second of service saved
-    cold_milli: int = 4_000  # weight of a request whose model is nowhere
-    ahead_milli: int = 1_000  # weight of the requests that are expected to arrive while a model loads
-    bypass_ms: int = 190_000  # whoever waited so long is next
+    prefer_resident_ms: int = 16_500  # total wait that a load must save
+    busy_price_ms: int = 10_000  # the same on top where every other runner is busy; falls with the square of those free
+    keep_milli: int = 700  # weight of what is dropped, 1000: its expected reload within `keep_horizon_ms`
+    keep_horizon_ms: int = 95_000
+    half_lives_ms: tuple[int, int, int] = (11_500, 280_000, 10_800_000)  # by which arrival rates are learnt
+    ahead_milli: tuple[int, int, int] = (250, 1_190, 0)  # weights of those rates: what arrives while a model loads
+    again_milli: tuple[int, int, int] = (0, 360, 2_460)  # the same: what a dropped model would be asked for
+    residual_milli: int = 450  # share of a service that is expected to be left at any time in it
+    age_milli: int = 90  # how much a waiting second counts against a second of service saved
+    cold_milli: int = 2_500  # weight of a request whose model is nowhere
+    bypass_ms: int = 205_000  # whoever waited so long is next
     bypass_max: int = 1_000  # or was passed over so many times
     fair_ms: int = 60_000  # runner time by which teams, or apps of one team, may be apart before the order heeds it
-
-
-class Learnt:
-    """Arrival rates, service times and load times per model, of what happened so far."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._arrivals: dict[str, tuple[int, int]] = {}  # model -> decayed count in micro, at ms
-        self._service: dict[str, tuple[int, int]] = {}  # model -> mean ms, of how many; "": of all models
-        self._load: dict[str, int] = {}
-
-    def arrived(self, model: str, now_ms: int, count: int) -> None:
-        """`count` requests for the model arrived."""
-        decayed = self._count(model, now_ms)
-        self._arrivals.pop(model, None)  # to the end: the first is the one not asked for longest
-        self._arrivals[model] = (decayed + count * MICRO, now_ms)
-        if len(self._arrivals) > MODELS_MAX:
-            gone = next(iter(self._arrivals))
-            del self._arrivals[gone]
-            self._service.pop(gone, None)
-            self._load.pop(gone, None)
-
-    def served(self, model: str, took_ms: int) -> None:
-        """One request of the model took so long, its wait not counted."""
-        if model in self._arrivals:
-            for name in (model, ""):
-                mean, count = self._service.get(name, (0, 0))
-                count = min(count + 1, SERVICES_HEEDED)
-                self._service[name] = (mean + (max(1, took_ms) - mean) // count, count)
-
-    def loaded(self, model: str, took_ms: int) -> None:
-        """A load of the model took so long."""
-        if model in self._arrivals:
-            have = self._load.get(model)
-            self._load[model] = took_ms if have is None else have + (took_ms - have) // 4
-
-    def service_ms(self, model: str) -> int:
-        """Expected service of one request."""
-        return max(1, (self._service.get(model) or self._service.get("") or (SERVICE_MS, 0))[0])
-
-    def load_ms(self, model: str) -> int:
-        """Expected load of the model."""
-        return self._load.get(model, self._settings.load_ms)
-
-    def per_s_micro(self, model: str, now_ms: int) -> int:
-        """Requests per second, times 10^6."""
-        return self._count(model, now_ms) * 693 // self._settings.half_life_ms
-
-    def worth_micro(self, model: str, copies: int, now_ms: int) -> int:
-        """Requests per second, times 10^6, that only the last of so many copies can serve at once."""
-        rate = self.per_s_micro(model, now_ms)
-        offered = rate * self.service_ms(model) // 1000
-        return rate * (erlang_b_micro(copies - 1, offered) - erlang_b_micro(copies, offered)) // MICRO
-
-    def _count(self, model: str, now_ms: int) -> int:
-        """Halved every half-life, on a straight line in between, so that it is exact everywhere."""
-        have = self._arrivals.get(model)
-        if have is None:
-            return 0
-        count, at_ms = have
-        half = self._settings.half_life_ms
-        halvings, rest = divmod(max(0, now_ms - at_ms), half)
-        return (count >> min(halvings, 64)) * (2 * half - rest) // (2 * half)
-
-
-def erlang_b_micro(servers: int, offered_micro: int) -> int:
-    """The share of arrivals, times 10^6, that find all of `servers` busy at an offered load in erlang, times 10^6."""
-    lost = MICRO
-    for n in range(1, servers + 1):
-        both = offered_micro * lost
-        lost = both * MICRO // (n * MICRO * MICRO + both) if both else 0
-    return lost
 
 
 class Shares:
@@ -207,6 +137,7 @@ class _Queue:
     first: Waiting
     count: int
     oldest_ms: int
+    work_ms: int  # expected services of all
 
 
 class DispatchOrder:
@@ -214,7 +145,7 @@ class DispatchOrder:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self.learnt = Learnt(self.settings)
+        self.learnt = Learnt(self.settings.load_ms, self.settings.half_lives_ms)
         self.shares = Shares(self.settings.fair_ms)
         self._passed: dict[str, int] = {}  # key -> younger requests served while its oldest waited
 
@@ -222,9 +153,9 @@ class DispatchOrder:
         """Requests for the model arrived."""
         self.learnt.arrived(model, now_ms, count)
 
-    def observe_done(self, model: str, took_ms: int) -> None:
-        """A request of the model was served in so long."""
-        self.learnt.served(model, took_ms)
+    def observe_done(self, model: str, took_ms: int, size: str = "") -> None:
+        """A request of the model, of that size class ("": unknown), was served in so long."""
+        self.learnt.served(model, took_ms, size)
 
     def observe_load(self, model: str, took_ms: int) -> None:
         """A load of the model took so long."""
@@ -283,7 +214,7 @@ class DispatchOrder:
         listed = list(waiting)
         served = next(x for x in listed if x.key == decision.key)
         self.shares.backlogged((x.team, x.app) for x in listed)
-        self.shares.charge(served.team, served.app, served.weight, self.learnt.service_ms(served.model))
+        self.shares.charge(served.team, served.app, served.weight, self.learnt.service_ms(served.model, served.size))
         passed = {}
         for one in listed:
             if one.key != served.key:
@@ -311,7 +242,7 @@ class DispatchOrder:
             runner = view.resident_for(one)
             if runner is None:
                 continue
-            index = self.learnt.service_ms(one.model) - one.oldest_ms
+            index = self.learnt.service_ms(one.model, one.size) - one.oldest_ms
             rank = (index, -one.oldest_ms, one.key)
             if best is None or rank < best[0]:
                 best = (rank, Decision(one.key, runner.id, False, one.model))
@@ -320,19 +251,26 @@ class DispatchOrder:
     def _load(self, view: _View, group: list[Waiting], due_models: Collection[str]) -> Decision | None:
         """The load that saves most per second of the runner's time, if it is worth its price."""
         best: tuple[tuple[int, str], Decision] | None = None
-        for model, queue in _by_model(group).items():
+        for model, queue in self._by_model(group).items():
             runner = view.cheapest(queue.first, due_models) if model else None
             if runner is None:
                 continue
-            saved = view.saved_ms(model, queue.count, queue.oldest_ms)
+            saved = view.saved_ms(model, queue)
             if saved + view.behind_ms <= view.price_ms(runner):
                 continue
-            time_ms = self.learnt.load_ms(model) + queue.count * self.learnt.service_ms(model)
-            index = saved * 1000 // time_ms + queue.oldest_ms * self.settings.age_milli // 50_000
-            rank = (-index, model)
+            time_ms = self.learnt.load_ms(model) + queue.work_ms
+            rank = (-saved * 1000 // time_ms, model)
             if best is None or rank < best[0]:
                 best = (rank, Decision(queue.first.key, runner.id, True, model))
         return best[1] if best else None
+
+    def _by_model(self, group: Iterable[Waiting]) -> Mapping[str, _Queue]:
+        queues: dict[str, _Queue] = {}
+        for one in sorted(group, key=lambda x: (-x.oldest_ms, x.key)):
+            queue = queues.setdefault(one.model, _Queue(one, 0, one.oldest_ms, 0))
+            queue.count += one.count
+            queue.work_ms += one.count * self.learnt.service_ms(one.model, one.size)
+        return queues
 
 
 class _View:
@@ -362,11 +300,11 @@ class _View:
         self._lost: dict[str, int] = {}
 
     def _end_ms(self, model: str, one: BusyRunner) -> int:
-        """Services vary about as much as they last: one that is under way has most of a mean before it."""
+        """Services vary about as much as they last: one that is under way has much of a mean before it."""
         if one.loading_ms is not None:
             return one.loading_ms
-        service = self._learnt.service_ms(model)
-        return max(service * 4 // 5, service - one.busy_ms)
+        service = self._learnt.service_ms(model, one.size)
+        return max(service * self._order.settings.residual_milli // 1000, service - one.busy_ms)
 
     def is_loading(self, model: str) -> bool:
         """Whether a runner is about to have the model."""
@@ -400,7 +338,9 @@ class _View:
     def _worth(self, model: str) -> int:
         lost = self._lost.get(model)
         if lost is None:
-            lost = self._lost[model] = self._learnt.worth_micro(model, self._copies.get(model, 1), self._now_ms)
+            lost = self._lost[model] = self._learnt.worth_micro(
+                model, self._copies.get(model, 1), self._now_ms, self._order.settings.again_milli
+            )
         return lost
 
     def price_ms(self, runner: FreeRunner) -> int:
@@ -412,16 +352,17 @@ class _View:
         busy_ms = settings.busy_price_ms * self._busy_square_milli // 1000
         return settings.prefer_resident_ms + busy_ms + keep_ms * reload_micro // MICRO
 
-    def saved_ms(self, model: str, count: int, oldest_ms: int) -> int:
+    def saved_ms(self, model: str, queue: _Queue) -> int:
         """How much less the queue waits in all with one more runner that has the model."""
         settings = self._order.settings
         load_ms = self._learnt.load_ms(model)
-        count += self._learnt.per_s_micro(model, self._now_ms) * load_ms // MICRO * settings.ahead_milli // 1_000_000
+        ahead_micro = self._learnt.per_s_micro(model, self._now_ms, settings.ahead_milli)
+        count = queue.count + ahead_micro * load_ms // 1000 // MICRO
         ends = sorted(self._ends.get(model, ()))
         if not ends:
-            weighed = load_ms + oldest_ms * settings.age_milli // 1000
+            weighed = load_ms + queue.oldest_ms * settings.age_milli // 1000
             return count * weighed * settings.cold_milli // 1000
-        service = self._learnt.service_ms(model)
+        service = max(1, queue.work_ms // queue.count)
         return _waits_ms(ends, count, service) - _waits_ms([*ends, load_ms], count, service)
 
 
@@ -434,17 +375,6 @@ def _waits_ms(ends: Iterable[int], count: int, service_ms: int) -> int:
         total += heap[0]
         heapq.heapreplace(heap, heap[0] + service_ms)
     return total
-
-
-def _by_model(group: Iterable[Waiting]) -> Mapping[str, _Queue]:
-    queues: dict[str, _Queue] = {}
-    for one in sorted(group, key=lambda x: (-x.oldest_ms, x.key)):
-        queue = queues.get(one.model)
-        if queue is None:
-            queues[one.model] = _Queue(one, one.count, one.oldest_ms)
-        else:
-            queue.count += one.count
-    return queues
 
 
 __all__ = ["BusyRunner", "Decision", "DispatchOrder", "FreeRunner", "Settings", "Waiting", "erlang_b_micro"]
