@@ -91,8 +91,10 @@ class Residents:
                     await self._take_back(wanted)
                     asked = True
                 done = not wanted or await self._one_change(wanted)
-            except FalError as exc:
-                _log.warning("resident_change", runner=self._runner_id, message=str(exc))
+            except Exception as exc:
+                # A mistake of ours must not leave a runner with what it has for good.
+                passing = isinstance(exc, FalError)
+                _log.warning("resident_change", runner=self._runner_id, message=str(exc), exc_info=not passing)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(retry_s):
                         await self._news.wait()

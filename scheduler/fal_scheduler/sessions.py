@@ -28,6 +28,7 @@ from fal_contract.versions import agree, shared_features
 from fal_scheduler import wire
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.assignments import AssignmentBuilder
+from fal_scheduler.core.bindings import shared
 from fal_scheduler.core.events import (
     AssignmentChanged,
     Effect,
@@ -52,7 +53,7 @@ SET_LAG_MAX_S: Final = 15.0  # a node that has not taken in what was sent so lon
 STUCK_RETRY_S: Final = 1.0  # a runner whose manifest is not there yet
 
 Send = Callable[[agent_pb2.SchedulerMessage], Awaitable[None]]
-_Told = tuple[str, int, Goal]  # assignment id, its term, goal
+_Told = tuple[str, int, Goal, str, tuple[str, ...]]  # assignment id, its term, goal, app, ids of residencies
 
 _log = get_logger("scheduler.sessions")
 
@@ -433,12 +434,16 @@ class AgentSessions:
 
 
 def _told(assignment: agent_pb2.Assignment) -> tuple[str, _Told]:
-    return assignment.runner_id, (assignment.id, assignment.term, Goal(int(assignment.goal)))
+    ids = tuple(one.id for one in assignment.residencies)
+    told = (assignment.id, assignment.term, Goal(int(assignment.goal)), assignment.app, ids)
+    return assignment.runner_id, told
 
 
 def _differs(session: _Session, runner: Runner) -> bool:
     assert runner.assignment is not None
-    return session.told.get(runner.id) != (runner.assignment.id, runner.assignment.term, runner.goal)
+    ids = tuple(one.id for one in runner.residencies) if shared(runner) and runner.goal is Goal.RUN else ()
+    wanted = (runner.assignment.id, runner.assignment.term, runner.goal, runner.app, ids)
+    return session.told.get(runner.id) != wanted
 
 
 __all__ = ["AgentSessions", "Send"]

@@ -294,14 +294,16 @@ def _bind(work: Work, app_id: str, revision: Revision, option: Option, start_ms:
     )
     work.put(_trimmed(state, after), runner)
     state.demand.begin_binding(runner.id, app_id, work.moment.now_s)
-    against = "no container has a place" if start_ms >= READY_MAX_MS else f"a container would take {start_ms / 1000:.1f} s"
+    known = start_ms < READY_MAX_MS
+    against = f"a container would take {start_ms / 1000:.1f} s" if known else "when a container would is not known"
     facts = {
         "stage_ms": str(option.stage_ms), "load_ms": str(option.load_ms), "evicted_ms": str(option.evicted_ms),
         "start_ms": str(min(start_ms, NEVER_MS)), "node": runner.node, "app": app_id,
     }  # fmt: skip
     if gone:
         facts["evicted"] = ",".join(option.evicted)
-    work.log("RUNNER_SHARED", runner.id, f"serves {app_id} in {option.total_ms / 1000:.1f} s; {against}", **facts)
+    when = f"in {option.total_ms / 1000:.1f} s" if option.stage_ms < UNREACHED_MS else "once its files are there"
+    work.log("RUNNER_SHARED", runner.id, f"serves {app_id} {when}; {against}", **facts)
 
 
 def unbind(work: Work, runner: Runner, app_id: str, why: str) -> None:
