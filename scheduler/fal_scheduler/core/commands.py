@@ -11,7 +11,8 @@ from typing import Final
 
 from fal_contract.errors import Code, FalError, invalid, not_found
 from fal_contract.ids import team_of
-from fal_scheduler.core import gpu_faults, tokens, usage
+from fal_scheduler.core import gpu_faults, tokens
+from fal_scheduler.core.drain import give_up
 from fal_scheduler.core.events import (
     AcceptCluster,
     ApplyApp,
@@ -111,7 +112,7 @@ def _forget_revisions(work: Work, app: App) -> None:
     """Keep the last revisions and those that runners serve."""
     state = work.state
     number = app.revision - REVISIONS_KEPT
-    served = {state.runners[id_].revision for id_ in state.runners_by_app.get(app.id, ())}
+    served = {state.runners[id_].revision_for(app.id) for id_ in state.runners_by_app.get(app.id, ())}
     back = app.rollout.from_revision if app.rollout is not None else 0
     old = state.revisions.get((app.id, number))
     if old is not None and number != back and number not in served:
@@ -151,6 +152,9 @@ def cordon_node(work: Work, event: CordonNode) -> Reply:
     """Stop or allow new placements on a node."""
     node = _node(work.state, event.node)
     reason = event.reason if event.cordon else ""
+    if node.drain is not None and not event.cordon:  # else what is placed there would have to leave at once
+        what = f"node {node.name} is being drained ({node.drain.reason or node.drain.kind})"
+        raise FalError(Code.FAILED_PRECONDITION, what, remedy=f"`falctl node drain {node.name} --cancel` ends that.")
     if (node.cordoned, node.cordon_reason) == (event.cordon, reason):
         return Reply("unchanged", node.id)
     work.put(replace(node, cordoned=event.cordon, cordon_reason=reason), node)
@@ -170,16 +174,7 @@ def revoke_node(work: Work, event: RevokeNode) -> Reply:
     gpu_faults.forget(work, node.id)
     subject = f"node/{node.id}"
     work.put(Revocation(event.serial or node.id, subject, work.moment.wall_s, event.reason), None)
-    live = state.live.get(node.id)
-    if live is not None:  # what it told is worth nothing any more
-        for runner_id in state.runners_by_node.get(node.id, ()):
-            usage.note_end(work, state.runners[runner_id])
-        for runner_id in list(live.orphans):
-            state.forget_orphan(node.id, runner_id)
-        live.statuses.clear()
-        live.told_at_s.clear()
-    for runner_id in list(state.runners_by_node.get(node.id, ())):
-        work.drop(state.runners[runner_id])
+    give_up(work, node.id)
     work.emit(Revoked(subject))
     work.log("NODE_REVOKED", node.id, event.reason or "by an operator")
     return Reply("changed", node.id)
@@ -277,6 +272,7 @@ def adopt_to_stop(work: Work, node_id: str, status: RunnerStatus, goal: Goal, re
         goal_reason=reason,
         memory_bytes=status.memory_bytes,
         cpu_milli=status.cpu_milli,
+        gpu_milli=status.gpu_milli,
     )
     work.put(runner, None)
     work.log("RUNNER_STOPPING", runner.id, reason)

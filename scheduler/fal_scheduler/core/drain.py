@@ -161,25 +161,44 @@ def _remove(work: Work, event: RemoveNode) -> Reply:
 def _forget(work: Work, node: Node) -> None:
     """The node's certificates are refused from now on; its record and those of its runners go."""
     state = work.state
-    live = state.live.get(node.id)
-    if live is not None:
-        for runner_id in state.runners_by_node.get(node.id, ()):
-            usage.note_end(work, state.runners[runner_id])
-        for runner_id in list(live.orphans):
-            state.forget_orphan(node.id, runner_id)
-        live.statuses.clear()
-        live.told_at_s.clear()
-    for runner_id in list(state.runners_by_node.get(node.id, ())):
-        work.drop(state.runners[runner_id])
     subject = f"node/{node.id}"
     before = state.revocations.get(node.id)
-    work.put(Revocation(node.id, subject, work.moment.wall_s, "removed"), before)
+    if before is None:
+        work.put(Revocation(node.id, subject, work.moment.wall_s, "removed"), before)
+        work.emit(Revoked(subject))
+    if not give_up(work, node.id):  # the next tick goes on
+        drain = Drain(REMOVE, "given up", work.moment.wall_s, force=True, keep_cordoned=True)
+        work.put(replace(node, revoked=True, cordoned=True, drain=drain), node)
+        return
     work.drop(state.nodes[node.id])
     gpu_faults.forget(work, node.id)
     state.live.pop(node.id, None)
-    work.emit(Revoked(subject))
     work.emit(NodeChanged(node.id))
     work.log("NODE_REMOVED", node.id, f"{node.name} is forgotten")
+
+
+def give_up(work: Work, node_id: str) -> bool:
+    """Forget the records of a node's runners, of which nothing counts any more that it tells; True where all are gone.
+
+    One commit has room for so many: those of a revoked node that are left go with the next ticks.
+    """
+    state = work.state
+    live = state.live.get(node_id)
+    if live is not None:
+        for runner_id in list(live.orphans):
+            state.forget_orphan(node_id, runner_id)
+    for runner_id in list(state.runners_by_node.get(node_id, ())):
+        if work.full:
+            return False
+        usage.note_end(work, state.runners[runner_id])
+        if live is not None:  # else its container would be an orphan now
+            live.statuses.pop(runner_id, None)
+            live.told_at_s.pop(runner_id, None)
+        work.drop(state.runners[runner_id])
+    if live is not None:
+        live.statuses.clear()
+        live.told_at_s.clear()
+    return True
 
 
 def _declare_lost(work: Work, event: DeclareLost) -> Reply:
@@ -248,24 +267,40 @@ def notice(work: Work, event: NodeNotice) -> None:
     have = node.drain
     if not event.kind:
         if have is not None and have.kind in NOTICED:
-            _cancel(work, CancelDrain(node.id))
+            _withdrawn(work, node, have)
         return
     if event.kind not in NOTICED or (have is not None and have.kind not in NOTICED):
         return
     deadline_s = max(1.0, work.moment.wall_s + event.within_s) if event.within_s >= 0.0 else 0.0
     if have is not None and have.kind == event.kind and abs(have.deadline_at_s - deadline_s) < NOTICE_MARGIN_S:
         return
-    begin(work, node, Drain(event.kind, event.reason, work.moment.wall_s, deadline_s, keep_cordoned=True))
+    before = have.keep_cordoned if have is not None else node.cordoned
+    begin(work, node, Drain(event.kind, event.reason, work.moment.wall_s, deadline_s, keep_cordoned=before))
+
+
+def _withdrawn(work: Work, node: Node, drain: Drain) -> None:
+    """The node is used again, but for one that somebody had cordoned before."""
+    if drain.keep_cordoned:
+        work.put(replace(node, drain=None, cordon_reason="cordoned before it was noticed"), node)
+        work.log("NODE_DRAIN_CANCELLED", node.id, "it stays cordoned")
+    else:
+        _cancel(work, CancelDrain(node.id))
 
 
 def tick(work: Work) -> None:
     """Deadlines that are over, and nodes that are empty."""
     state, wall_s = work.state, work.moment.wall_s
     _settle(work)
+    for node_id in list(state.runners_by_node):
+        if (one := state.nodes.get(node_id)) is not None and one.revoked:
+            give_up(work, node_id)
     for node_id in list(state.draining):
         node = state.nodes[node_id]
         drain = node.drain
         assert drain is not None
+        if node.revoked:
+            _finish(work, node)
+            continue
         # What the cloud takes back must have ended before it does.
         margin_s = NOTICE_MARGIN_S if drain.kind in NOTICED else 0.0
         if drain.force or 0.0 < drain.deadline_at_s <= wall_s + margin_s:

@@ -116,7 +116,25 @@ def _end_ended(work: Work, live: NodeLive) -> None:
     for status in list(live.statuses.values()):
         runner = work.state.runners.get(status.runner_id)
         if status.ended and runner is not None and runner.node == live.node_id:
-            _ended(work, runner, status)
+            _take_end(work, live, runner, status)
+
+
+def _take_end(work: Work, live: NodeLive, runner: Runner, status: RunnerStatus) -> None:
+    """A container's end, now, or with the next step: one commit has room for so many."""
+    if not work.full:
+        _ended(work, runner, status)
+        return
+    work.state.ends_due[live.node_id] = None
+    work.state.dirty[runner.app] = None
+
+
+def go_on(work: Work) -> None:
+    """Ends that steps before this one had no room for."""
+    due, work.state.ends_due = work.state.ends_due, {}
+    for node_id in due:
+        live = work.state.live.get(node_id)
+        if live is not None and not live.hold:
+            _end_ended(work, live)
 
 
 def recheck(work: Work) -> None:
@@ -162,7 +180,7 @@ def report(work: Work, event: NodeReport) -> None:
         if runner is None or runner.node != live.node_id or live.hold:
             continue
         if status.ended:
-            _ended(work, runner, status)
+            _take_end(work, live, runner, status)
         elif status.serves and (before is None or not before.serves):
             _became_ready(work, runner, status, event.arrived_s)
         if status.wounded and (before is None or not before.wounded):
@@ -207,7 +225,7 @@ def _gone(work: Work, live: NodeLive, runner_id: str) -> None:
     if runner is not None and runner.node == live.node_id and last is not None and not live.hold:
         reason = last.reason or "its node has forgotten it"
         live.statuses[runner_id] = ended = replace(last, state=RunnerState.TERMINATED, reason=reason)
-        _ended(work, runner, ended)
+        _take_end(work, live, runner, ended)
     if last is not None and (runner is None or runner.node != live.node_id):
         del live.statuses[runner_id]
         live.told_at_s.pop(runner_id, None)

@@ -117,11 +117,13 @@ class State:
         self.alarms: dict[tuple[str, str], Alarm] = {}
         self.build_failures: dict[tuple[str, str], BuildFailure] = {}  # by namespace and key, the newest last
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
+        self.ends_due: dict[str, None] = {}  # nodes that told of more ends than one step could take in
         self.usage_due_s = 0.0  # when the ledger is looked after next, monotonic
         self.settled = True  # False while a new leader waits for its nodes to say what they run
         self.hold_all = ""  # why nothing at all is started or stopped by itself
         self.suspicion: Suspicion | None = None  # meta's, or what is yet to be written there
         self.dirty: dict[str, None] = {}  # apps to be reconciled
+        self.reconciled_at_s: dict[str, float] = {}  # by app of many runners: when last, monotonic
         self.explanations_left = EXPLANATIONS_PER_TICK_MAX
         self.asked: dict[str, None] = {}  # apps whose stops an operator's command asks for, until they are done
         self.stops_held: dict[str, None] = {}  # apps with stops that wait for a confirm

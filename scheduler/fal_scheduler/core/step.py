@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import FAILOVER_GRACE_S
@@ -97,6 +98,8 @@ from fal_scheduler.core.state import EXPLANATIONS_PER_TICK_MAX, State
 from fal_scheduler.core.suspicion import judge_again
 from fal_scheduler.core.work import Work
 
+RECONCILE_GAP_S = 0.2  # between two looks at an app of RUNNERS_MANY, while reports come
+RUNNERS_MANY = 100
 SETTLE_S = 5.0  # how long a new leader waits for all of its nodes before it places anything
 
 
@@ -121,7 +124,7 @@ class Core:
         work = Work(self.state, moment, self.ids, by_operator=getattr(event, "actor", ""))
         try:
             reply = _take(work, event)
-            _reconcile(work, self.placer)
+            _reconcile(work, self.placer, by_report=isinstance(event, NodeReport))
             if isinstance(event, Tick):
                 starts.refresh_reasons(work)
             violations = invariants.check(self.state, work.changes) if work.changes else []
@@ -180,7 +183,7 @@ def _take(work: Work, event: Event) -> Reply | None:
         case CacheTold():
             work.state.cache_facts.take(event)
         case Proceed():
-            pass
+            news.go_on(work)
         case _:
             return _command(work, event)
     return None
@@ -291,8 +294,12 @@ def _settle(work: Work) -> None:
         work.capacity_grew()
 
 
-def _reconcile(work: Work, placer: Placer) -> None:
-    """Every app that is dirty, as far as one step goes; before them those that wait and may find a place now."""
+def _reconcile(work: Work, placer: Placer, *, by_report: bool) -> None:
+    """Every app that is dirty, as far as one step goes; before them those that wait and may find a place now.
+
+    A reconciliation looks at each of the app's runners. Where they report one after the other, an app of many is looked
+    at once in RECONCILE_GAP_S, and when nothing waits to be taken in any more: it stays dirty until then.
+    """
     state = work.state
     waiting.wake(state)
     if state.awake:
@@ -302,8 +309,15 @@ def _reconcile(work: Work, placer: Placer) -> None:
                 state.dirty[app_id] = None
                 return
             state.dirty.pop(app_id, None)
-    while state.dirty and not work.full:
-        app_id = next(iter(state.dirty))
+    later: dict[str, None] = {}
+    while not work.full and (app_id := next((one for one in state.dirty if one not in later), None)) is not None:
+        if by_report and work.moment.now_s - state.reconciled_at_s.get(app_id, -inf) < RECONCILE_GAP_S:
+            later[app_id] = None
+            continue
+        if len(state.runners_by_app.get(app_id, ())) >= RUNNERS_MANY:
+            state.reconciled_at_s[app_id] = work.moment.now_s
+        else:
+            state.reconciled_at_s.pop(app_id, None)
         reconcile(work, placer, app_id)
         if not work.full:  # what it changed made the app dirty again, but it has seen that itself
             state.dirty.pop(app_id, None)

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from fal_scheduler.core.work import Work
 
 FOLD_EVERY_S: Final = 60.0
-FOLDED_AT_ONCE_MAX: Final = 40  # of one step; each also changes the sums of the days that it touches
+FOLDED_AT_ONCE_MAX: Final = 40  # of one step
+FOLDED_PARTS_MAX: Final = 20  # sums that one step changes: each is a write, and a commit holds 100, and 1 MiB
+FOLDED_ROWS_MAX: Final = 4000  # of all these
+FOLD_BESIDE_MAX: Final = 20  # changes that the step has made already
 CHECKPOINTS_AT_ONCE_MAX: Final = 40
 _DAY_S: Final = 86_400.0
 
@@ -165,28 +168,74 @@ def _fold(work: Work) -> None:
     due = [one for one in ended if wall_s - one.until_s >= USAGE_DETAILS_KEPT_S]
     if len(ended) > USAGE_DETAILS_MAX:
         due = sorted(ended, key=lambda one: (one.until_s, one.assignment))[: len(ended) - USAGE_DETAILS_MAX]
-    due = due[:FOLDED_AT_ONCE_MAX]
-    if len(due) == FOLDED_AT_ONCE_MAX:
-        state.usage_due_s = work.moment.now_s  # there is more
+    if not due:
+        return
+    if len(work.changes) > FOLD_BESIDE_MAX:
+        state.usage_due_s = work.moment.now_s
+        return
     sums: dict[tuple[str, tuple[str, str, str]], UsageRow] = {}
-    for one in due:
-        for day, row in by_day(one):
+    parts: dict[tuple[str, int], int] = {}  # to be changed, with their rows
+    left = len(due) > FOLDED_AT_ONCE_MAX
+    for one in due[:FOLDED_AT_ONCE_MAX]:
+        rest: Usage | None = one
+        for day, row, after in _days(one):
+            if not _room(state, parts, day, row):
+                break
             have = sums.get((day, row.key))
             sums[day, row.key] = have.plus(row) if have is not None else row
+            rest = after
+        if rest is not None:  # another step has room for its other days
+            left = True
+            if rest != one:
+                work.put(rest, one)
+            break
         work.drop(one)
+    if left:
+        state.usage_due_s = work.moment.now_s
     for (day, _), row in sorted(sums.items()):
         _add(work, day, row)
 
 
-def _add(work: Work, day: str, row: UsageRow) -> None:
-    """Into the part that has this row, else the first with room."""
-    parts = [part for (name, _), part in work.state.usage_days.items() if name == day]
+def _days(usage: Usage) -> Iterator[tuple[str, UsageRow, Usage | None]]:
+    """A container's usage on each day, as `by_day`, and what is left of its record after that day; None: nothing."""
+    rows = list(by_day(usage))
+    rest = usage
+    for at, (day, row) in enumerate(rows):
+        rest = replace(
+            rest,
+            started_at_s=_midnight_after(rest.started_at_s),
+            gpu_ms=rest.gpu_ms - row.gpu_ms,
+            busy_gpu_ms=rest.busy_gpu_ms - row.busy_gpu_ms,
+            served=rest.served - row.served,
+        )
+        yield day, row, rest if at + 1 < len(rows) else None
+
+
+def _room(state: State, parts: dict[tuple[str, int], int], day: str, row: UsageRow) -> bool:
+    """Whether a step that changes `parts` may also add this row; notes the part that it goes to."""
+    at, number = _part_of(state, day, row)
+    if (day, number) in parts:
+        return True
+    size = len(at.rows) if at is not None else 0
+    if parts and (len(parts) >= FOLDED_PARTS_MAX or sum(parts.values()) + size > FOLDED_ROWS_MAX):
+        return False
+    parts[day, number] = size
+    return True
+
+
+def _part_of(state: State, day: str, row: UsageRow) -> tuple[UsageDay | None, int]:
+    """The part that has this row, else the first with room, else the number of another."""
+    parts = [part for (name, _), part in state.usage_days.items() if name == day]
     parts.sort(key=lambda part: part.part)
     at = next((part for part in parts if any(one.key == row.key for one in part.rows)), None)
     at = at or next((part for part in parts if len(part.rows) < USAGE_ROWS_PER_PART_MAX), None)
+    return at, at.part if at is not None else len(parts)
+
+
+def _add(work: Work, day: str, row: UsageRow) -> None:
+    at, number = _part_of(work.state, day, row)
     rows = {one.key: one for one in at.rows} if at is not None else {}
     rows[row.key] = rows[row.key].plus(row) if row.key in rows else row
-    number = at.part if at is not None else len(parts)
     work.put(UsageDay(day, number, tuple(rows[key] for key in sorted(rows))), at)
 
 
