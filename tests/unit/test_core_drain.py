@@ -8,10 +8,19 @@ import pytest
 
 from core_world import World, spec_of
 from fal_contract.errors import Code, FalError
-from fal_scheduler.core.events import ApplyApp, Event, Moment
-from fal_scheduler.core.node_events import CancelDrain, DeclareLost, DrainNode, LabelNode, NodeNotice, RemoveNode
+from fal_scheduler.core.events import ApplyApp, CordonNode, Event, Moment
+from fal_scheduler.core.node_events import (
+    CancelDrain,
+    DeclareLost,
+    DrainNode,
+    LabelNode,
+    NodeNotice,
+    RebootDue,
+    RebootRefused,
+    RemoveNode,
+)
 from fal_scheduler.core.records import Goal, Node, Runner, RunnerState
-from fal_scheduler.core.told import Health
+from fal_scheduler.core.told import Capabilities, Health
 
 APP = "default/a"
 
@@ -132,7 +141,8 @@ def test_a_reboot_waits_until_the_machine_is_back() -> None:
     fleet.do(DrainNode(node, kind="reboot"))
     fleet.rounds(30, least=1)
     drain = fleet.node(node).drain
-    assert drain is not None and drain.boot_id == f"boot-{node}"
+    assert drain is not None
+    assert drain.boot_id == f"boot-{node}"
     assert fleet.node(node).cordoned
     fleet.world.nodes[node].boot_id = "after"
     fleet.world.hello(node)
@@ -158,6 +168,70 @@ def test_spot_notices_leave_before_the_machine_goes_and_can_be_withdrawn() -> No
     assert fleet.node(node).drain is not None, "the machine is still to go"
     fleet.do(NodeNotice(node, session, "", 0.0, "", fleet.world.now_s))
     assert (fleet.node(node).cordoned, fleet.node(node).drain) == (False, None)
+
+
+def test_a_notice_that_is_withdrawn_leaves_an_operators_cordon() -> None:
+    fleet = Fleet(0)
+    session = fleet.world.state.live["n-0"].session_id
+    fleet.do(CordonNode("n-0", True, "fan"))
+    for within_s in (900.0, 60.0):  # told twice
+        fleet.do(NodeNotice("n-0", session, "notice", within_s, "switches", fleet.world.now_s))
+    assert fleet.node("n-0").drain is not None
+    fleet.do(NodeNotice("n-0", session, "", 0.0, "", fleet.world.now_s))
+    assert (fleet.node("n-0").cordoned, fleet.node("n-0").drain) == (True, None)
+
+
+def test_a_notice_without_a_date_stops_nothing() -> None:
+    fleet = Fleet(2, nodes=1)
+    session = fleet.world.state.live["n-0"].session_id
+    fleet.do(NodeNotice("n-0", session, "spot", -1.0, "rebalance", fleet.world.now_s))
+    fleet.rounds(60, least=2)
+    fleet.do(NodeNotice("n-0", session, "spot", 30.0, "taken back", fleet.world.now_s))
+    fleet.rounds(20)
+    assert not fleet.runners("n-0"), "now there is a date"
+
+
+def test_a_machine_that_was_not_rebooted_stays_cordoned_with_an_alarm_until_somebody_looked() -> None:
+    fleet = Fleet(1)
+    node = fleet.busiest()
+    fleet.do(DrainNode(node, kind="reboot"))
+    fleet.rounds(30, least=1)
+    session = fleet.world.state.live[node].session_id
+    fleet.do(RebootRefused(node, session, "another boot", "no power", "Go and look.", fleet.world.now_s))
+    assert fleet.node(node).drain is not None, "an order of another boot"
+    fleet.do(RebootRefused(node, session, f"boot-{node}", "no power", "Go and look.", fleet.world.now_s))
+    assert (fleet.node(node).drain, fleet.node(node).cordon_reason) == (None, "not rebooted: no power")
+    assert "no power" in fleet.world.state.alarms["NODE_NOT_REBOOTED", node].message
+    fleet.do(CordonNode(node, False))
+    fleet.rounds(2)
+    assert ("NODE_NOT_REBOOTED", node) not in fleet.world.state.alarms
+
+
+def test_a_reboot_of_a_machine_whose_agent_may_not_is_refused_at_once() -> None:
+    fleet = Fleet(1)
+    node = fleet.busiest()
+    fleet.world.state.live[node].capabilities = Capabilities()
+    with pytest.raises(FalError, match="may not reboot") as refused:
+        fleet.world.core.step(DrainNode(node, kind="reboot"), Moment(fleet.world.now_s, fleet.world.wall_s))
+    assert "reboot_command" in refused.value.remedy
+    assert not fleet.node(node).cordoned
+
+
+def test_the_order_goes_out_after_the_boot_is_in_the_record_and_again_with_each_session_of_it() -> None:
+    fleet = Fleet(0)
+    outcome = fleet.world.step(DrainNode("n-0", kind="reboot"))
+    assert outcome is not None
+    assert RebootDue("n-0", "boot-n-0") in outcome.effects
+    assert any(isinstance(one.after, Node) and one.after.drain is not None for one in outcome.changes)
+    meta = fleet.world.state.meta
+    assert meta is not None
+    again = fleet.world.step(fleet.world.nodes["n-0"].hello(fleet.world.now_s, meta))
+    assert again is not None
+    assert RebootDue("n-0", "boot-n-0") in again.effects
+    fleet.world.nodes["n-0"].boot_id = "after"
+    back = fleet.world.step(fleet.world.nodes["n-0"].hello(fleet.world.now_s, meta))
+    assert back is not None
+    assert not any(isinstance(one, RebootDue) for one in back.effects)
 
 
 def test_what_cannot_go_elsewhere_is_stopped_before_the_cloud_takes_the_machine() -> None:
