@@ -150,7 +150,7 @@ class Residents:
             await self._unload(one, wanted)
             return False
         for one in sorted(wanted.values(), key=lambda one: one.base != ""):
-            if self._known[one.id].state in (STAGING, LOADING):
+            if self._known[one.id].state in (STAGING, LOADING, LEAVING):  # it was to go, and stays after all
                 await self._load(one)
                 return False
         return True
