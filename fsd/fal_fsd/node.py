@@ -154,6 +154,7 @@ class CacheNode:
             await self._lock_in_memory(artifact_id)
         elif self._tiers.pop(artifact_id, ""):
             await asyncio.to_thread(self.around.memory.unlock, artifact_id)
+            self.news.changed(artifact_id, at_once=True)
 
     def ready(self, transfer: Transfer) -> None:
         """A transfer ended well (Transfers' on_ready)."""

@@ -11,6 +11,8 @@ import pytest
 from fal_contract.artifact import Artifact, from_manifest
 from fal_contract.v1 import agent_pb2, weights_pb2
 from fal_fsd import fetching, wishes
+from fal_fsd.core.eviction import value
+from fal_fsd.disk.room import candidates
 from fal_fsd.disk.store import DiskStore
 from fsd_cluster import PIECE, cluster, content_of, contents_of, listed, run
 from fsd_rig import plain_message, write
@@ -124,6 +126,49 @@ def test_an_older_set_of_wishes_undoes_nothing_of_a_newer_one(tmp_path: Path, mo
             await s.until(lambda: all(list(x.pinned_by) == ["wish"] for x in s.nodes["n1"].seen.values()))
             s.wish("n1", [])
             await s.until(lambda: not any(x.pinned_by for x in s.nodes["n1"].seen.values()))
+
+    run(main())
+
+
+def test_what_leaves_the_memory_makes_room_for_what_comes_into_it(tmp_path: Path) -> None:
+    contents = {name: {"f": name.encode() * 20_000} for name in "ab"}
+    messages = {name: plain_message(write(tmp_path / name, contents[name]), contents[name]) for name in "ab"}
+
+    async def main() -> None:
+        async with cluster(tmp_path, "") as c:
+            s, rig = c.scheduler, await c.add("n1", memory_bytes_max=30_000)  # for one of them
+            if why := rig.cache.around.memory.available:
+                pytest.skip(f"nothing can be locked here: {why}")
+
+            def in_memory() -> list[str]:
+                return [one.manifest_digest for one in s.nodes["n1"].seen.values() if one.bytes_memory]
+
+            for hot, cold in ("ab", "ba", "ab"):
+                tiers = {hot: "memory", cold: "disk"}  # what comes into the memory is followed first
+                s.wish("n1", [weights_pb2.Wished(artifact=messages[x], tier=tier) for x, tier in tiers.items()])
+                digest = messages[hot].manifest_digest
+                await s.until(lambda digest=digest: in_memory() == [digest])  # type: ignore[misc]
+            assert "NOT_IN_MEMORY" not in s.kinds()
+
+    run(main())
+
+
+def test_values_that_the_scheduler_tells_are_those_that_eviction_goes_by(tmp_path: Path) -> None:
+    contents = {name: {"f": name.encode() * 5000} for name in "ab"}
+    messages = {name: plain_message(write(tmp_path / name, contents[name]), contents[name]) for name in "ab"}
+
+    async def main() -> None:
+        async with cluster(tmp_path, "n1") as c:
+            s, store = c.scheduler, c.rigs["n1"].cache.store
+            for message in messages.values():
+                await c.stage("n1", message, "")
+            ids = {name: store.catalog.resolve(message.manifest_digest)[0] for name, message in messages.items()}
+            for kept, gone in ("ab", "ba"):
+                values = {ids[kept]: 1000, ids[gone]: 1}
+                s.nodes["n1"].tell(values=weights_pb2.ArtifactValues(values=values))
+                c.rigs["n1"].cache.node.news.event("MARK", "n1", f"{kept} is told")
+                await s.until(lambda kept=kept: [x for x in s.events if x.message == f"{kept} is told"])  # type: ignore[misc]
+                assert [one.id for one in sorted(candidates(store), key=value)] == [ids[gone], ids[kept]]
 
     run(main())
 
