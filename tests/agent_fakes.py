@@ -17,7 +17,7 @@ from fal_agent.core.admission import GpuView
 from fal_agent.journal_codec import Record, Recorded, decode, encode
 from fal_agent.node import Facts, Node
 from fal_agent.packing import Packer
-from fal_agent.ports import MachineView, Places, Usage
+from fal_agent.ports import Control, MachineView, Places, Usage
 from fal_agent.proxy.messages import GatewayEntry, ProxyStats, RunnerEntry, RunnerStats
 from fal_agent.reboot import Reboot
 from fal_agent.runner_secrets import AskSecrets
@@ -232,6 +232,7 @@ class Box:
         self.packer = Packer()
         self.secrets: AskSecrets | None = None
         self.reboot: Reboot | None = None
+        self.control: Control | None = None  # None: the real one
 
     def agent(self, *, agent_id: str = "a-1", node_id: str = "n-000000000001") -> Node:
         """A new agent process on this machine (not started)."""
@@ -248,6 +249,8 @@ class Box:
             tools = replace(tools, secrets=self.secrets)
         if self.reboot is not None:
             tools = replace(tools, reboot=self.reboot)
+        if self.control is not None:
+            tools = replace(tools, control=self.control)
         return Node(Facts(node_id, "boot-1", agent_id, capabilities), tools, self.journal)
 
     def push(self, node: Node) -> None:
