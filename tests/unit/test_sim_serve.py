@@ -100,6 +100,12 @@ def test_the_short_ones_of_a_model_go_first_once_their_class_is_known() -> None:
     assert told["mean_wait_s"] < 0.8 * untold["mean_wait_s"]
 
 
+def test_the_last_one_is_served_though_no_load_is_worth_its_price() -> None:
+    """Nothing happens any more, and only its age makes it due."""
+    figures = run([Request(0, 1_000, "M0")], "falctl", 1, Settings(prefer_resident_ms=10**9, bypass_ms=60_000))
+    assert figures["max_wait_s"] == 60 + 22
+
+
 @pytest.mark.parametrize(
     ("arguments", "text", "wrong"),
     [

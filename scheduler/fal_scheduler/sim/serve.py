@@ -137,8 +137,8 @@ class Cluster:
             arrival = self.requests[at].at_ms if at < len(self.requests) else None
             end = self._ends[0][0] if self._ends else None
             times = [x for x in (arrival, end) if x is not None]
-            upcoming = min(times) if times else self.now_ms + ASK_AGAIN_MS
-            if self.queues and upcoming > self.now_ms + ASK_AGAIN_MS:
+            upcoming = min(times, default=0)
+            if self.queues and (not times or upcoming > self.now_ms + ASK_AGAIN_MS):
                 self.now_ms += ASK_AGAIN_MS
             elif arrival is not None and arrival == upcoming:
                 self.now_ms = arrival
