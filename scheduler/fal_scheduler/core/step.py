@@ -310,7 +310,10 @@ def _reconcile(work: Work, placer: Placer, *, by_report: bool) -> None:
                 return
             state.dirty.pop(app_id, None)
     later: dict[str, None] = {}
-    while not work.full and (app_id := next((one for one in state.dirty if one not in later), None)) is not None:
+    while not work.full:
+        app_id = next((one for one in state.dirty if one not in later), "")
+        if not app_id:
+            return
         if by_report and work.moment.now_s - state.reconciled_at_s.get(app_id, -inf) < RECONCILE_GAP_S:
             later[app_id] = None
             continue
