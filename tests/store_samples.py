@@ -6,6 +6,7 @@ read what an earlier one wrote. For a new format, kind or record version, record
 `v1-caches`: a build task of the compile cache, an app that names entries. `v1-images`: a task that packs an image, an
 image, a secret, an app with image, network, port and bounds of drivers and resources. `v1-learnt`: a shard of what was
 learnt of starts. `v1-operated`: a node that is drained, a quota, a rollout, shares of GPUs, rules of placement, usage.
+`v1-shared`: a runner that two apps share, one with a LoRA.
 `v1-rebooted`: a node that was told to reboot.
 """
 
@@ -313,6 +314,27 @@ REBOOTED: Final[tuple[Record, ...]] = (
         drain=Drain("reboot", "", MADE_AT_S, 0.0, False, True, "operator/ada", "0c3a6f3e-2f0a-4f6e-8d8b-6f6a1f3b2c1d"),
     ),
 )  # fmt: skip
+_ATELIER: Final = Spec(image="host", model="team1/base", num_gpus=1, share_group="atelier")
+SHARED: Final[tuple[Record, ...]] = (
+    *(
+        Revision(f"team1/{name}", 1, replace(_ATELIER, loras=loras), "ab" * 32)
+        for name, loras in (("plain", ()), ("inked", ("team1/ink",)))
+    ),
+    App("team1/plain", 1),
+    App("team1/inked", 1),
+    Model("team1/base", "model", "file:///srv/base", created_at_s=MADE_AT_S),
+    Model("team1/ink", "lora", "file:///srv/ink", created_at_s=MADE_AT_S),
+    Runner(
+        id="team1/plain-7k2m9q4c",
+        share_group="atelier",
+        bindings=(Binding("team1/plain", 1, "team1/base"), Binding("team1/inked", 1, "team1/base")),
+        created_at_s=MADE_AT_S,
+        residencies=(
+            Residency("team1/base", "team1/base", "cd" * 32),
+            Residency("team1/ink@team1/base", "team1/ink", "", "team1/base"),
+        ),
+    ),
+)
 SETS: Final[dict[str, tuple[Record, ...]]] = {
     "v1": RECORDS,
     "v1-weights": WEIGHTS,
@@ -321,6 +343,7 @@ SETS: Final[dict[str, tuple[Record, ...]]] = {
     "v1-learnt": LEARNT,
     "v1-operated": OPERATED,
     "v1-rebooted": REBOOTED,
+    "v1-shared": SHARED,
 }
 
 
