@@ -40,6 +40,7 @@ from fal_scheduler.core.warm_worth import (
 from fal_scheduler.core.wishes import Wanted
 
 WISH_OWNER: Final = "wish"  # of a cache's pin
+NODES_A_TURN: Final = 64  # of the event loop
 Rates = dict[str, tuple[Model, int]]  # by artifact: arrivals of the apps that use it
 
 
@@ -93,7 +94,7 @@ class Warmth:
         self._tell(state, node_id, warm)
 
     async def run(self) -> None:
-        """Look again and again, until cancelled; one app in a turn of the loop."""
+        """Look again and again, until cancelled; one app or some nodes in a turn of the loop."""
         while True:
             await asyncio.sleep(WARM_LOOK_S)
             await self.look()
@@ -116,8 +117,10 @@ class Warmth:
                 worth.add(self._columns.fresh(), one, suited)
                 self._stage_ahead(state, one, suited, rates, wall_s)
             await asyncio.sleep(0)
-        for node_id in sorted({*worth.found, *self._nodes}):
+        for count, node_id in enumerate(sorted({*worth.found, *self._nodes}), start=1):
             self._settle(state, node_id, worth.found.get(node_id, {}), wall_s)
+            if count % NODES_A_TURN == 0:
+                await asyncio.sleep(0)
         if self._clock.monotonic_s() - self._values_at_s >= VALUES_EVERY_S:
             self._values_at_s = self._clock.monotonic_s()
             await self._tell_values(rates)
@@ -179,7 +182,9 @@ class Warmth:
                 if node_id in by_node:
                     by_node[node_id][artifact] = worth
             await asyncio.sleep(0)
-        for node_id, values in by_node.items():
+        for count, (node_id, values) in enumerate(by_node.items(), start=1):
+            if count % NODES_A_TURN == 0:
+                await asyncio.sleep(0)
             warm = self._nodes.setdefault(node_id, _Warm())
             if values == warm.values or (warm.values is None and not values):
                 continue
