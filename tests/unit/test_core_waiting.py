@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 
 from core_world import World, spec_of
 from fal_contract.errors import Code, FalError
-from fal_scheduler.core import preemption, quotas
+from fal_scheduler.core import preemption, quotas, waiting
 from fal_scheduler.core.events import ApplyApp, CordonNode, DeleteApp, Moment, ScaleApp
 from fal_scheduler.core.preemption import PREEMPTION_GAP
 from fal_scheduler.core.quota_events import SetQuota, UnsetQuota
-from fal_scheduler.core.records import Goal, Runner, RunnerState, ScaleOverride
+from fal_scheduler.core.records import Change, Goal, Runner, RunnerState, ScaleOverride, key_of
 from fal_scheduler.core.state import Pending
 from fal_scheduler.core.waiting_line import AGEING_S, Waiting, order_ms
 
@@ -278,6 +279,45 @@ def test_never_below_a_teams_quota() -> None:
     assert not fleet.world.state.reserved
 
 
+@pytest.mark.parametrize("why", ["idle runners give way", "the store is suspected"])
+def test_a_tick_takes_nothing_while_something_else_is_under_way_or_all_is_held(why: str) -> None:
+    fleet = Fleet()
+    fleet.apply("default/low", least=2)
+    fleet.rounds()
+    state = fleet.world.state
+    held = why != "idle runners give way"
+    if not held:
+        state.demand.gave_way["default/idle-1"] = "default/high"
+    fleet.apply("default/high", gpus=2, priority=90)
+    if held:
+        fleet.world.settle()
+        for runner in fleet.runners("default/low"):
+            state.apply(Change(key_of(runner), runner, replace(runner, goal=Goal.RUN, goal_reason="")))
+        state.hold_all = why
+    for _ in range(8):
+        fleet.world.tick(1.0)
+    assert all(one.goal is Goal.RUN for one in fleet.runners("default/low"))
+    state.demand.gave_way.clear()
+    state.hold_all = ""
+    fleet.rounds(12)
+    assert fleet.placed("default/high") == 1
+
+
+def test_a_new_leader_looks_for_places_once_when_all_nodes_have_spoken() -> None:
+    fleet = Fleet(nodes=3)
+    for at in range(5):
+        fleet.apply(f"default/wide{at}", gpus=64)
+    state = fleet.world.state
+    assert len(state.waiting) == 5
+    state.settled = False
+    state.freed_all = True
+    waiting.wake(state)
+    assert not state.awake
+    state.settled = True
+    waiting.wake(state)
+    assert state.awake
+
+
 def test_a_reservation_ends_with_its_reason() -> None:
     fleet = Fleet()
     fleet.apply("default/low", least=2)
@@ -336,3 +376,27 @@ def test_victims_are_as_few_as_can_be(seed: int) -> None:
             if team in held:
                 held[team] -= quotas.held_by(one)
                 assert held[team] >= min(state.quotas[team].gpu_milli, state.held_milli[team])
+
+
+def test_nodes_that_cannot_have_better_victims_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(nodes=24)
+    for at in range(9):
+        fleet.apply(f"default/low{at}", least=8)
+    assert all(one.node for one in fleet.world.state.runners.values())
+    fleet.apply("default/high", gpus=4, priority=PREEMPTION_GAP - 1)
+    state = fleet.world.state
+    app = state.apps["default/high"]
+    spec = replace(state.revision_of(app).spec, priority=50)
+    looks = 0
+    look = preemption.takes_without
+
+    def counted(*args: Any) -> bool:
+        nonlocal looks
+        looks += 1
+        return look(*args)
+
+    monkeypatch.setattr(preemption, "takes_without", counted)
+    found = preemption.find(state, app, spec)
+    assert found is not None
+    assert len(found.runners) == 4
+    assert looks <= 12 * 6  # none for sets that are too small; 12 nodes have four GPUs

@@ -19,7 +19,7 @@ from typing import Final
 from fal_contract.ids import team_of
 from fal_scheduler.core import quotas
 from fal_scheduler.core.disruption import allowed
-from fal_scheduler.core.explain import takes_without
+from fal_scheduler.core.explain import model_awaited, takes_without
 from fal_scheduler.core.ranking import Ask
 from fal_scheduler.core.records import App, Goal, Runner, Spec
 from fal_scheduler.core.scaling import in_grace
@@ -36,6 +36,8 @@ LOOKS_PER_TICK_MAX: Final = 2  # each goes through the nodes
 NODES_LOOKED_AT_MAX: Final = 2000
 SETS_EXACT_MAX: Final = 3
 
+Cost = tuple[int, int, float, str]  # of victims: fewer, of lower priority, younger, then the node's id
+
 
 @dataclass(frozen=True, slots=True)
 class Victims:
@@ -45,7 +47,7 @@ class Victims:
     runners: tuple[Runner, ...]
 
     @property
-    def cost(self) -> tuple[int, int, float, str]:
+    def cost(self) -> Cost:
         """Fewer first, of lower priority, then younger, then the node's id."""
         youngest = -sum(runner.created_at_s for runner in self.runners) / max(1, len(self.runners))
         return len(self.runners), max(one.priority for one in self.runners), youngest, self.node_id
@@ -85,19 +87,42 @@ def _take(work: Work, app: App, spec: Spec, found: Victims) -> None:
 def find(state: State, app: App, spec: Spec) -> Victims | None:
     """The best victims for one runner of `app`; None where nobody may be asked to leave."""
     ask = Ask(app.id, team_of(app.id), avoid=reserved_for_others(state, app.id))
-    best: Victims | None = None
-    looked = 0
+    nodes = []
     for node_id in sorted(state.runners_by_node):
         eligible = _eligible(state, app, spec, node_id)
-        if not eligible:
-            continue
-        looked += 1
-        if looked > NODES_LOOKED_AT_MAX:
+        if eligible and (least := _least(state, node_id, eligible, spec)) is not None:
+            nodes.append((least, eligible))
+            if len(nodes) == NODES_LOOKED_AT_MAX:
+                break
+    nodes.sort(key=lambda one: one[0])
+    best: Victims | None = None
+    for least, eligible in nodes:
+        if best is not None and best.cost < least:
             break
-        found = _fewest(state, node_id, eligible, spec, ask)
+        found = _fewest(state, least[-1], eligible, spec, ask)
         if found is not None and (best is None or found.cost < best.cost):
             best = found
     return best
+
+
+def _least(state: State, node_id: str, eligible: list[Runner], spec: Spec) -> Cost | None:
+    """What no set of victims on this node can cost less than, by their GPUs alone; None where even all are too few."""
+    count = next((count for count in range(1, len(eligible) + 1) if _frees(state, node_id, eligible, spec, count)), 0)
+    if not count:
+        return None
+    priority = sorted(one.priority for one in eligible)[count - 1]
+    youngest = -sum(sorted((one.created_at_s for one in eligible), reverse=True)[:count]) / count
+    return count, priority, youngest, node_id
+
+
+def _frees(state: State, node_id: str, eligible: list[Runner], spec: Spec, count: int) -> bool:
+    """Whether the largest holders, so many of them, could free the GPUs that `spec` asks for; others do not count."""
+    facts = state.fleet.facts.get(node_id)
+    if facts is None or spec.gpu_milli or not spec.num_gpus:
+        return True
+    held = {gpu: None for id_ in state.runners_by_node[node_id] for gpu in state.runners[id_].gpus}
+    most = sorted((len(one.gpus) for one in eligible), reverse=True)[:count]
+    return len(facts.gpus) - len(held) + sum(most) >= spec.num_gpus
 
 
 def _eligible(state: State, app: App, spec: Spec, node_id: str) -> list[Runner]:
@@ -124,6 +149,8 @@ def _fewest(state: State, node_id: str, eligible: list[Runner], spec: Spec, ask:
         return None  # not even all of them
     best: Victims | None = None
     for count in range(1, min(SETS_EXACT_MAX, len(eligible)) + 1):
+        if not _frees(state, node_id, eligible, spec, count):
+            continue
         for chosen in combinations(eligible, count):
             if _may_go(state, chosen) and takes_without(state, node_id, spec, ask, tuple(one.id for one in chosen)):
                 found = Victims(node_id, tuple(sorted(chosen, key=lambda one: one.id)))
@@ -156,18 +183,19 @@ def _running(state: State, app_id: str) -> int:
 def tick(work: Work) -> None:
     """Go on with what is under way, look again for who waits in front, and give back what is kept for nobody."""
     state, now_s = work.state, work.moment.now_s
+    held = bool(state.hold_all) or not state.settled  # nothing is stopped by itself
     for node_id, app_id in list(state.reserved.items()):
         app = state.apps.get(app_id)
         if app is None or app_id not in state.waiting or now_s - state.reserved_at_s[node_id] >= RESERVED_S:
             release(work, node_id)
-        elif node_id in state.runners_by_node:
+        elif node_id in state.runners_by_node and not held:
             spec = state.revision_of(app).spec
             ask = Ask(app.id, team_of(app.id), avoid=reserved_for_others(state, app.id))
             eligible = _eligible(state, app, spec, node_id)
             leaving = any(state.runners[id_].goal is not Goal.RUN for id_ in state.runners_by_node[node_id])
             if eligible and not leaving and (found := _fewest(state, node_id, eligible, spec, ask)) is not None:
                 _take(work, app, spec, found)
-    if not in_grace(state, now_s):
+    if not held and not in_grace(state, now_s):
         _look_again(work)
 
 
@@ -182,6 +210,8 @@ def _look_again(work: Work) -> None:
             or why != PLACE
             or state.preempt_at_s.get(app.id, 0.0) > now_s
             or app.id in state.reserved.values()
+            or app.id in state.demand.gave_way.values()  # idle runners leave for it already
+            or model_awaited(state, state.revision_of(app).spec)
         ):
             continue
         looks += 1

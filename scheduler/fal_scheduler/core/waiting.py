@@ -36,6 +36,9 @@ def enter(state: State, app_id: str, spec: Spec, since_s: float) -> None:
 def wake(state: State) -> None:
     """Classes that what changed since the last step could admit are awake."""
     waiting = state.waiting
+    if not state.settled:  # nothing is placed yet, and everybody is woken when it is
+        state.freed.clear()
+        return
     freed, state.freed = state.freed, {}
     everybody, state.freed_all = state.freed_all, False
     if not waiting or not (freed or everybody):
