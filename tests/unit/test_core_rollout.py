@@ -208,6 +208,17 @@ def test_pause_and_resume() -> None:
     assert fleet.serving(2) == 4
 
 
+def test_one_that_was_paused_for_longer_than_its_deadline_goes_on_when_it_is_resumed() -> None:
+    fleet = serving_four()
+    fleet.apply("two", RolloutPolicy(deadline_s=60.0))
+    fleet.rounds(2, least=4)
+    fleet.world.step(SetRollout(APP, "pause"))
+    fleet.rounds(100, least=4)
+    fleet.world.step(SetRollout(APP, "resume"))
+    fleet.rounds(40, least=4)
+    assert (fleet.serving(2), fleet.app.revision, fleet.app.rollout) == (4, 2, None)
+
+
 def test_a_third_revision_comes_before_the_second_is_through_and_goes_back_to_the_first() -> None:
     fleet = serving_four()
     fleet.broken = {2, 3}
@@ -280,3 +291,19 @@ def test_an_app_in_a_rollout_can_be_deleted() -> None:
     fleet.rounds(20)
     assert APP not in fleet.world.state.apps
     assert not fleet.world.state.rolling
+
+
+def test_what_was_said_of_a_revision_that_nobody_waits_with_is_forgotten_and_a_deleted_app_leaves_no_alarm() -> None:
+    fleet = serving_four()
+    fleet.apply("huge", RolloutPolicy(deadline_s=10.0), gpus=64)
+    fleet.rounds(5, least=4)
+    state = fleet.world.state
+    assert (APP, 2) in state.pending
+    fleet.rounds(30, least=4)
+    assert (fleet.app.revision, fleet.app.rollout) == (1, None)
+    assert ("ROLLED_BACK", APP) in state.alarms
+    assert not state.pending
+    fleet.world.step(DeleteApp(APP))
+    fleet.rounds(20)
+    assert APP not in state.apps
+    assert not state.alarms

@@ -202,7 +202,13 @@ def _delete(work: Work, app: App) -> None:
         return
     work.drop(state.revision_of(app))
     work.drop(app)
-    state.pending.pop((app.id, app.revision), None)
+    for key in [key for key in state.pending if key[0] == app.id]:
+        del state.pending[key]
+    for kind in ("ROLLED_BACK", "ROLLOUT_FAILED"):
+        work.settle(kind, app.id)
+    if app.id in state.stops_held and len(state.stops_held) == 1:
+        work.settle("MASS_STOP", "cluster")
+    state.sharing_barred_s.pop(app.id, None)
     state.demand.forget_app(app.id)
     state.waiting.pop(app.id)
     for table in (state.backoffs, state.refusals, state.stops_held, state.dirty, state.asked, state.preempt_at_s):

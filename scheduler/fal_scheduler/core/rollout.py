@@ -89,7 +89,9 @@ def _steer(work: Work, app: App, event: SetRollout) -> App:
             if rollout.paused == paused:
                 return app
             work.log("ROLLOUT_PAUSED" if paused else "ROLLOUT_RESUMED", app.id, f"at phase {rollout.phase}")
-            return _put(work, app, replace(rollout, paused=paused))
+            # What was paused has its whole time again: else one that rested for long would go back at once.
+            began_at_s = rollout.began_at_s if paused else work.moment.wall_s
+            return _put(work, app, replace(rollout, paused=paused, began_at_s=began_at_s))
 
 
 def _set_revision(work: Work, app: App, event: SetRevision) -> App:

@@ -5,6 +5,7 @@ Called by `reconcile`. Nothing is placed while the store is suspected or a new l
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Final
 
@@ -213,7 +214,10 @@ def refresh_reasons(work: Work) -> None:
         if not state.explanations_left:
             return
         revision, pending = state.revisions.get((app_id, number)), state.pending[app_id, number]
-        if revision is None or pending.found_at_s >= state.capacity_at_s:
+        if revision is None or (app_id not in state.waiting and pending.found_at_s < math.inf):
+            del state.pending[app_id, number]  # nobody waits with it any more
+            continue
+        if pending.found_at_s >= state.capacity_at_s:
             continue
         mine = (state.runners[id_] for id_ in state.runners_by_app.get(app_id, ()))
         runner = next((one for one in mine if not one.node and one.revision == number), None)
