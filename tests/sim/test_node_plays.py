@@ -132,6 +132,7 @@ def test_a_machine_is_rebooted_once_though_the_leader_changes_meanwhile(tell: Ca
         await always(cluster, lambda: reboots, "the order", within_s=120.0)
         fail_over(cluster)
         await asyncio.sleep(20.0)
+        assert _node(cluster, host).drain is not None, "it is not back yet"
         cluster.start_agent(host)
         await always(cluster, lambda: _node(cluster, host).drain is None, "the end of it", within_s=120.0)
         assert not _node(cluster, host).cordoned
