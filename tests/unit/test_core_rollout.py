@@ -25,8 +25,10 @@ class Fleet:
         self.broken: set[int] = set()
         self.stuck: set[int] = set()
 
-    def apply(self, tag: str, policy: RolloutPolicy = RolloutPolicy(), *, least: int = 4, gpus: int = 1) -> None:
-        spec, _ = spec_of(gpus=gpus, least=least, most=8, tag=tag)
+    def apply(
+        self, tag: str, policy: RolloutPolicy = RolloutPolicy(), *, least: int = 4, gpus: int = 1, memory_gib: int = 1
+    ) -> None:
+        spec, _ = spec_of(gpus=gpus, least=least, most=8, tag=tag, memory_gib=memory_gib)
         self.world.step(ApplyApp(APP, replace(spec, rollout=policy), f"{tag}-{policy}"))
 
     @property
@@ -100,6 +102,24 @@ def test_a_revision_that_cannot_be_placed_never_takes_down_the_one_that_serves()
         fleet.rounds(30, least=4)
         assert fleet.serving(1) == 4
         assert fleet.app.revision == 2
+
+
+def test_a_recreate_begins_only_where_its_own_runners_make_the_place_and_is_tried_again_when_one_is_there() -> None:
+    fleet = Fleet(nodes=1)
+    fleet.apply("one", least=1)
+    fleet.rounds(12)
+    policy = RolloutPolicy(strategy="recreate")
+    fleet.apply("more memory than any node has", policy, least=1, memory_gib=4096)
+    fleet.rounds(10, least=1)
+    spec, digest = spec_of(least=1)
+    fleet.world.step(ApplyApp("default/neighbour", spec, digest))
+    fleet.rounds(5, least=1)
+    fleet.apply("as many GPUs as the neighbour leaves no place for", policy, least=1, gpus=2)
+    fleet.rounds(10, least=1)
+    assert fleet.app.rollout is not None
+    fleet.world.step(DeleteApp("default/neighbour"))
+    fleet.rounds(30)
+    assert (fleet.serving(3), fleet.app.rollout) == (1, None)
 
 
 def test_recreate_stops_first_and_starts_then() -> None:

@@ -185,6 +185,17 @@ def test_a_team_within_its_quota_is_never_refused_and_above_it_borrows_what_nobo
     assert waits.goal is Goal.RUN
 
 
+def test_who_waits_for_what_no_node_has_keeps_nobody_from_borrowing() -> None:
+    fleet = Fleet(nodes=4)
+    fleet.world.step(SetQuota("a", 8000))
+    fleet.world.step(SetQuota("b", 1000))
+    spec, digest = spec_of(gpus=1, model="B999")
+    fleet.world.step(ApplyApp("a/x", spec, digest))
+    fleet.apply("b/y", least=3)
+    fleet.rounds()
+    assert (fleet.placed("a/x"), fleet.placed("b/y")) == (0, 3)
+
+
 def test_who_may_not_borrow_waits_and_says_why() -> None:
     fleet = Fleet(nodes=2)
     fleet.world.step(SetQuota("a", 1000, borrow=False))

@@ -48,6 +48,8 @@ FILTERS: Final = (
     "memory",
     "cpu",
 )
+# What a node may not refuse any more when runners on it have stopped.
+FREED_BY_STOPPING: Final = frozenset({"anti-affinity", "gpu-free", "gpu-share", "gpu-topology", "memory", "cpu"})
 _GIB: Final = 1 << 30
 _JOINED: Final = {"nvlink": "joined by NVLink", "pcie": "under one PCIe switch", "numa": "in one NUMA node"}
 

@@ -13,6 +13,7 @@ from fal_contract.errors import invalid, not_found
 from fal_contract.ids import check_name, team_of
 from fal_contract.limits import QUOTA_GPU_MILLI_MAX, TEAMS_MAX
 from fal_scheduler.core.events import Reply
+from fal_scheduler.core.explain import FREED_BY_STOPPING
 from fal_scheduler.core.quota_events import QuotaCommand, SetQuota
 from fal_scheduler.core.records import Quota, Runner, Spec
 from fal_scheduler.core.state import State
@@ -90,10 +91,19 @@ def _owner_waiting(state: State, team: str) -> str:
         app = state.apps.get(line[0][1])
         if other == team or app is None:
             continue
-        spec = state.revision_of(app).spec
-        if milli_of(spec) and within(state, other, milli_of(spec)):
+        revision = state.revision_of(app)
+        milli = milli_of(revision.spec)
+        if milli and within(state, other, milli) and not _hopeless(state, app.id, revision.number):
             return other
     return ""
+
+
+def _hopeless(state: State, app_id: str, number: int) -> bool:
+    """Whether it waits for what no node has, whatever runs there: nobody helps it by holding back."""
+    pending = state.pending.get((app_id, number))
+    if pending is None or not pending.refused or pending.feasible:
+        return False
+    return not any(name == FILTER or name in FREED_BY_STOPPING for name, _ in pending.refused)
 
 
 def team_of_runner(runner: Runner) -> str:

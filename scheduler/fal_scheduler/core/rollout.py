@@ -20,22 +20,25 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from fal_contract.errors import Code, FalError, invalid, not_found
+from fal_contract.ids import team_of
 from fal_contract.limits import ROLLOUT_FAILURES_MAX
 from fal_scheduler.core.disruption import allowed
 from fal_scheduler.core.events import Reply
-from fal_scheduler.core.explain import explain, model_awaited, summarise
+from fal_scheduler.core.explain import FREED_BY_STOPPING, explain, model_awaited, summarise, takes_without
+from fal_scheduler.core.ranking import Ask
 from fal_scheduler.core.records import App, Goal, Rollout, RolloutPolicy, Runner, Spec
 from fal_scheduler.core.rollout_events import RolloutCommand, SetRevision, SetRollout
 from fal_scheduler.core.runner_groups import Runners
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.stops import stop
+from fal_scheduler.core.waiting import reserved_for_others
 from fal_scheduler.core.work import Work
 
 CANARY: Final = "canary"
 ROLLING: Final = "rolling"
 RECREATING: Final = "recreating"
 ROLLING_BACK: Final = "rolling-back"
-FREED_BY_STOPPING: Final = frozenset({"gpu-free", "gpu-share", "memory", "cpu", "anti-affinity"})  # filters
+CAPACITY_NEW_S: Final = 5.0  # a recreate that was not begun is looked at again, where something became free so lately
 ACTIONS: Final = ("pause", "resume", "promote", "abort")
 
 
@@ -149,7 +152,8 @@ def tick(work: Work) -> None:
         policy = state.revision_of(app).spec.rollout
         late = wall_s >= rollout.began_at_s + policy.serves_within_s
         held = rollout.phase == CANARY and rollout.phase_at_s and wall_s >= rollout.phase_at_s + policy.canary_hold_s
-        if late or held:
+        freed = rollout.phase == RECREATING and work.moment.now_s - state.capacity_at_s <= CAPACITY_NEW_S
+        if late or held or (freed and (app_id, app.revision) in state.pending):
             state.dirty[app_id] = None
 
 
@@ -262,7 +266,7 @@ def targets(work: Work, app: App, current: Runners, old: Runners, wanted: int) -
         new = canaries(wanted, rollout.canary_perc)
         return Targets(new, wanted - min(new, ready), keep_old=True)
     if rollout.phase == RECREATING and (old.count or _leaving(work.state, app)):
-        why = blocked(work.state, spec) if old.count else ""
+        why = blocked(work.state, app.id, spec) if old.count else ""
         key = (app.id, app.revision)
         if why:
             work.state.pending[key] = Pending(f"revision {app.revision} is not begun: {why}", found_at_s=math.inf)
@@ -275,13 +279,21 @@ def targets(work: Work, app: App, current: Runners, old: Runners, wanted: int) -
     return Targets(min(wanted, max(ready + step, wanted - old.count)), rest)
 
 
-def blocked(state: State, spec: Spec) -> str:
-    """Why a recreate must not begin: no node could take the new revision even if it were empty."""
+def blocked(state: State, app_id: str, spec: Spec) -> str:
+    """Why a recreate must not begin: no node could take the new revision even without the app's own runners."""
     if awaited := model_awaited(state, spec):
         return awaited
-    verdicts = explain(state, spec)
-    if any(verdict.feasible or verdict.filter in FREED_BY_STOPPING for verdict in verdicts):
-        return ""
+    ask = Ask(app_id, team_of(app_id), avoid=reserved_for_others(state, app_id))
+    verdicts = explain(state, spec, ask)
+    own: dict[str, list[str]] = {}
+    for runner_id in state.runners_by_app.get(app_id, ()):
+        own.setdefault(state.runners[runner_id].node, []).append(runner_id)
+    for verdict in verdicts:
+        if verdict.feasible:
+            return ""
+        mine = tuple(own.get(verdict.node_id, ()))
+        if mine and verdict.filter in FREED_BY_STOPPING and takes_without(state, verdict.node_id, spec, ask, mine):
+            return ""
     return summarise(verdicts, spec).reason
 
 

@@ -173,6 +173,14 @@ def _wake_company(state: State, app_id: str) -> None:
             state.awake[need] = None
 
 
+def _wake_borrowers(state: State) -> None:
+    """Who waits for its quota is tried again: nobody may be left who has a better right to what is free."""
+    for need, why in list(state.waiting.asleep.items()):
+        if why == QUOTA:
+            del state.waiting.asleep[need]
+            state.awake[need] = None
+
+
 def times_of(state: State, app_id: str) -> ReadyFn:
     """When a runner of the app would be ready on each node, as placement wants to know it."""
     return lambda spec, node_ids: ready_ms(state, spec, node_ids, app=app_id)
@@ -201,7 +209,10 @@ def note_pending(work: Work, runner: Runner, revision: Revision) -> None:
             work.emit(AppChanged(revision.app))
     elif state.explanations_left > 0:
         state.explanations_left -= 1
-        state.pending[key] = replace(why_pending(state, revision.spec, ask_of(work, runner.app)), found_at_s=now_s)
+        found = replace(why_pending(state, revision.spec, ask_of(work, runner.app)), found_at_s=now_s)
+        state.pending[key] = found
+        if have is None or have.refused != found.refused:
+            _wake_borrowers(state)
         work.emit(AppChanged(revision.app))
     elif have is None:  # the next tick works it out
         state.pending[key] = Pending("no node can take it now", found_at_s=float("-inf"))
