@@ -16,11 +16,12 @@ from typing import Final
 
 from fal_agent.core.assignments import Complete, Delta
 from fal_agent.core.tasks import Task
-from fal_contract.limits import HEARTBEAT_INTERVAL_S, HEARTBEATS_MISSED_MAX, LOST_AFTER_S
+from fal_contract.limits import LOST_AFTER_S
 from fal_contract.v1 import agent_pb2, state_pb2
 from fal_scheduler.codec import decode
 from fal_scheduler.core import invariants
 from fal_scheduler.core.events import Effect, Logged
+from fal_scheduler.core.liveness import UNKNOWN_AFTER_S
 from fal_scheduler.core.records import Goal, Runner, Spec
 from fal_scheduler.core.state import State
 from fal_scheduler.core.views import runner_phase, wanted
@@ -133,7 +134,7 @@ class Checker(SchedulerHooks):
         if not isinstance(effect, Logged):
             return
         self.note(f"{scheduler.name} logs {effect.kind} {effect.subject}: {effect.message}")
-        limit_s = {"NODE_LOST": LOST_AFTER_S, "NODE_UNKNOWN": HEARTBEAT_INTERVAL_S * HEARTBEATS_MISSED_MAX}
+        limit_s = {"NODE_LOST": LOST_AFTER_S, "NODE_UNKNOWN": UNKNOWN_AFTER_S}
         if effect.kind in limit_s:
             self.count(effect.kind)
             silent_s = self._longest_silence(scheduler.name, effect.subject)

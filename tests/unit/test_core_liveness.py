@@ -11,7 +11,7 @@ from engine_rig import Rig, deploy
 from fal_contract.limits import FAILOVER_GRACE_S
 from fal_scheduler.codec import encode
 from fal_scheduler.core.events import ScaleApp
-from fal_scheduler.core.liveness import Silence, judge
+from fal_scheduler.core.liveness import UNKNOWN_AFTER_S, Silence, judge
 from fal_scheduler.core.records import Goal, RunnerState, ScaleOverride, key_of
 from fal_scheduler.core.told import Health
 from virtual_time import run_virtually
@@ -57,7 +57,7 @@ def test_which_nodes_are_lost(cluster: str, lost: int) -> None:
 
 def test_a_short_silence_is_unknown_and_a_reached_node_is_not_lost() -> None:
     assert set(judge(silences("aaA", age_s=SHORT_S)).values()) == {Health.READY, Health.UNKNOWN}
-    assert judge(silences("aaA", age_s=15.0))["a2"] is Health.READY
+    assert judge(silences("aaA", age_s=UNKNOWN_AFTER_S))["a2"] is Health.READY
     assert judge(silences("aaA", reached="2"))["a2"] is Health.UNKNOWN
     assert judge(silences("aaA"))["a2"] is Health.LOST
 

@@ -28,7 +28,9 @@ from fal_scheduler.core.events import NodeChanged, RouteChanged
 from fal_scheduler.core.told import Health, NodeLive
 from fal_scheduler.core.work import Work
 
-UNKNOWN_AFTER_S: Final = HEARTBEAT_INTERVAL_S * HEARTBEATS_MISSED_MAX
+TICK_S: Final = 1.0  # of the engine
+# The third heartbeat would be missed before the next tick: so a silent node is seen within 15 s of its last word.
+UNKNOWN_AFTER_S: Final = HEARTBEAT_INTERVAL_S * HEARTBEATS_MISSED_MAX - TICK_S
 REPLACED_WINDOW_S: Final = 60.0
 _ALARM: Final = "MASS_SILENCE"
 
