@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from fal_contract.errors import not_found
 from fal_contract.v1 import agent_pb2, fsd_pb2, state_pb2, weights_pb2
 
 Run = Callable[[str, AsyncIterator[weights_pb2.CacheUp], Callable[[weights_pb2.CacheDown], Awaitable[None]]], Any]
@@ -148,3 +149,19 @@ class FakeCache:
             while not check():
                 self._came.clear()
                 await self._came.wait()
+
+
+class NoManifests:
+    """A registrar (`cache_sessions.Registrar`) that has no manifest and wants none."""
+
+    wanted: tuple[str, ...] = ()
+
+    def manifest_of(self, id_: str) -> state_pb2.ModelManifest:
+        raise not_found("manifest", id_, remedy="Wait.")
+
+    def on_claims(self, node_id: str, claims: weights_pb2.PieceClaims) -> None: ...
+
+    def on_attestation(self, node_id: str, attestation: weights_pb2.Attestation) -> None: ...
+
+    def offer_manifest(self, message: state_pb2.ModelManifest) -> bool:
+        return False

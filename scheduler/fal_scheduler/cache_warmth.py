@@ -25,7 +25,6 @@ from fal_scheduler.core.ready_columns import Columns
 from fal_scheduler.core.ready_needs import artifact_of
 from fal_scheduler.core.records import Model
 from fal_scheduler.core.residency import CacheNode, ResidencyTable
-from fal_scheduler.core.scaling import in_grace
 from fal_scheduler.core.state import State
 from fal_scheduler.core.warm_tiers import Ahead, Keepable, chosen, room_for
 from fal_scheduler.core.warm_worth import (
@@ -80,7 +79,7 @@ class Warmth:
         warm = self._nodes.get(node_id)
         if warm is not None:
             warm.values = None
-        if node is None or not in_grace(state, self._clock.monotonic_s()):
+        if node is None or not self._new(state):
             return
         warm = warm or self._nodes.setdefault(node_id, _Warm())
         wished, until_s = self._wishes.wished_on(node_id), self._clock.wall_s() + FAILOVER_GRACE_S
@@ -92,6 +91,10 @@ class Warmth:
             elif artifact not in warm.ahead.until_s:
                 warm.ahead.hold(artifact, holding.bytes, until_s)
         self._tell(state, node_id, warm)
+
+    def _new(self, state: State) -> bool:
+        """Whether this leader may not know yet what is asked for; also where it began without a runner."""
+        return self._clock.monotonic_s() - state.term_began_s < FAILOVER_GRACE_S
 
     async def run(self) -> None:
         """Look again and again, until cancelled; one app or some nodes in a turn of the loop."""
@@ -149,7 +152,7 @@ class Warmth:
             self._wishes.set_automatic(node_id, {})
             return
         wished = self._wishes.wished_on(node_id)
-        hold = in_grace(state, self._clock.monotonic_s())
+        hold = self._new(state)
         if hold:
             found = {**self._held(state, warm, node), **found}
         free = [one for one in found.values() if wished.get(one.artifact) != "memory"]

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fake_cache import FakeCache, holding
+from fake_cache import FakeCache, NoManifests, holding
 from fake_engine import FakeEngine
-from fal_contract.errors import Code, FalError, not_found
+from fal_contract.errors import Code, FalError
 from fal_contract.limits import FAILOVER_GRACE_S, STAGE_AHEAD_KEPT_S, VALUES_EVERY_S, WARM_LOOK_S
-from fal_contract.v1 import fsd_pb2, state_pb2, weights_pb2
+from fal_contract.v1 import fsd_pb2
 from fal_scheduler.alarms import EdgeAlarms
 from fal_scheduler.cache_sessions import CacheSessions
 from fal_scheduler.core.cache_events import CacheTold
@@ -33,29 +33,13 @@ class Engine(FakeEngine):
             self.view.cache_facts.take(event)
 
 
-class NoManifests:
-    """A registrar that has none."""
-
-    wanted: tuple[str, ...] = ()
-
-    def manifest_of(self, id_: str) -> state_pb2.ModelManifest:
-        raise not_found("manifest", id_, remedy="Wait.")
-
-    def on_claims(self, node_id: str, claims: weights_pb2.PieceClaims) -> None: ...
-
-    def on_attestation(self, node_id: str, attestation: weights_pb2.Attestation) -> None: ...
-
-    def offer_manifest(self, message: state_pb2.ModelManifest) -> bool:
-        return False
-
-
 class Rig:
     """A leader's caches in virtual time; an app for each model, without GPUs. `values`: what caches were told last."""
 
     def __init__(self) -> None:
         self.engine, self.clock, self.made = Engine(), LoopClock(), list[FakeCache]()
         self.engine.put(Pool("p"))
-        self.engine.view.grace_over = True
+        self.engine.view.term_began_s = -FAILOVER_GRACE_S
         self.caches = self.leader()
         self.upkeep = asyncio.create_task(self.caches.upkeep())
 
@@ -244,8 +228,7 @@ def test_caches_are_told_what_their_artifacts_are_worth() -> None:
 
 def test_a_new_leader_takes_nothing_away_in_its_first_time() -> None:
     async def body(rig: Rig) -> None:
-        state = rig.engine.view
-        state.grace_over = False
+        rig.engine.view.term_began_s = rig.clock.monotonic_s()
         rig.app(A, 10, 0)
         rig.app(B, 10, 50)
         rig.app(C, 10, 0)
