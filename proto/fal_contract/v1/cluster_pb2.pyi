@@ -3274,7 +3274,9 @@ class ListRevisionsReply(_message.Message):
 
     REVISIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def revisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevisionView]: ...
+    def revisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevisionView]:
+        """All that are kept."""
+
     def __init__(
         self,
         *,
