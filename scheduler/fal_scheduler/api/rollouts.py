@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from fal_contract.errors import not_found
 from fal_contract.ids import check_customer
 from fal_contract.v1 import cluster_pb2
@@ -35,13 +37,15 @@ def list_revisions(leader: Leadership, request: cluster_pb2.ListRevisionsRequest
     app = _app(state, request.id)
     runners = [state.runners[id_] for id_ in state.runners_by_app.get(app.id, ())]
     running = [one for one in runners if one.goal is Goal.RUN]
+    counts = Counter(one.revision_for(app.id) for one in running)
+    ready = Counter(one.revision_for(app.id) for one in running if _ready(state, one))
     found = sorted((one for (owner, _), one in state.revisions.items() if owner == app.id), key=lambda one: -one.number)
     return cluster_pb2.ListRevisionsReply(
         revisions=[
             cluster_pb2.RevisionView(
                 revision=revision_to_pb(one),
-                runners=sum(1 for runner in running if runner.revision == one.number),
-                ready=sum(1 for runner in running if runner.revision == one.number and _ready(state, runner)),
+                runners=counts[one.number],
+                ready=ready[one.number],
                 current=one.number == app.revision,
             )
             for one in found

@@ -112,7 +112,7 @@ def app_reason(state: State, app: App) -> str:
     phases = [
         runner_phase(state, runner)
         for runner_id in state.runners_by_app.get(app.id, ())
-        if (runner := state.runners[runner_id]).goal is Goal.RUN and runner.revision == app.revision
+        if (runner := state.runners[runner_id]).goal is Goal.RUN and runner.revision_for(app.id) == app.revision
     ]
     ready = sum(1 for phase in phases if not phase.reason)
     if ready >= wanted(state, app):
