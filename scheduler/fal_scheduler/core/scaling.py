@@ -156,7 +156,8 @@ def _serves(state: State, runner: Runner, app_id: str) -> bool:
 def kept_until_s(state: State, scaling: Scaling, runner: Runner, now_s: float, app_id: str) -> float:
     """Until when a ready runner stays for an app that does not ask for it (monotonic; infinite: as things are now)."""
     status = state.status_of(runner)
-    if status is None or state.health_of(runner.node) is not Health.READY or in_grace(state, now_s):
+    unheard = in_grace(state, now_s) and app_id not in state.asked  # an operator's word counts at any time
+    if status is None or state.health_of(runner.node) is not Health.READY or unheard:
         return math.inf  # nobody knows whether it is idle
     if status.in_flight and (len(runner.bindings) == 1 or state.demand.slots(app_id)):
         return math.inf
