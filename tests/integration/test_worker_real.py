@@ -185,6 +185,38 @@ def test_a_bad_request_is_refused_and_the_next_one_served(worker: Worker) -> Non
     worker.draw(prompt="any words at all, even ünknown ones: 9 🎨" * 20, seed=1)
 
 
+def test_another_model_and_a_lora_come_and_go_while_it_serves(worker: Worker) -> None:
+    async def change(client: Client, verb: str, **body: Any) -> dict[str, Any]:
+        status, answer, _ = await client.post(f"/{verb}", body, x_fal_control="1")
+        assert status == 200, answer
+        return {one["model"]: one for one in answer["resident"]}
+
+    async def draw(client: Client, model: str, **body: Any) -> bytes:
+        status, png, _ = await client.post("/infer", {"prompt": "six", "seed": 5, **body}, x_fal_model=model)
+        assert status == 200, png
+        return bytes(png)
+
+    async def body(client: Client) -> None:
+        before = await draw(client, "")
+        loaded = await change(client, "load", model="team/twin", path=str(MODELS / "digits"))
+        assert loaded["team/twin"]["bytes"] > 1_000_000
+        assert await draw(client, "team/twin") == before, "the same weights and seed"
+        lora = {"name": "slanted", "path": str(MODELS / "digits-lora")}
+        loaded = await change(client, "load", model="team/twin", lora=lora)
+        assert (loaded["team/twin"]["loras"], loaded[""]["loras"]) == (["slanted"], ["team/italic"])
+        own = await draw(client, "team/twin", lora={"name": "slanted"})
+        assert own == await draw(client, "", lora={"name": "team/italic"})
+        assert await draw(client, "team/twin") == before, "without asking for it, it does not act"
+        loaded = await change(client, "unload", model="team/twin", lora={"name": "slanted"})
+        assert loaded["team/twin"]["loras"] == []
+        status, _, _ = await client.post("/load", {"model": "team/none", "path": "/nowhere"}, x_fal_control="1")
+        assert status == 404
+        assert list(await change(client, "unload", model="team/twin")) == [""]
+        assert await draw(client, "") == before
+
+    worker.ask(body)
+
+
 def test_sigterm_ends_it_cleanly(worker: Worker) -> None:
     """Last in this file: it stops the module's worker."""
 

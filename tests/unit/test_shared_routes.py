@@ -38,12 +38,12 @@ def test_a_runner_of_one_app_needs_no_name() -> None:
 
 
 def test_only_the_gateways_word_reaches_the_worker() -> None:
-    headers = [
+    headers = (
         (b"fal-ticket", b"term=1;lease=l"),
         (b"fal-model", b"default/ma"),
         (b"x-fal-model", b"rivals/secret"),
         (b"x-fal-control", b"1"),
-    ]
+    )
     asked = RequestHead(b"POST", b"/v1/runners/default/r/infer", headers, FRAMING)
     found = route(asked)
     assert isinstance(found, RunnerRequest)
@@ -53,6 +53,6 @@ def test_only_the_gateways_word_reaches_the_worker() -> None:
 
 
 def test_a_worker_without_the_model_has_not_run_the_request() -> None:
-    not_run = [(b"x-fal-not-run", b"BUSY")]
+    not_run = ((b"x-fal-not-run", b"BUSY"),)
     assert refused_by_worker(ResponseHead(409, b"Conflict", not_run, FRAMING))
-    assert not refused_by_worker(ResponseHead(409, b"Conflict", [], FRAMING)), "what the client itself asked for"
+    assert not refused_by_worker(ResponseHead(409, b"Conflict", (), FRAMING)), "what the client itself asked for"
