@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 from core_world import spec_of
 from engine_rig import Rig
@@ -63,7 +64,7 @@ class Caches:
         await asyncio.gather(self.upkeep, *tasks, return_exceptions=True)
 
 
-def have(**more: object) -> fsd_pb2.CachedArtifact:
+def have(**more: Any) -> fsd_pb2.CachedArtifact:
     return holding(A, 10 * GIB, **more)
 
 
