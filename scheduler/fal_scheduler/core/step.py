@@ -100,6 +100,7 @@ from fal_scheduler.core.work import Work
 
 RECONCILE_GAP_S = 0.2  # between two looks at an app of RUNNERS_MANY, while reports come
 RUNNERS_MANY = 100
+RUNNERS_LOOKED_AT_MAX = 1000  # by one step, and its last app's: some 30 ms, then others get the loop
 SETTLE_S = 5.0  # how long a new leader waits for all of its nodes before it places anything
 
 
@@ -298,7 +299,8 @@ def _reconcile(work: Work, placer: Placer, *, by_report: bool) -> None:
     """Every app that is dirty, as far as one step goes; before them those that wait and may find a place now.
 
     A reconciliation looks at each of the app's runners. Where they report one after the other, an app of many is looked
-    at once in RECONCILE_GAP_S, and when nothing waits to be taken in any more: it stays dirty until then.
+    at once in RECONCILE_GAP_S, and when nothing waits to be taken in any more: it stays dirty until then. So do apps
+    that are left where one step has looked at many runners.
     """
     state = work.state
     waiting.wake(state)
@@ -310,14 +312,17 @@ def _reconcile(work: Work, placer: Placer, *, by_report: bool) -> None:
                 return
             state.dirty.pop(app_id, None)
     later: dict[str, None] = {}
-    while not work.full:
+    looked_at = 0
+    while not work.full and looked_at < RUNNERS_LOOKED_AT_MAX:
         app_id = next((one for one in state.dirty if one not in later), "")
         if not app_id:
             return
         if by_report and work.moment.now_s - state.reconciled_at_s.get(app_id, -inf) < RECONCILE_GAP_S:
             later[app_id] = None
             continue
-        if len(state.runners_by_app.get(app_id, ())) >= RUNNERS_MANY:
+        runners = len(state.runners_by_app.get(app_id, ()))
+        looked_at += runners
+        if runners >= RUNNERS_MANY:
             state.reconciled_at_s[app_id] = work.moment.now_s
         else:
             state.reconciled_at_s.pop(app_id, None)
