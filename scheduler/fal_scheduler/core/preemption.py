@@ -12,6 +12,7 @@ holders, the youngest first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
@@ -35,6 +36,7 @@ LOOK_EVERY_S: Final = 5.0  # an app that waits looks for victims so often at mos
 LOOKS_PER_TICK_MAX: Final = 2  # each goes through the nodes
 NODES_LOOKED_AT_MAX: Final = 2000
 SETS_EXACT_MAX: Final = 3
+NOTHING: Final[Mapping[str, int]] = {}  # leaves already
 
 Cost = tuple[int, int, float, str]  # of victims: fewer, of lower priority, younger, then the node's id
 
@@ -87,9 +89,10 @@ def _take(work: Work, app: App, spec: Spec, found: Victims) -> None:
 def find(state: State, app: App, spec: Spec) -> Victims | None:
     """The best victims for one runner of `app`; None where nobody may be asked to leave."""
     ask = Ask(app.id, team_of(app.id), avoid=reserved_for_others(state, app.id))
+    going = _leaving_milli(state)
     nodes = []
     for node_id in sorted(state.runners_by_node):
-        eligible = _eligible(state, app, spec, node_id)
+        eligible = _eligible(state, app, spec, node_id, going)
         if eligible and (least := _least(state, node_id, eligible, spec)) is not None:
             nodes.append((least, eligible))
             if len(nodes) == NODES_LOOKED_AT_MAX:
@@ -99,7 +102,7 @@ def find(state: State, app: App, spec: Spec) -> Victims | None:
     for least, eligible in nodes:
         if best is not None and best.cost < least:
             break
-        found = _fewest(state, least[-1], eligible, spec, ask)
+        found = _fewest(state, least[-1], eligible, spec, ask, going)
         if found is not None and (best is None or found.cost < best.cost):
             best = found
     return best
@@ -125,7 +128,7 @@ def _frees(state: State, node_id: str, eligible: list[Runner], spec: Spec, count
     return len(facts.gpus) - len(held) + sum(most) >= spec.num_gpus
 
 
-def _eligible(state: State, app: App, spec: Spec, node_id: str) -> list[Runner]:
+def _eligible(state: State, app: App, spec: Spec, node_id: str, going: Mapping[str, int] = NOTHING) -> list[Runner]:
     """Who may be asked to leave, the youngest of the lowest priority first."""
     claims = quotas.within(state, team_of(app.id), quotas.milli_of(spec))
     found = []
@@ -138,13 +141,15 @@ def _eligible(state: State, app: App, spec: Spec, node_id: str) -> list[Runner]:
             continue
         lower = runner.priority <= spec.priority - PREEMPTION_GAP
         reclaimed = claims and team_of(runner.app) in state.quotas and team_of(runner.app) != team_of(app.id)
-        if (lower or reclaimed) and quotas.borrowed_milli(state, team_of(runner.app)) > 0:
+        if (lower or reclaimed) and _spare_milli(state, team_of(runner.app), going) > 0:
             found.append(runner)
     found.sort(key=lambda one: (one.priority, -one.created_at_s, one.id))
     return found
 
 
-def _fewest(state: State, node_id: str, eligible: list[Runner], spec: Spec, ask: Ask) -> Victims | None:
+def _fewest(
+    state: State, node_id: str, eligible: list[Runner], spec: Spec, ask: Ask, going: Mapping[str, int] = NOTHING
+) -> Victims | None:
     if not takes_without(state, node_id, spec, ask, tuple(one.id for one in eligible)):
         return None  # not even all of them
     best: Victims | None = None
@@ -152,7 +157,9 @@ def _fewest(state: State, node_id: str, eligible: list[Runner], spec: Spec, ask:
         if not _frees(state, node_id, eligible, spec, count):
             continue
         for chosen in combinations(eligible, count):
-            if _may_go(state, chosen) and takes_without(state, node_id, spec, ask, tuple(one.id for one in chosen)):
+            if _may_go(state, chosen, going) and takes_without(
+                state, node_id, spec, ask, tuple(one.id for one in chosen)
+            ):
                 found = Victims(node_id, tuple(sorted(chosen, key=lambda one: one.id)))
                 if best is None or found.cost < best.cost:
                     best = found
@@ -160,20 +167,35 @@ def _fewest(state: State, node_id: str, eligible: list[Runner], spec: Spec, ask:
             return best
     grown: list[Runner] = []
     for runner in sorted(eligible, key=lambda one: (-quotas.held_by(one), one.priority, -one.created_at_s, one.id)):
-        if _may_go(state, (*grown, runner)):
+        if _may_go(state, (*grown, runner), going):
             grown.append(runner)
         if grown and takes_without(state, node_id, spec, ask, tuple(one.id for one in grown)):
             return Victims(node_id, tuple(sorted(grown, key=lambda one: one.id)))
     return None
 
 
-def _may_go(state: State, chosen: tuple[Runner, ...]) -> bool:
+def _leaving_milli(state: State) -> dict[str, int]:
+    """By team: thousandths of GPUs that are still held by runners which were asked to go."""
+    found: dict[str, int] = {}
+    for runner in state.runners.values():
+        if runner.node and runner.goal is not Goal.RUN:
+            team = team_of(runner.app)
+            found[team] = found.get(team, 0) + quotas.held_by(runner)
+    return found
+
+
+def _spare_milli(state: State, team: str, going: Mapping[str, int]) -> int:
+    """What may be taken from a team: what it borrowed, but for what leaves it already."""
+    return quotas.borrowed_milli(state, team) - going.get(team, 0)
+
+
+def _may_go(state: State, chosen: tuple[Runner, ...], going: Mapping[str, int] = NOTHING) -> bool:
     """No team falls below its quota."""
     by_team: dict[str, int] = {}
     for runner in chosen:
         team = team_of(runner.app)
         by_team[team] = by_team.get(team, 0) + quotas.held_by(runner)
-    return all(milli <= quotas.borrowed_milli(state, team) for team, milli in by_team.items())
+    return all(milli <= _spare_milli(state, team, going) for team, milli in by_team.items())
 
 
 def _running(state: State, app_id: str) -> int:
@@ -191,9 +213,10 @@ def tick(work: Work) -> None:
         elif node_id in state.runners_by_node and not held:
             spec = state.revision_of(app).spec
             ask = Ask(app.id, team_of(app.id), avoid=reserved_for_others(state, app.id))
-            eligible = _eligible(state, app, spec, node_id)
+            going = _leaving_milli(state)
+            eligible = _eligible(state, app, spec, node_id, going)
             leaving = any(state.runners[id_].goal is not Goal.RUN for id_ in state.runners_by_node[node_id])
-            if eligible and not leaving and (found := _fewest(state, node_id, eligible, spec, ask)) is not None:
+            if eligible and not leaving and (found := _fewest(state, node_id, eligible, spec, ask, going)) is not None:
                 _take(work, app, spec, found)
     if not held and not in_grace(state, now_s):
         _look_again(work)
