@@ -40,7 +40,9 @@ _LONGEST_FIRST = (
     "test_scheduler_footprint", "test_store_drills", "test_crash_points", "test_disk_kills", "test_peer_faults",
     "test_fsd_swarm", "test_push", "test_simulation", "test_planted_bugs", "test_store_etcd", "test_falctl",
     "test_core_world", "test_data_path", "test_swarm_state", "test_cdi_container", "test_oci_limits",
-    "test_device_attach",
+    "test_device_attach", "test_fleet_plants", "test_ha", "test_ha_network", "test_e2e_nodes", "test_e2e_sharing",
+    "test_e2e_gpus", "test_fleet", "test_core_scaling", "test_core_sharing", "test_core_place", "test_decision_replay",
+    "test_core_waiting",
 )  # fmt: skip
 
 

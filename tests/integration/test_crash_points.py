@@ -193,7 +193,9 @@ class Rig:
                 else []
             )
             mine = [one for one in live.values() if one.app == app_id]
-            if len(serving) != wanted.get(app_id, 0) or len(mine) != len(serving):
+            # A new leader leaves alone for minutes what is more than wanted: nobody may have told it of a request yet.
+            enough = len(serving) >= wanted.get(app_id, 0) if app_id in revisions else not serving
+            if not enough or len(mine) != len(serving):
                 return f"{app_id} wants {wanted.get(app_id, 0)}, {len(serving)} of {len(mine)} serve"
         return ""
 

@@ -164,14 +164,12 @@ def test_an_hour_old_copy_stops_nothing_and_adopts_what_it_can() -> None:
         await old.engine.submit(Confirm("store", actor="op"))
         reply = await old.engine.submit(Confirm("adopt", actor="op"))
         assert sum("adopted" in line for line in reply.lines) == unknown
+        assert fleet.live() == before, "adopting stops nothing"
         await fleet.obey(old)
-        assert kinds(old) == {"MASS_STOP"}, "16 run, 10 are wanted: 6 stops at once are many"
-        assert set(before) <= set(fleet.live())
-        await fleet.heartbeats(old, 330.0)
-        assert set(before) <= set(fleet.live())
-        await old.engine.submit(Confirm("stops", actor="op"))
+        await fleet.heartbeats(old, 60.0)
         await fleet.obey(old)
-        assert len(fleet.live()) == 10
+        assert not kinds(old)
+        assert len(fleet.live()) == 10, "what nobody uses goes by the app's own keep_alive"
         await old.engine.stop()
 
     run(go())

@@ -266,9 +266,7 @@ async def _errors_as_json(request: web.Request, handler: _Handler) -> web.Stream
             "field": "",
             "remedy": "",
         }
-        body["remedy"] = (
-            "The worker serves /livez, /readyz, /infer, /cancel/ID and /metrics."
-        )
+        body["remedy"] = "The worker serves /livez, /readyz, /infer, /cancel/ID and /metrics."
         return web.json_response({"error": body}, status=error.status)
     except ConnectionError:
         raise  # the client went away while we wrote

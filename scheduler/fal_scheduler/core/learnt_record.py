@@ -1,4 +1,4 @@
-"""What was learnt, as the store keeps it: one record a shard. Pure. Part of `core.records`, where everybody finds it."""
+"""What was learnt, as the store keeps it: one record a shard. Pure. Everybody finds it in `core.records`."""
 
 from __future__ import annotations
 

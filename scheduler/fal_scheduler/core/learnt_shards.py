@@ -1,11 +1,8 @@
 """What was learnt goes to the store every SAVE_EVERY_S, a bounded number of keys, and back for the next leader.
 
-Pure. All of a node's entries are in one of SHARDS shards, so that it costs one key at most, and it shares that key with
-others: in SAVE_EVERY_S at most one key for each NODES_PER_KEY nodes is written, those that wait longest first, so that a
-cluster of any size makes no more than 0.02 writes a node and minute (ADR 0023). Nothing learnt: nothing written.
-
-An entry's key is "FAMILY" with numbers x, y, Unix seconds of each point, or "FAMILY|SUBJECT" with the Unix seconds at
-which it was heard last, then its ratios. Called by `step` at each tick and by the loading of a store.
+Pure. All of a node's entries are in one of SHARDS shards, so that it costs one key at most, and it shares that key
+with others: in SAVE_EVERY_S at most one key for each NODES_PER_KEY nodes is written, those that wait longest first, so
+that a cluster of any size makes no more than 0.02 writes a node and minute (ADR 0023). Nothing learnt: nothing written.
 """
 
 from __future__ import annotations

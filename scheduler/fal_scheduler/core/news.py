@@ -235,17 +235,19 @@ def _ended(work: Work, runner: Runner, status: RunnerStatus) -> None:
     """A container is gone. Where it should have run it crashed: the app waits, and its record waits without a node."""
     if status.assignment_id and runner.assignment is not None and status.assignment_id != runner.assignment.id:
         return  # the end of an earlier assignment
+    why = status.reason or (f"exit code {status.exit_code}" if status.exit_code is not None else "ended")
+    waiting = _without_guests(work, runner)
+    task = work.state.catalog.builds.get(runner.app)  # one that packs an image counts its own tries
+    packs = task is not None and task.image != ""
+    if runner.goal is Goal.RUN and status.refused and not packs and _refused_freely(work, runner):
+        work.put(waiting, runner)
+        work.log("RUNNER_REFUSED", runner.id, f"{why}; placed again", node=runner.node)
+        return
     if builds.ended(work, runner, status):
         return
-    why = status.reason or (f"exit code {status.exit_code}" if status.exit_code is not None else "ended")
     if runner.goal is not Goal.RUN:
         work.drop(runner)
         work.log("RUNNER_ENDED", runner.id, why)
-        return
-    waiting = _without_guests(work, runner)
-    if status.refused and _refused_freely(work, runner):
-        work.put(waiting, runner)
-        work.log("RUNNER_REFUSED", runner.id, f"{why}; placed again", node=runner.node)
         return
     for guest in runner.apps[1:]:  # any of them may have been the reason
         work.state.backoffs[guest] = _backoff_after(work, runner, status, guest)

@@ -36,7 +36,10 @@ def shrink(work: Work, app: App, current: Runners, wanted: int) -> None:
         work.drop(runner)
         current.unplaced.remove(runner)
         surplus -= 1
-    surplus -= _end_doubles(work, app, current, surplus)
+    doubles = _end_doubles(work, app, current, surplus)
+    if doubles is None:
+        return  # a confirm is waited for: until then nobody is chosen in their place
+    surplus -= doubles
     unused, others = _by_use(work, app, current)
     for runner, why in unused[:surplus]:
         stop(work, runner, Goal.DRAIN, why, app=app.id)
@@ -54,10 +57,10 @@ def settle_returned(state: State, current: Runners) -> None:
             state.returned.pop(runner.id, None)
 
 
-def _end_doubles(work: Work, app: App, current: Runners, surplus: int) -> int:
+def _end_doubles(work: Work, app: App, current: Runners, surplus: int) -> int | None:
     """Nodes came back whose runners were replaced: what only starts is stopped, else the newer one drains.
 
-    So what served all the time stays, with its caches and its requests. Returns how many have ended.
+    So what served all the time stays, with its caches and its requests. Returns how many have ended; None: they wait.
     """
     state = work.state
     back = [runner for runner in (*current.ready, *current.starting) if runner.id in state.returned]
@@ -69,8 +72,10 @@ def _end_doubles(work: Work, app: App, current: Runners, surplus: int) -> int:
     doubles = [(one, Goal.STOP) for one in _youngest_first(current.starting)]
     doubles += [(one, Goal.DRAIN) for one in _youngest_first(newer)]
     doubles = doubles[: min(surplus, len(back))]
-    if not doubles or not may_stop(work, app, len(doubles)):
+    if not doubles:
         return 0
+    if not may_stop(work, app, len(doubles)):
+        return None
     for runner, goal in doubles:
         stop(work, runner, goal, "the runner that it stood in for is back", app=app.id)
     for group in (current.starting, current.ready):
