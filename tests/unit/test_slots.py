@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from fal_scheduler.core.slots import LEASE_GRACE_S, Held, SlotBook, SlotRunner, Want
 
 

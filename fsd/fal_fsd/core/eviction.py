@@ -3,8 +3,8 @@
 What an artifact is worth here is the time that it saves: requests per hour x seconds to bring it back, for each GiB
 that it takes. The least valuable goes first; what no other node of the cluster has goes last; what is pinned or open
 never goes. Requests are counted as heat: each adds one, and it halves every HALF_LIFE_S, so that last week's favourite
-does not stay for ever. The scheduler tells a value in the same unit where it knows of apps that use an artifact: it sees
-the requests of the whole cluster, and who else has it; its word counts instead of ours.
+does not stay for ever. The scheduler tells a value in the same unit where it knows of apps that use an artifact: it
+sees the requests of the whole cluster, and who else has it; its word counts instead of ours.
 """
 
 from __future__ import annotations
