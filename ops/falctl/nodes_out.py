@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Annotated, Any, Final
 
@@ -131,7 +132,10 @@ def declare_lost(name: str, yes: Yes = False, json: JsonFlag = False) -> None:
     from falctl.output import console, print_json, to_json
 
     if not yes:
-        typer.confirm(f"Runners on silent nodes of pool {name} may still serve. Replace them?", abort=True, err=True)
+        question = f"Runners on silent nodes of pool {name} may still serve. Replace them?"
+        if not sys.stdin.isatty() or not typer.confirm(question, err=True):
+            what = f"pool {name} was not declared lost"
+            raise FalError(Code.FAILED_PRECONDITION, what, remedy="Say yes, or give --yes.")
     reply = unary("DeclareLost", pb.DeclareLostRequest(pool=name))
     if json:
         print_json("pool", to_json(reply))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from core_world import World, spec_of
 from fal_contract.errors import Code, FalError
+from fal_contract.limits import COMMIT_OPERATIONS_MAX
 from fal_scheduler.core.events import ApplyApp, CordonNode, Event, Moment
 from fal_scheduler.core.node_events import (
     CancelDrain,
@@ -19,7 +21,7 @@ from fal_scheduler.core.node_events import (
     RebootRefused,
     RemoveNode,
 )
-from fal_scheduler.core.records import Goal, Node, Runner, RunnerState
+from fal_scheduler.core.records import Goal, Node, Resources, Runner, RunnerState
 from fal_scheduler.core.told import Capabilities, Health
 
 APP = "default/a"
@@ -308,3 +310,26 @@ def test_wrong_commands_are_refused(event: Event, code: Code, field: str) -> Non
     assert (refused.value.code, refused.value.field or "") == (code, field)
     assert refused.value.remedy
     assert world.state.nodes == before
+
+
+def test_a_node_that_lost_more_runners_than_one_commit_holds_is_taken_in_step_by_step() -> None:
+    """All were to stop; the machine comes back without any of them."""
+    world = World(Random(1), nodes=1)
+    spec, digest = spec_of(gpus=0, least=120, most=200, memory_gib=0)
+    spec = replace(spec, resources=Resources(1, 0))
+    world.step(ApplyApp(APP, spec, digest))
+    world.settle()
+    assert len(world.state.runners_by_node["n-0"]) == 120
+    world.step(DrainNode("n-0", force=True))
+    world.settle()
+    for _ in range(4):
+        world.tick(1.0)
+    assert {one.goal for one in world.state.runners.values() if one.node} == {Goal.STOP}
+    world.nodes["n-0"].containers.clear()
+    meta = world.state.meta
+    assert meta is not None
+    outcome = world.step(world.nodes["n-0"].hello(world.now_s, meta))
+    assert outcome is not None
+    assert len(outcome.changes) <= COMMIT_OPERATIONS_MAX
+    world.settle()
+    assert not world.state.runners_by_node.get("n-0")

@@ -108,8 +108,18 @@ def _forget_absent(work: Work, live: NodeLive) -> None:
     for runner_id in list(state.runners_by_node.get(live.node_id, ())):
         runner = state.runners[runner_id]
         if runner_id not in live.statuses and (runner.goal > Goal.RUN or not held.isdisjoint(runner.gpus)):
-            work.drop(runner)
-            work.log("RUNNER_ENDED", runner_id, f"{live.node_id} runs it no longer")
+            _forget(work, runner)
+
+
+def _forget(work: Work, runner: Runner) -> None:
+    """Drop the record of a runner that its node has no more; with the next step where this one has no room."""
+    state = work.state
+    if work.full and runner.assignment is not None:
+        state.absent_due[runner.id] = runner.assignment.id
+        state.dirty[runner.app] = None
+        return
+    work.drop(runner)
+    work.log("RUNNER_ENDED", runner.id, f"{runner.node} runs it no longer")
 
 
 def _end_ended(work: Work, live: NodeLive) -> None:
@@ -135,6 +145,14 @@ def go_on(work: Work) -> None:
         live = work.state.live.get(node_id)
         if live is not None and not live.hold:
             _end_ended(work, live)
+    absent, work.state.absent_due = work.state.absent_due, {}
+    for runner_id, assignment_id in absent.items():
+        runner = work.state.runners.get(runner_id)
+        if runner is None or runner.assignment is None or runner.assignment.id != assignment_id:
+            continue
+        live = work.state.live.get(runner.node)
+        if live is not None and not live.hold and runner_id not in live.statuses:
+            _forget(work, runner)
 
 
 def recheck(work: Work) -> None:

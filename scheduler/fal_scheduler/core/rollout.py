@@ -25,10 +25,12 @@ from fal_contract.limits import ROLLOUT_FAILURES_MAX
 from fal_scheduler.core.disruption import allowed
 from fal_scheduler.core.events import Reply
 from fal_scheduler.core.explain import FREED_BY_STOPPING, explain, model_awaited, summarise, takes_without
+from fal_scheduler.core.model_commands import check_image, check_models
 from fal_scheduler.core.ranking import Ask
 from fal_scheduler.core.records import App, Goal, Rollout, RolloutPolicy, Runner, Spec
 from fal_scheduler.core.rollout_events import RolloutCommand, SetRevision, SetRollout
 from fal_scheduler.core.runner_groups import Runners
+from fal_scheduler.core.secrets import check_secrets
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.stops import stop
 from fal_scheduler.core.waiting import reserved_for_others
@@ -105,6 +107,10 @@ def _set_revision(work: Work, app: App, event: SetRevision) -> App:
         raise invalid("revision", event.revision or "the one before", "is not kept", remedy=f"Kept are: {have}.")
     if number == app.revision:
         return app
+    spec = work.state.revisions[app.id, number].spec  # what it names may be gone since
+    check_models(work.state, spec)
+    check_image(work.state, spec)
+    check_secrets(work.state, team_of(app.id), spec)
     after = replace(app, revision=number, generation=app.generation + 1)
     after = begun(work, after, app)
     work.put(after, app)

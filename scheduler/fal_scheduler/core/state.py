@@ -117,6 +117,7 @@ class State:
         self.alarms: dict[tuple[str, str], Alarm] = {}
         self.build_failures: dict[tuple[str, str], BuildFailure] = {}  # by namespace and key, the newest last
         self.frozen: dict[str, str] = {}  # ids that broke an invariant -> the violation
+        self.absent_due: dict[str, str] = {}  # runners that a node has no more -> assignment, likewise
         self.ends_due: dict[str, None] = {}  # nodes that told of more ends than one step could take in
         self.usage_due_s = 0.0  # when the ledger is looked after next, monotonic
         self.settled = True  # False while a new leader waits for its nodes to say what they run
