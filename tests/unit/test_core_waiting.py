@@ -411,3 +411,20 @@ def test_nodes_that_cannot_have_better_victims_are_not_tried(monkeypatch: pytest
     assert found is not None
     assert len(found.runners) == 4
     assert looks <= 12 * 6  # none for sets that are too small; 12 nodes have four GPUs
+
+
+def test_who_waits_for_an_owner_borrows_again_when_that_gives_up() -> None:
+    """No capacity changes: only the line does."""
+    fleet = Fleet()
+    fleet.world.step(SetQuota("a", 0))
+    fleet.world.step(SetQuota("b", 4000))
+    fleet.apply("c/holder", gpus=1)
+    fleet.apply("b/wide", gpus=2)
+    fleet.rounds()
+    fleet.apply("a/x")
+    fleet.rounds()
+    assert (fleet.placed("b/wide"), fleet.placed("a/x")) == (0, 0)
+    assert "waits first" in fleet.pending("a/x").reason
+    fleet.world.step(DeleteApp("b/wide"))
+    fleet.rounds(3)
+    assert fleet.placed("a/x") == 1

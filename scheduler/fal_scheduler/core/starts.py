@@ -51,6 +51,7 @@ def grow(work: Work, placer: Placer, app: App, revision: Revision, missing: int)
             work.state.dirty[app.id] = None
             return
         if join(work, placer, app, revision, ask_of(work, app.id)):
+            _wake_company(work.state, app.id)
             continue
         runner = new_runner(work, app, revision)
         assigned = placed(work, placer, runner, revision)

@@ -276,6 +276,7 @@ def _tick(work: Work, event: Tick) -> None:
         if backoff.until_s <= now_s and app_id in state.waiting:
             state.dirty[app_id] = None
     preemption.tick(work)
+    waiting.tick(state)
     if not state.grace_over and now_s - state.term_began_s >= FAILOVER_GRACE_S:
         state.grace_over = True
         state.dirty.update(dict.fromkeys(state.apps))

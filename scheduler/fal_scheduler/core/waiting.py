@@ -20,6 +20,7 @@ from typing import Final
 
 from fal_contract.ids import team_of
 from fal_scheduler.core.explain import takes
+from fal_scheduler.core.quotas import refusal
 from fal_scheduler.core.ranking import Ask
 from fal_scheduler.core.records import Spec
 from fal_scheduler.core.state import State
@@ -50,6 +51,16 @@ def wake(state: State) -> None:
     for need, why in list(waiting.asleep.items()):
         app_id = waiting.by_need[need][0][1]
         if why == QUOTA or any(_takes(state, node_id, app_id) for node_id in freed):
+            del waiting.asleep[need]
+            state.awake[need] = None
+
+
+def tick(state: State) -> None:
+    """Who waits for a quota may borrow again: an owner found its place, gave up, or waits for what no node has."""
+    waiting = state.waiting
+    for need in [need for need, why in waiting.asleep.items() if why == QUOTA]:
+        app = state.apps.get(waiting.by_need[need][0][1])
+        if app is None or not refusal(state, team_of(app.id), state.revision_of(app).spec):
             del waiting.asleep[need]
             state.awake[need] = None
 
