@@ -446,7 +446,7 @@ def test_from_a_file_to_etcd_and_back_under_running_containers(tmp_path: Path) -
         assert not d.alarms()
         assert not d.view.orphans
         await d.nothing_stops()
-        await d.submit(ScaleApp("default/a", ScaleOverride(min_concurrency=19), actor="operator"))
+        await d.submit(ScaleApp("default/a", ScaleOverride(max_concurrency=40), actor="operator"))
         with pytest.raises(FalError, match="a scheduler leads"):
             await migrate(EtcdStore([endpoint]), SqliteStore(d.root / "back.db"), where="back", force=False, wait_s=0.5)
         await d.stop()

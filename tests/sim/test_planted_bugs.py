@@ -13,6 +13,7 @@ import pytest
 
 import fal_agent.node
 from fal_agent.core.assignments import Assignments, Complete, Delta
+from fal_scheduler import engine
 from fal_scheduler.core import invariants, liveness
 from fal_scheduler.core.fleet import Fleet, Occupancy
 from fal_scheduler.core.state import State
@@ -62,7 +63,7 @@ def _forgotten_orphans(patch: pytest.MonkeyPatch) -> None:
 def _records_only(state: State, node_id: str, *, told: bool):  # type: ignore[no-untyped-def]
     for runner_id in state.runners_by_node.get(node_id, ()):
         runner = state.runners[runner_id]
-        yield runner_id, runner.gpus, runner.memory_bytes, runner.cpu_milli
+        yield invariants.Holding(runner_id, runner.gpus, runner.memory_bytes, runner.cpu_milli, runner.gpu_milli)
 
 
 def _ignored_gaps(patch: pytest.MonkeyPatch) -> None:
@@ -104,7 +105,7 @@ def _told_before_commit(patch: pytest.MonkeyPatch) -> None:
         take(self, replace(outcome, effects=()), event, future)
 
     patch.setattr(Engine, "_take", eager)
-    patch.setattr(Engine, "_durable", lambda self, runner_id: self.view.runners.get(runner_id))
+    patch.setattr(engine, "durable_runner", lambda batches, runner_id, present: present)
 
 
 def _doubled_gpus(patch: pytest.MonkeyPatch) -> None:
