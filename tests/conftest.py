@@ -26,7 +26,7 @@ settings.load_profile("suite")
 
 _COUNTS: dict[str, tuple[int, int]] = {}
 _SLOW: set[tuple[int, int]] = set()  # slow tests that run, of how many
-_SLOW_DAYS = 2  # after so many days every slow test has run
+_SLOW_DAYS = 3  # after so many days every slow test has run
 _EVERY_DAY = ("test_e2e_life", "test_worker_real", "test_ha", "test_crash_points")
 
 _END_S = 10.0

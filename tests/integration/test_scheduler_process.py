@@ -149,7 +149,7 @@ def test_join_deploy_dispatch_kill_and_return(data: Path) -> None:
     async def before(process: Process) -> tuple[Identity, dict[str, agent_pb2.RunnerStatus]]:
         own = await joined(process, "alpha")
         async with RemoteAgent(process, own) as agent, cluster(process, "operator") as stub:
-            reply = await stub.ApplyApp(app_request(runners=2), timeout=10)
+            reply = await stub.ApplyApp(app_request(runners=2, max_concurrency=2), timeout=10)
             assert reply.outcome == "created"
             await ready(stub, "t/a", 2)
             async with channel(process.address, identity(data, "serving")) as opened:

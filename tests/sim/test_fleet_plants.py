@@ -183,6 +183,7 @@ PLANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", PLANTS)
 def test_the_checker_finds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
