@@ -41,26 +41,24 @@ async def run(options: Options) -> Result:
     if not folder.exists():
         raise SystemExit(f"place: skipped, the openb trace is not at {folder}")
     trace = load(folder / "openb_node_list_gpu_node.csv", folder / "openb_pod_list_default.csv")
-    best = {"fgd": 0.0, "falctl": 0.0}
 
     async def per_s(policy: str) -> float:
         one = played(trace, policy)
-        value = one.decisions / one.cpu_s
-        best[policy] = max(best.get(policy, 0.0), value)
-        return value
+        return one.decisions / one.cpu_s
 
     pairs: Paired = await interleave(lambda: per_s("fgd"), lambda: per_s("random"), pairs=options.pairs)
     ours: Paired = await interleave(lambda: per_s("falctl"), lambda: per_s("random"), pairs=options.pairs)
     rows: list[tuple[object, ...]] = []
     reached = pairs.ratio >= RATIO_MIN
     large = large_fleet(trace)
-    extra: dict[str, object] = {"falctl": ours.as_json(), "fgd_best_per_s": round(best["fgd"])}
+    medians = {"fgd": float(pairs.as_json()["ours"]), "falctl": float(ours.as_json()["ours"])}
+    extra: dict[str, object] = {"falctl": ours.as_json()}
     for policy in ("fgd", "falctl"):
         for fleet, tasks_max, least in ((trace, 1 << 20, SMALL_PER_S), (large, LARGE_TASKS, LARGE_PER_S)):
             one = played(fleet, policy, tasks_max=tasks_max, each=True)
             rate, tail = one.decisions / one.cpu_s, p99_ms(one)
             if fleet is trace:
-                rate = max(rate, best[policy])
+                rate = medians[policy]  # telling each decision's time costs some
             rows.append((policy, len(fleet.nodes), round(rate), round(tail, 3)))
             extra[f"{policy}_{len(fleet.nodes)}"] = {"decisions_per_s": round(rate), "p99_ms": round(tail, 3)}
             reached &= rate >= least and tail <= P99_MS

@@ -11,9 +11,7 @@ The floor of ours is what the worker does with the model: read it, warm up with 
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import json
 import shutil
 import tempfile
 import time
@@ -23,10 +21,9 @@ from pathlib import Path
 
 from bench_peer_ray import delete, gateway
 from bench_start import why_not
-from cluster_rig import POOL, agent, join_token, nodes_ready, running
+from cluster_rig import POOL, agent, join_token, nodes_ready, picture, running
 from harness import Options, Paired, Result, interleave, print_table
 
-from fal_contract.http_client import READ_BYTES, HttpConnection
 from fal_contract.manifest import AppManifest
 from fal_contract.manifest_parts import ResourcesManifest
 from fal_contract.v1 import cluster_pb2, cluster_pb2_grpc
@@ -36,8 +33,6 @@ RATIO_MAX = 0.25
 GROUP = "atelier"
 DIGITS = Path(__file__).resolve().parents[2] / "ops" / "models" / "digits"
 TIMEOUT_S = 180.0
-ASK_EVERY_S = 0.01
-PNG = b"\x89PNG"
 
 
 class Cluster:
@@ -52,7 +47,7 @@ class Cluster:
     async def begin(self) -> None:
         """The runner that others come into."""
         await self._apply("host", "default/digits", GROUP)
-        await self._picture("host")
+        await picture(self._port, "host")
         self.host = await self._runner("host")
 
     async def swap(self) -> float:
@@ -67,7 +62,7 @@ class Cluster:
         name = f"app{next(self._count)}"
         began_s = time.perf_counter()
         await self._apply(name, "default/other", group)
-        await self._picture(name)
+        await picture(self._port, name)
         took_s = time.perf_counter() - began_s
         assert (await self._runner(name) == self.host) is live, "served by the wrong kind of runner"
         await delete(self._stub, name)
@@ -85,25 +80,6 @@ class Cluster:
         request = cluster_pb2.ListRunnersRequest(app=f"default/{name}")
         [view] = (await self._stub.ListRunners(request, timeout=TIMEOUT_S)).runners
         return str(view.runner.id)
-
-    async def _picture(self, name: str) -> None:
-        """Ask until there is one."""
-        async with asyncio.timeout(TIMEOUT_S):
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=READ_BYTES)
-            connection = HttpConnection(reader, writer)
-            try:
-                headers = [("host", "127.0.0.1"), ("content-type", "application/json"), ("accept", "image/png")]
-                body = json.dumps({"prompt": "a handwritten seven", "seed": 1}).encode()
-                while True:
-                    answer = await connection.request("POST", f"/v1/run/default/{name}", headers, body)
-                    content = await answer.read(1 << 22)
-                    if answer.status not in (404, 503):  # no such app yet, nobody ready yet
-                        break
-                    await asyncio.sleep(ASK_EVERY_S)
-            finally:
-                connection.abort()
-        assert answer.status == 200, content
-        assert content.startswith(PNG)
 
 
 @asynccontextmanager

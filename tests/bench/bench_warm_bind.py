@@ -27,11 +27,10 @@ from pathlib import Path
 
 from bench_peer_ray import delete, gateway
 from bench_start import wall_s_of, why_not
-from cluster_rig import agent, nodes_ready, running
+from cluster_rig import agent, nodes_ready, picture, running
 from harness import Options, Paired, Result, interleave, print_table, significant
 
 from fal_contract.clock import SystemClock
-from fal_contract.http_client import READ_BYTES, HttpConnection
 from fal_contract.manifest import AppManifest
 from fal_contract.manifest_parts import ResourcesManifest
 from fal_contract.v1 import cluster_pb2, cluster_pb2_grpc, state_pb2
@@ -42,8 +41,6 @@ MODEL = "default/digits"
 DIGITS = Path(__file__).resolve().parents[2] / "ops" / "models" / "digits"
 TIMEOUT_S = 180.0
 POLL_S = 0.02  # nothing is timed by it
-ASK_EVERY_S = 0.01
-PNG = b"\x89PNG"
 # The worker's event at the end of each step.
 STEPS = {
     "listening": "bind: apply, container, worker listens",
@@ -74,30 +71,11 @@ class Side:
         clock = SystemClock()
         sent_s, began_s = clock.wall_s(), time.perf_counter()
         await self._cluster.stub.ApplyApp(request, timeout=TIMEOUT_S)
-        await self._picture(name)
+        await picture(self._cluster.port, name)
         took_s = time.perf_counter() - began_s
         self._note(name, sent_s, took_s)
         await delete(self._cluster.stub, name)
         return took_s
-
-    async def _picture(self, name: str) -> None:
-        """Ask until there is one."""
-        async with asyncio.timeout(TIMEOUT_S):
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._cluster.port, limit=READ_BYTES)
-            connection = HttpConnection(reader, writer)
-            try:
-                headers = [("host", "127.0.0.1"), ("content-type", "application/json"), ("accept", "image/png")]
-                body = json.dumps({"prompt": "a handwritten seven", "seed": 1}).encode()
-                while True:
-                    answer = await connection.request("POST", f"/v1/run/default/{name}", headers, body)
-                    content = await answer.read(1 << 22)
-                    if answer.status not in (404, 503):  # no such app yet, nobody ready yet
-                        break
-                    await asyncio.sleep(ASK_EVERY_S)
-            finally:
-                connection.abort()
-        assert answer.status == 200, content
-        assert content.startswith(PNG)
 
     def _note(self, name: str, sent_s: float, took_s: float) -> None:
         """What the worker said when, from its log."""

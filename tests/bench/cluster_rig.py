@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from fal_contract.http_client import READ_BYTES, HttpConnection
 from fal_contract.v1 import cluster_pb2, cluster_pb2_grpc, state_pb2
 from scheduler_process import Process, cluster, environment, init, scheduler
 
 START_TIMEOUT_S = 60.0
 POOL = "bench"
+PICTURE_TIMEOUT_S = 180.0
+ASK_EVERY_S = 0.01
+PNG = b"\x89PNG"
 
 
 @asynccontextmanager
@@ -58,3 +63,23 @@ async def nodes_ready(stub: cluster_pb2_grpc.ClusterAsyncStub, count: int) -> No
     async with asyncio.timeout(START_TIMEOUT_S):
         while (await stub.GetStatus(cluster_pb2.GetStatusRequest())).nodes["ready"] < count:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
+
+
+async def picture(port: int, name: str) -> None:
+    """Ask the gateway at `port` for a picture of app `name` until there is one; TimeoutError."""
+    async with asyncio.timeout(PICTURE_TIMEOUT_S):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=READ_BYTES)
+        connection = HttpConnection(reader, writer)
+        try:
+            headers = [("host", "127.0.0.1"), ("content-type", "application/json"), ("accept", "image/png")]
+            body = json.dumps({"prompt": "a handwritten seven", "seed": 1}).encode()
+            while True:
+                answer = await connection.request("POST", f"/v1/run/default/{name}", headers, body)
+                content = await answer.read(1 << 22)
+                if answer.status not in (404, 503):  # no such app yet, nobody ready yet
+                    break
+                await asyncio.sleep(ASK_EVERY_S)
+        finally:
+            connection.abort()
+    assert answer.status == 200, content
+    assert content.startswith(PNG)

@@ -8,7 +8,8 @@ nothing is placed on it then, and the error says what the driver refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from ctypes import byref, c_uint
 from typing import Any, Final
 
@@ -92,13 +93,7 @@ class MigCutter:
         n = self._n
         for info in profiles:
             for instance in self._listed(n.c_nvmlGpuInstance_t, n.nvmlDeviceGetGpuInstances, handle, info):
-                for number in range(int(n.NVML_COMPUTE_INSTANCE_PROFILE_COUNT)):
-                    try:
-                        inside = n.nvmlGpuInstanceGetComputeInstanceProfileInfo(
-                            instance, number, n.NVML_COMPUTE_INSTANCE_ENGINE_PROFILE_SHARED
-                        )
-                    except n.NVMLError:
-                        continue
+                for inside in self._compute_profiles(instance):
                     ask = n.nvmlGpuInstanceGetComputeInstances
                     for compute in self._listed(n.c_nvmlComputeInstance_t, ask, instance, inside):
                         n.nvmlComputeInstanceDestroy(compute)
@@ -115,19 +110,19 @@ class MigCutter:
         """An instance with one compute instance over all of it."""
         n = self._n
         instance = n.nvmlDeviceCreateGpuInstance(handle, info.id)
-        whole = None
+        whole = [inside for inside in self._compute_profiles(instance) if inside.sliceCount == info.sliceCount]
+        if not whole:
+            raise n.NVMLError(n.NVML_ERROR_NOT_SUPPORTED)
+        n.nvmlGpuInstanceCreateComputeInstance(instance, whole[-1].id)
+
+    def _compute_profiles(self, instance: Any) -> Iterator[Any]:
+        """Those that the instance has; NVML answers a number that it lacks with an error."""
+        n = self._n
         for number in range(int(n.NVML_COMPUTE_INSTANCE_PROFILE_COUNT)):
-            try:
-                inside = n.nvmlGpuInstanceGetComputeInstanceProfileInfo(
+            with suppress(n.NVMLError):
+                yield n.nvmlGpuInstanceGetComputeInstanceProfileInfo(
                     instance, number, n.NVML_COMPUTE_INSTANCE_ENGINE_PROFILE_SHARED
                 )
-            except n.NVMLError:
-                continue
-            if inside.sliceCount == info.sliceCount:
-                whole = inside
-        if whole is None:
-            raise n.NVMLError(n.NVML_ERROR_NOT_SUPPORTED)
-        n.nvmlGpuInstanceCreateComputeInstance(instance, whole.id)
 
     def _refused(self, gpu_id: str, what: str, exc: Exception) -> FalError:
         remedy = "Only idle GPUs whose part has MIG can be cut, and by root."

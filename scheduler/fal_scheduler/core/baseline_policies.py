@@ -8,6 +8,7 @@ Used by `sim place` and benchmarks. Must not change `Shares`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Final
 
 import numpy as np
@@ -55,7 +56,7 @@ def _free(shares: Shares, rows: Rows) -> Ints:
     return total
 
 
-class _Scored:
+class _Scored(ABC):
     """A baseline whose score is a number of the row; `_score` sees rows that fit."""
 
     def __init__(self, shares: Shares) -> None:
@@ -73,8 +74,9 @@ class _Scored:
             scores[fits], gpus[fits] = self._score(demand, rows[fits])
         return scores, gpus
 
+    @abstractmethod
     def _score(self, demand: Demand, rows: Rows) -> tuple[Ints, Milli]:
-        raise NotImplementedError
+        """Of each row its score and, for a fraction, the GPU."""
 
 
 class RandomFit:
