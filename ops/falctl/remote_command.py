@@ -74,6 +74,14 @@ class _Talk:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             await self.send(cluster_pb2.ExecRequest(input=agent_pb2.ExecInput(**fields)))  # type: ignore[arg-type]
 
+    async def _end_of_input(self) -> None:
+        """Nothing more is sent: the server ends the call then."""
+        import grpc
+
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            async with self._writing:
+                await self._call.done_writing()
+
     async def next(self) -> agent_pb2.ExecOutput:
         import grpc
 
@@ -126,6 +134,7 @@ class _Talk:
                 if self._receiving.took(len(output.data)):
                     await self._input(taken_bytes=self._receiving.taken_bytes)
             output = await self.next()
+        await self._end_of_input()
         if output.error:
             remedy = "Look at `falctl runner show`." if output.exit_code != 126 else ""
             raise FalError(Code.RUNNER_FAILED, output.error.rstrip("."), remedy=remedy)

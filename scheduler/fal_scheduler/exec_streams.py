@@ -3,6 +3,9 @@
 Flow control is the two ends' (fal_contract.exec_window); here each direction is held to the window, so that neither a
 mad agent nor a mad client fills memory or the node's session. A command ends when its node says so, when the operator
 goes away (the node is told to kill it) or when the node's session ends (the node kills it itself). Nothing is kept.
+
+The operator's side ends the call: a write that meets a call which the server has ended makes gRPC's client forget what
+it has received, the exit code too. So after the last output the stream stays open until the client has closed its half.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ TOPS_MAX: Final = 256
 QUEUE_MAX: Final = 2 * EXEC_WINDOW_MESSAGES  # output, and words about input
 BACKLOG_MAX: Final = 128  # of a node's session; it ends at 1024
 BACKLOG_RECHECK_S: Final = 0.02
+HALF_CLOSE_S: Final = 5.0  # for the operator's side to end what it sends
 EXIT_LOST: Final = 255
 Push = Callable[[str, agent_pb2.SchedulerMessage], bool]
 
@@ -70,6 +74,8 @@ class ExecStreams:
                 one.waiting_bytes -= len(output.data)
                 yield output
                 if over:
+                    self._execs.pop(id_, None)
+                    await asyncio.wait({feeding}, timeout=HALF_CLOSE_S)
                     return
                 output = await self._next(one, feeding)
         finally:
@@ -114,7 +120,8 @@ class ExecStreams:
         """Hold the operator back while the node's session has much to send already: a full one would end."""
         while self._backlog(one.node_id) > BACKLOG_MAX:  # noqa: ASYNC110  (rare, and no event of the session's)
             await asyncio.sleep(BACKLOG_RECHECK_S)
-        self._push(one.node_id, agent_pb2.SchedulerMessage(exec_input=message))
+        if self._execs.get(message.id) is one:  # for one that has ended it is late news
+            self._push(one.node_id, agent_pb2.SchedulerMessage(exec_input=message))
 
     def take(self, node_id: str, output: agent_pb2.ExecOutput) -> None:
         """Something came up. Of a command that ended it is late news."""

@@ -533,6 +533,8 @@ def _milli(runner: Runner) -> int:
 def _unused(runner: Runner) -> bool:
     """Whether it leaves because fewer are wanted, or before it served: that disturbs nobody."""
     why = runner.goal_reason
+    if runner.goal is Goal.STOP and why.startswith("replaced by revision"):  # it was starting: who served is drained
+        return True
     return why.startswith(IDLE) or any(words in why for words in (" should have ", "stood in for", "started elsewhere"))
 
 

@@ -12,7 +12,7 @@ import pytest
 from fal_contract.errors import Code, FalError
 from fal_contract.limits import EXEC_DATA_BYTES_MAX, EXEC_WINDOW_BYTES
 from fal_contract.v1 import agent_pb2
-from fal_scheduler.exec_streams import BACKLOG_MAX, QUEUE_MAX, ExecStreams
+from fal_scheduler.exec_streams import BACKLOG_MAX, HALF_CLOSE_S, QUEUE_MAX, ExecStreams
 from virtual_time import run_virtually
 
 NODE = "n1"
@@ -78,6 +78,28 @@ def test_a_command_from_its_first_word_to_its_last() -> None:
         assert b"".join(x.data for x in got) == b"01234"
         assert got[-1].exit_code == 3
         assert not any(x.cancel for x in rig.inputs()), "what has ended is not cancelled"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("closes", [True, False], ids=["closes", "stays"])
+def test_the_call_is_open_until_the_operators_half_is_closed(closes: bool) -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        async with rig.run() as outputs:
+            last = asyncio.ensure_future(anext(outputs))
+            await settled()
+            rig.say(end=True, exit_code=3)
+            assert (await last).exit_code == 3
+            over = asyncio.ensure_future(anext(outputs, None))
+            await settled()
+            assert not over.done(), "a write of the operator's may be on its way"
+            rig.typed.put_nowait(agent_pb2.ExecInput(data=b"late") if not closes else None)
+            await settled()
+            assert over.done() == closes
+            await asyncio.sleep(HALF_CLOSE_S)
+            assert over.done(), "nobody holds a call that is over"
+            assert rig.inputs() == [], "nothing of it reaches the node"
 
     play(scenario)
 
