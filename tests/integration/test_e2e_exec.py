@@ -174,6 +174,8 @@ def test_a_command_ends_with_its_operator_its_agent_and_its_container(real: Clus
     assert worker_pid(runner) == pid, "the container stayed"
     with began("86461") as asking:
         assert real.falctl("runner", "kill", runner).returncode == 0
-        assert asking.wait(WAIT_S) in (1, 137), "broken off, or its own end was told first"
+        code = asking.wait(WAIT_S)
         assert asking.stderr is not None
-        assert b"the container ended" in asking.stderr.read()
+        said = asking.stderr.read()
+    # Its own end by the signal may be told before its node has seen why.
+    assert code == 137 or (code == 1 and b"the container ended" in said), (code, said)
