@@ -20,6 +20,10 @@ from hypothesis import HealthCheck, settings
 
 from node_leftovers import left_below, own_namespaces
 
+# Before anything imports gRPC: its handlers wait for its own threads whenever a test forks, and a fork that does not
+# execute another program at once has been seen to break the channels of the process that it left.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+
 # A machine that does other things too makes single examples slow; how fast something is belongs to tests/bench.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")

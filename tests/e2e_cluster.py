@@ -282,14 +282,22 @@ class Cluster:
         try:
             until(lambda: len(self.ready(app)) == count, f"{count} runners of {app} are ready", within_s=within_s)
         except AssertionError as error:
-            told = [f"{v.runner.id} {state_pb2.RunnerState.Name(v.state)} {v.reason}" for v in self.runners(app)]
-            raise AssertionError(f"{error}: {told}") from None
+            raise AssertionError(f"{error}: {self._told(app)}") from None
         return sorted(self.ready(app))
+
+    def _told(self, app: str) -> str:
+        """What the scheduler knows, for the message of a failed test."""
+        runners = [f"{v.runner.id} {state_pb2.RunnerState.Name(v.state)} {v.reason}" for v in self.runners(app)]
+        nodes = self.call("ListNodes", pb.ListNodesRequest()).nodes
+        return f"{runners}; nodes: {[f'{v.node.name} {v.health}' for v in nodes]}"
 
     def delete(self, app: str) -> None:
         """Delete an app and wait until its runners are gone."""
         self.call("DeleteApp", pb.DeleteAppRequest(id=f"default/{app}"))
-        until(lambda: not self.runners(app), f"the runners of {app} are gone")
+        try:
+            until(lambda: not self.runners(app), f"the runners of {app} are gone")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self._told(app)}") from None
 
     # ---- as a client
 

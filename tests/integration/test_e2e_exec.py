@@ -30,9 +30,9 @@ class Terminal:
         self.resize(rows, columns)
         self.before = termios.tcgetattr(self._slave)
         self.process = subprocess.Popen(
-            [*FALCTL, *arguments], stdin=self._slave, stdout=self._slave, stderr=self._slave,
-            env=real.falctl_env | {"TERM": "xterm"}, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            # Not by preexec_fn: gRPC's threads of this process do not survive a fork that runs Python.
+            ["setsid", "--ctty", *FALCTL, *arguments],
+            stdin=self._slave, stdout=self._slave, stderr=self._slave, env=real.falctl_env | {"TERM": "xterm"},
         )  # fmt: skip
         self._said = b""
 
