@@ -266,7 +266,7 @@ class FleetChecker:
             ids = [node_id for node_id in leader.state.nodes if node_id in leader.state.live]
             if all(leader.silent_s(node_id) > UNKNOWN_AFTER_S for node_id in ids):
                 self.fail("all-silent", f"{event.subject} counts as lost although every node is silent")
-            if event.subject in self.world.faults.reached and silent_s < 120.0:
+            if self.world.faults.reached_as_told(leader, event.subject) and silent_s < 120.0:
                 self.fail("silence", f"{event.subject} counts as lost although gateways reach it")
 
     # --- machines ---------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class Faults:
         self.counts: Counter[str] = Counter()
         self.gpus: dict[tuple[str, str], None] = {}  # faulty or taken out, by node and GPU
         self.reached: dict[str, None] = {}  # machines that gateways reach though the scheduler does not
+        self._told_reached: tuple[object, frozenset[str]] = (None, frozenset())  # the leader and what it was told
         self.store_stalled = self.stood_still = False
         self._confirming = False
         self._kinds: dict[str, tuple[int, Callable[[], None]]] = {
@@ -102,6 +103,7 @@ class Faults:
         if world.leader is None:
             world.take_over()
         self.reached.clear()
+        self._told_reached = (None, frozenset())
         for node in world.nodes.values():
             node.agent_up = True
             world.mend(node)
@@ -185,6 +187,11 @@ class Faults:
         self._silence(nodes, 60.0, 300.0)
         self._reach()
 
+    def reached_as_told(self, leader: object, node_id: str) -> bool:
+        """Whether the last word that this leader had of a gateway is that it reaches the machine."""
+        told_to, reached = self._told_reached
+        return leader is told_to and node_id in reached and node_id in self.reached
+
     def _reach(self) -> None:
         """Gateways tell whom they reach, while it matters."""
         leader = self.world.leader
@@ -193,6 +200,7 @@ class Faults:
         if leader is not None:
             reached = {id_: "direct" for id_ in sorted(self.reached) if self.world.nodes[id_].up}
             self.world.offer(GatewayReach("reach0", reached, leader.now_s))
+            self._told_reached = (leader, frozenset(reached))
         self.world.after(15.0, self._reach)
 
     def _agents_restart(self) -> None:

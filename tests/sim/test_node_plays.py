@@ -59,10 +59,19 @@ async def deploy(cluster: SimCluster) -> None:
     cluster.checker.excuses.wishes[APP] = [Wish("apply", WANTED, 0.0)]
     await cluster.submit(ApplyApp(APP, spec, "digest", actor="operator"))
     await cluster.until(lambda: serving(cluster) == WANTED, "an app that serves", within_s=60.0)
+    # One that the leader has not heard of as ready counts as starting, and a drain starts it elsewhere at once.
+    await cluster.until(lambda: known(cluster) == WANTED, "a leader that knows it", within_s=10.0)
 
 
 def serving(cluster: SimCluster) -> int:
     return sum(len(host.serving()) for host in cluster.hosts.values())
+
+
+def known(cluster: SimCluster) -> int:
+    """Runners that the leader knows to serve."""
+    state = view(cluster)
+    statuses = [state.status_of(runner) for runner in state.runners.values()] if state is not None else []
+    return sum(1 for status in statuses if status is not None and status.serves)
 
 
 def view(cluster: SimCluster) -> State | None:
