@@ -182,6 +182,23 @@ def test_fgd_scores_by_look_up_equal_its_definition(fleet: list[Row], seen: list
             assert (gpus[row] >= 0) == (demand.num_gpus == 1 and demand.gpu_milli < WHOLE)
 
 
+@given(fleet=fleets, seen=tasks, todo=tasks)
+@settings(max_examples=40)
+def test_fgd_scores_of_rows_one_by_one_equal_those_of_columns(
+    fleet: list[Row], seen: list[Demand], todo: list[Demand]
+) -> None:
+    """Scores, their types and the GPU of a fraction: which way is taken must change no decision."""
+    typical = TypicalTasks(seen).typical()
+    shares, every = shares_of(fleet), np.arange(len(fleet))
+    columns = Fragmentation(shares, typical, few_rows=0)
+    single = Fragmentation(shares, typical, few_rows=len(fleet))
+    for demand in todo:
+        (scores, gpus), (scores_single, gpus_single) = columns.score(demand, every), single.score(demand, every)
+        assert scores.tolist() == scores_single.tolist()
+        assert gpus.tolist() == gpus_single.tolist()
+        assert (scores.dtype, gpus.dtype) == (scores_single.dtype, gpus_single.dtype)
+
+
 @given(weights=st.dictionaries(st.integers(1, 100), st.integers(1, 500), min_size=1, max_size=10))
 @settings(max_examples=20)
 def test_prices_are_a_bound_on_the_gpus_that_tasks_need(weights: dict[int, int]) -> None:

@@ -15,12 +15,16 @@ All is integer: weights in ppm, F in ppm of a milli-GPU. What a GPU with share g
 weight of the tasks that fit the node and need at most g; it depends on c only by which tasks' CPU it covers, and on
 each g only by which tasks' shares it covers. So F is a sum of looked-up numbers, and a node costs one look-up a GPU.
 
+Many rows are scored as columns. Since a decision changes one row, mostly one or two are to be scored again: for so few
+numpy's fixed cost of some fifty calls is most of the time, and each row is computed by itself, with the same result.
+
 Called by `policies` and by placement as its last criterion. Must not choose nodes.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -35,6 +39,7 @@ WHOLE: Final = 1000  # thousandths of a GPU
 PPM: Final = 1_000_000
 NEVER: Final = -1  # the score of a row that does not fit
 _PERCENT: Final = 100
+FEW_ROWS: Final = 8  # up to so many are scored one by one; measured: there both ways take as long
 
 
 class Demand(NamedTuple):
@@ -158,13 +163,15 @@ _NO_GPU: Final = np.full(1, -1, np.int16)
 _STEPS: Final = np.array(
     [math.ceil(math.log(k / (_PERCENT - k)) * WHOLE * PPM) for k in range(1, _PERCENT)], dtype=np.int64
 )
+_STEPS_OF_ONE: Final[list[int]] = _STEPS.tolist()
 
 
 class Fragmentation:
     """FGD scores of a fleet against typical tasks: (demand, weight in ppm), at most a few hundred."""
 
-    def __init__(self, shares: Shares, typical: Sequence[tuple[Demand, int]]) -> None:
+    def __init__(self, shares: Shares, typical: Sequence[tuple[Demand, int]], *, few_rows: int = FEW_ROWS) -> None:
         self._shares = shares
+        self._few_rows = few_rows
         self._weight = sum(weight for _, weight in typical)
         tasks = [(task, weight) for task, weight in typical if task.num_gpus]
         self._cpus = np.array(sorted({task.cpu_milli for task, _ in tasks}), np.int64)
@@ -178,6 +185,10 @@ class Fragmentation:
         counts = sorted({task.num_gpus for task, _ in tasks})
         self._tables = [(count, self._table(count, named, tasks)) for count in counts]
         self._single = counts == [1]
+        # The same for single rows; views, because tables can be large.
+        self._views = [(count, table.data) for count, table in self._tables]
+        self._cpu_list: list[int] = self._cpus.tolist()
+        self._rank_list: list[int] = self._rank.tolist()
 
     def _table(self, count: int, named: list[int], tasks: list[tuple[Demand, int]]) -> Ints:
         """Usable weight by (class of kind, CPUs covered, rank of the count-th largest share, rank of a share)."""
@@ -229,11 +240,66 @@ class Fragmentation:
 
     def _evaluate(self, demand: Demand, rows: NDArray[np.intp], free: Milli, cpu: Ints) -> tuple[Ints, Milli]:
         """Rows that fit."""
+        if len(rows) <= self._few_rows:
+            return self._one_by_one(demand, rows, free, cpu)
         found = _STEPS.searchsorted(self.gain(demand, rows, free, cpu), "right")
         if not is_fraction(demand):
             return found[:, 0], _NO_GPU
         found[free < demand.gpu_milli] = NEVER
         return found.max(axis=1), found.argmax(axis=1).astype(np.int16)
+
+    def _one_by_one(self, demand: Demand, rows: NDArray[np.intp], free: Milli, cpu: Ints) -> tuple[Ints, Milli]:
+        """`_evaluate` for few rows."""
+        classes = [self._kind_class.get(kind, 0) for kind in self._shares.kind.take(rows).tolist()]
+        look = self._fraction_of_one if is_fraction(demand) else self._whole_of_one
+        levels, found = len(self._cpu_list) + 1, []
+        for kind, shares, cpu_milli in zip(classes, free.tolist(), cpu.tolist(), strict=True):
+            before = kind * levels + bisect_right(self._cpu_list, cpu_milli)
+            after = kind * levels + bisect_right(self._cpu_list, cpu_milli - demand.cpu_milli)
+            found.append(look(demand, shares, before, after))
+        scores: Ints = np.array([bisect_right(_STEPS_OF_ONE, gain) for gain, _ in found], np.int64)
+        return scores, np.array([gpu for _, gpu in found], np.int16) if is_fraction(demand) else _NO_GPU
+
+    def _whole_of_one(self, demand: Demand, shares: list[int], before: int, after: int) -> tuple[int, int]:
+        """F before - F after of one row, in ppm of a milli-GPU, and no GPU."""
+        if not demand.num_gpus:
+            if before == after:
+                return 0, -1
+            return self._usable(after, shares) - self._usable(before, shares), -1
+        left, missing = shares.copy(), demand.num_gpus
+        for at, share in enumerate(shares):
+            if share >= demand.gpu_milli and missing:
+                left[at] = share - demand.gpu_milli
+                missing -= 1
+        taken = demand.gpu_milli * demand.num_gpus * self._weight
+        return taken + self._usable(after, left) - self._usable(before, shares), -1
+
+    def _fraction_of_one(self, demand: Demand, shares: list[int], before: int, after: int) -> tuple[int, int]:
+        """The best F before - F after of one row by score, and the first GPU that has that score."""
+        milli, gains = demand.gpu_milli, {}
+        none = milli * self._weight - self._usable(before, shares)
+        for at, share in enumerate(shares):
+            if share >= milli and share not in gains:  # GPUs with the same share are alike
+                left = shares.copy()
+                left[at] = share - milli
+                gains[share] = none + self._usable(after, left)
+        best = max(gains.values())
+        score = bisect_right(_STEPS_OF_ONE, best)
+        least = _STEPS_OF_ONE[score - 1] if score else min(gains.values())
+        return best, next(at for at, share in enumerate(shares) if gains.get(share, least - 1) >= least)
+
+    def _usable(self, place: int, shares: list[int]) -> int:
+        """What typical tasks can use of these shares (below 1: none), in ppm of a milli-GPU."""
+        rank, ranks, total = self._rank_list, len(self._millis) + 1, 0
+        there = [share for share in shares if share > 0]
+        for count, table in self._views:
+            if count > len(there):
+                continue
+            nth = rank[max(there) if count == 1 else sorted(there)[-count]]
+            base = (place * ranks + nth) * ranks
+            for share in there:
+                total += table[base + rank[share]] * share
+        return total
 
     def gain(self, demand: Demand, rows: NDArray[np.intp], free: Milli, cpu: Ints) -> Ints:
         """F before - F after of rows that fit and have so much free, in ppm of a milli-GPU: [row, way].
