@@ -1,8 +1,10 @@
 """Tells the core what weight caches told, as far as placement looks at it: rounded, coalesced, bounded.
 
 An event a node and second at most, the first at once; progress in steps of a twentieth or 256 MiB, rates to about a
-tenth: so that the log of what decisions rest on stays small. What was told last is read in the core's own facts, so
-nothing is kept here but which artifacts of which nodes are due. Made by `CacheSessions`; must not decide anything.
+tenth: so that the log of what decisions rest on stays small. A fetch that begins or ends, and what comes or goes, does
+not wait for the second where the node has told little of late: a placement right after it must know. What was told
+last is read in the core's own facts, so nothing is kept here but which artifacts of which nodes are due. Made by
+`CacheSessions`; must not decide anything.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from fal_scheduler.core.residency import CacheNode, Holding, ResidencyTable
 from fal_scheduler.core.state import State
 
 TELL_EVERY_S: Final = 1.0
+TURN_EVERY_S: Final = 0.1  # of what turned …
+TURNS_AHEAD_MAX: Final = 8  # … so many of one node at once, and then one a second
 PROGRESS_PERC: Final = 5
 PROGRESS_BYTES: Final = 256 << 20
 _RATE_BITS: Final = 4  # of a rate that are kept: steps of 6 to 12 percent
@@ -26,12 +30,16 @@ _RATE_BITS: Final = 4  # of a rate that are kept: steps of 6 to 12 percent
 
 @dataclass(slots=True)
 class _Due:
-    """What a node's next event is about. Dicts without values are ordered sets."""
+    """What a node's next event is about. Dicts without values are ordered sets.
+
+    `turns_s`: when the events that did not wait for their second will be outweighed.
+    """
 
     artifacts: dict[str, None] = field(default_factory=dict)
     sources: dict[str, None] = field(default_factory=dict)
     timer: asyncio.TimerHandle | None = None
     told_at_s: float = float("-inf")
+    turns_s: float = float("-inf")
 
 
 class CacheTelling:
@@ -64,12 +72,34 @@ class CacheTelling:
         due = self._due.setdefault(node_id, _Due())
         due.artifacts.update(dict.fromkeys(artifacts))
         due.sources.update(dict.fromkeys(sources))
+        now_s, loop = self._now_s(), asyncio.get_running_loop()
+        wait_s = due.told_at_s + TELL_EVERY_S - now_s
+        soon_s = max(0.0, due.told_at_s + TURN_EVERY_S - now_s)
+        early = due.timer is not None and due.timer.when() <= loop.time() + soon_s
+        few = due.turns_s <= now_s + (TURNS_AHEAD_MAX - 1) * TELL_EVERY_S
+        if wait_s > soon_s and few and not early and self._turned(node_id, due.artifacts):
+            due.turns_s = max(due.turns_s, now_s) + TELL_EVERY_S
+            wait_s = soon_s
+            if due.timer is not None:
+                due.timer.cancel()
+                due.timer = None
         if due.timer is None:
-            wait_s = due.told_at_s + TELL_EVERY_S - self._now_s()
             if wait_s <= 0:
                 self._tell(node_id)
             else:
-                due.timer = asyncio.get_running_loop().call_later(wait_s, self._tell, node_id)
+                due.timer = loop.call_later(wait_s, self._tell, node_id)
+
+    def _turned(self, node_id: str, artifacts: Iterable[str]) -> bool:
+        """Whether one of these came, went, began or ceased to be fetched, or became ready."""
+        node, facts = self._table.node(node_id), self._view().cache_facts
+        for artifact in artifacts:
+            holding = node.holdings.get(artifact) if node is not None else None
+            last = facts.holders.get(artifact, {}).get(node_id)
+            if (holding is None) != (last is None):
+                return True
+            if holding is not None and last is not None and (holding.ready, holding.fetching) != _state(last):
+                return True
+        return False
 
     def left(self, node_id: str) -> None:
         """A node's cache is forgotten."""
@@ -137,11 +167,15 @@ def fact_of(holding: Holding) -> CachedFact:
 
 def matters(fact: CachedFact, last: CachedFact | None, size: int) -> bool:
     """Whether a fact differs from the last one by enough to be told."""
-    if last is None or (fact.ready, fact.fetching) != (last.ready, last.fetching):
+    if last is None or _state(fact) != _state(last):
         return True
     step = min(max(size * PROGRESS_PERC // 100, 1), PROGRESS_BYTES)
     moved = max(abs(fact.bytes_here - last.bytes_here), abs(fact.bytes_memory - last.bytes_memory))
     return moved >= step or fact.rate_bytes_s != last.rate_bytes_s
+
+
+def _state(fact: CachedFact) -> tuple[bool, bool]:
+    return fact.ready, fact.fetching
 
 
 def rounded(rate: int) -> int:
@@ -154,4 +188,4 @@ def _fed(node: CacheNode) -> int:
     return rounded(node.fed_bytes_s)
 
 
-__all__ = ["TELL_EVERY_S", "CacheTelling", "fact_of", "matters", "rounded"]
+__all__ = ["TELL_EVERY_S", "TURNS_AHEAD_MAX", "TURN_EVERY_S", "CacheTelling", "fact_of", "matters", "rounded"]

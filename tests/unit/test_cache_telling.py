@@ -1,4 +1,5 @@
-"""What of a cache's reports becomes an event of the core: rounded, one a node and second, bounded, exact in the end."""
+"""What of a cache's reports becomes an event of the core: rounded, one a node and second (sooner where a fetch begins
+or ends), bounded, exact in the end."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def test_a_fetch_of_a_thousand_reports_is_a_few_dozen_events_and_its_end_is_exac
     run_virtually(scenario())
 
 
-def test_no_node_tells_more_than_once_a_second_and_the_first_word_goes_at_once() -> None:
+def test_no_node_tells_its_progress_more_than_once_a_second_and_the_first_word_goes_at_once() -> None:
     async def scenario() -> None:
         rig = Rig()
         rig.hello(Holding(B, GB, GB, ready=True))
@@ -75,11 +76,47 @@ def test_no_node_tells_more_than_once_a_second_and_the_first_word_goes_at_once()
         for at in range(30):
             rig.report(coming(at * 30_000_000))
             await asyncio.sleep(0.05)
-        rig.report(gone=(A,))
-        await asyncio.sleep(2.0)
-        assert A not in rig.state.cache_facts.holders
         span_s = asyncio.get_running_loop().time() - began_s
         assert len(rig.events) - 1 <= span_s / cache_telling.TELL_EVERY_S + 1
+        rig.telling.close()
+
+    run_virtually(scenario())
+
+
+def test_what_turns_does_not_wait_for_the_second() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        facts = rig.state.cache_facts
+        rig.hello()
+        rig.report(coming(0))
+        await asyncio.sleep(cache_telling.TURN_EVERY_S)
+        assert facts.holders[A]["n1"].fetching
+        rig.report(coming(GB // 2))
+        rig.report(Holding(A, GB, GB, ready=True))
+        await asyncio.sleep(cache_telling.TURN_EVERY_S)
+        assert facts.holders[A]["n1"].ready
+        rig.report(gone=(A,))
+        rig.report(Holding(B, GB, 0, wanted=True))
+        await asyncio.sleep(cache_telling.TURN_EVERY_S)
+        assert list(facts.holders) == [B]
+        assert len(rig.events) == 4, "one event for all that turned at once"
+        rig.telling.close()
+
+    run_virtually(scenario())
+
+
+def test_a_node_where_everything_turns_all_the_time_is_told_twice_a_second_at_most() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        rig.hello()
+        for _ in range(300):
+            rig.report(coming(0))
+            await asyncio.sleep(0.05)
+            rig.report(gone=(A,))
+            await asyncio.sleep(0.05)
+        assert len(rig.events) <= 2 * 30 / cache_telling.TELL_EVERY_S + cache_telling.TURNS_AHEAD_MAX + 1
+        await asyncio.sleep(cache_telling.TELL_EVERY_S)
+        assert A not in rig.state.cache_facts.holders
         rig.telling.close()
 
     run_virtually(scenario())

@@ -136,6 +136,21 @@ def test_what_nobody_measured_is_assumed_slow_and_says_so(rig: Rig) -> None:
     assert "assumed" not in {term.name: term.because for term in rig.predict("n1").terms}["weights"]
 
 
+def test_a_folder_is_assumed_to_answer_until_somebody_has_read_it(rig: Rig) -> None:
+    rig.put(Model("default/m", "model", "file:///srv/m", ModelState.ATTESTED, bytes=SIZE, artifact_id=A))
+    assert rig.predict("n1").ms("weights") == SIZE * 1000 // ASSUMED_BYTES_S
+    rig.tell("n1", origin__file=0)
+    assert (rig.predict("n1").total_ms, rig.predict("n2").ms("weights")) == (NEVER_MS, SIZE * 1000 // ASSUMED_BYTES_S)
+    asked = ["n1", "n2", "n3"]
+    before = ready_at.ready_ms(rig.state, SPEC, asked)
+    rig.tell("n2", origin__file=100 * MB)
+    assert rig.predict("n2").ms("weights") == SIZE * 1000 // (100 * MB)
+    assert rig.predict("n3").total_ms == NEVER_MS, "it is another machine's"
+    after = ready_at.ready_ms(rig.state, SPEC, asked)
+    assert before[2] < NEVER_MS
+    assert list(after) == [NEVER_MS, rig.predict("n2").total_ms, NEVER_MS]
+
+
 def test_where_nothing_leads_comes_last_and_says_why(rig: Rig) -> None:
     rig.tell("n2", {A: CachedFact(SIZE, ready=True)}, origin__b=MB)
     rig.tell("n4", origin__b=0)
@@ -208,6 +223,23 @@ def test_a_prediction_is_compared_when_the_runner_is_ready_and_teaches_the_next(
     again = rig.predict("n1")
     assert again.total_ms == pytest.approx(125_250, rel=0.01)
     assert rig.predict("n2").ms("setup") == pytest.approx(5000, rel=0.02), "others learn of it too"
+
+
+@pytest.mark.parametrize(("memory", "tier"), [(0, "disk"), (SIZE, "memory")])
+def test_what_is_there_is_asked_for_and_that_takes_its_time_too(rig: Rig, memory: int, tier: str) -> None:
+    rig.tell("n1", {A: CachedFact(SIZE, memory, ready=True)}, origin__b=100 * MB)
+    phases = {"weights": 0.2, "make": 0.01, "stage": 0.2, "create": 0.01, "start": 0.04, "setup": 0.15}
+    for name in ("r1", "r2"):
+        runner = rig.place(name, "n1")
+        event = rig.ready(runner, 0.5, **phases)
+    assert event.facts["weights_ms"] == "200/200"
+    again = rig.predict("n1")
+    assert again.tier == tier
+    assert again.total_ms == pytest.approx(500, rel=0.05)
+    assert "learnt from 2 starts" in {term.name: term.because for term in again.terms}["weights"]
+    assert ready_at.ready_ms(rig.state, SPEC, ["n1"], app=APP)[0] == again.total_ms
+    assert rig.predict("n3").ms("weights") > 99_000, "what must come is another line"
+    assert rig.predict("n1", replace(SPEC, model="")).ms("weights") == 0, "without a model nothing is asked for"
 
 
 def test_a_runner_that_leaves_its_node_is_expected_no_more(rig: Rig) -> None:

@@ -85,7 +85,7 @@ class Readiness:
         if own is not None:
             return own, ""
         if self._source == "origin:file":
-            return 0, ""  # a folder of another machine
+            return (0, "") if self._origin_rates else (None, "")  # a folder of another machine, once it was read on one
         pool = self._pool(node.node_id)
         for key, whose in ((_pool_key(pool), "its pool"), (_region_key(pool), "its region"), ("", "others")):
             if key in self._origin_rates:

@@ -43,6 +43,7 @@ from fal_scheduler.core.ready_views import (
     NodesView,
     Number,
     OneNode,
+    Truth,
     ahead,
     source_family,
 )
@@ -236,7 +237,7 @@ def _compute(view: NodesView, needs: _Needs) -> _Parts:
     app, image = f"app/{needs.app}" if needs.app else "", f"image/{spec.image}"
     weights = _weights(view, needs)
     known, learnt = view.by_source("weights", weights.come >> _KIB, weights.tier, weights.source)
-    taught = (known > 0) & (weights.missing > 0) & (weights.raw < NEVER_MS) & (weights.arriving == 0)
+    taught = (known > 0) & (_whole(needs, weights) | _fetched(weights))
     fetched = view.pick(taught, learnt, weights.raw)
     rest, make, start = view.everywhere("rest"), view.by_driver("make", 0, image), view.by_driver("start", 0, image)
     setup = view.by_gpu("setup", weights.bytes_total >> _KIB, app, gpus, weights.tier)
@@ -252,6 +253,16 @@ def _compute(view: NodesView, needs: _Needs) -> _Parts:
     else:
         both = view.most(first + make, fetched) + start + setup
     return _Parts(view.least(rest + both + compile_, NEVER_MS), weights, by_name)
+
+
+def _whole(needs: _Needs, weights: _Weights) -> Truth:
+    """Where all of it is ready: the cache is asked, it pins, and that takes its time too."""
+    return (weights.missing == 0) & (weights.raw == 0) & bool(needs.artifacts)
+
+
+def _fetched(weights: _Weights) -> Truth:
+    """Where some of it must come, and a placement of now is what asks for it."""
+    return (weights.missing > 0) & (weights.raw < NEVER_MS) & (weights.arriving == 0)
 
 
 def _weights(view: NodesView, needs: _Needs) -> _Weights:
@@ -338,7 +349,7 @@ def _inputs(view: OneNode, needs: _Needs, weights: _Weights) -> tuple[tuple[str,
     gpu, driver = view.gpu if needs.spec.num_gpus else "", view.driver
     found = [("rest", 0), (f"make/{driver}", 0), (f"start/{driver}", 0)]
     found.append((f"setup/{LOADED_FROM[weights.tier]}/{gpu}", weights.bytes_total >> _KIB))
-    if weights.missing and weights.raw < NEVER_MS and not weights.arriving:
+    if _whole(needs, weights) or _fetched(weights):
         found.append((source_family("weights", weights.tier, weights.source), weights.come >> _KIB))
     if needs.compiles:
         found.append((f"compile/{gpu}", 0))
@@ -359,7 +370,8 @@ def _because(view: OneNode, name: str, family: str, weights: _Weights) -> str:
 
 def _weights_because(view: OneNode, weights: _Weights, known: int) -> str:
     if not weights.missing:
-        return f"all {weights.bytes_total / 1e9:.2f} GB are there, in tier {TIERS[weights.tier]}"
+        text = f"all {weights.bytes_total / 1e9:.2f} GB are there, in tier {TIERS[weights.tier]}"
+        return f"{text}; to ask for them is learnt from {known} starts" if known else text
     if weights.raw >= NEVER_MS:
         return "no route to any holder and the origin does not answer"
     text = f"{weights.missing / 1e9:.2f} GB from {TIERS[weights.tier]}"

@@ -215,7 +215,8 @@ class Columns:
     def origin(self, source: str) -> Ints:
         """Bytes per second from an origin: a node's own, else its pool's, region's, everybody's median; -1: nobody's.
 
-        0: it does not answer there. A folder of another machine ("origin:file") answers where it was measured only.
+        0: it does not answer there. A folder ("origin:file") may be another machine's: once somebody has read it, it
+        answers there and where it was measured only.
         """
         own = self._sources.pop(source, None)
         if own is None:
@@ -230,8 +231,7 @@ class Columns:
             del self._sources[oldest]
             self._filled.pop(oldest, None)
         if source not in self._filled:
-            no_gaps = source == "origin:file"
-            self._filled[source] = np.where(own < 0, 0, own) if no_gaps else self._fill(source, own)
+            self._filled[source] = (self._folder if source == "origin:file" else self._fill)(source, own)
         return self._filled[source]
 
     def peer(self) -> Ints:
@@ -257,6 +257,12 @@ class Columns:
                     break
         self._gaps[source] = by_pool.tobytes()
         return np.where(own < 0, by_pool[self.pool], own)
+
+    def _folder(self, source: str, own: Ints) -> Ints:
+        """Nobody knows who has it before somebody has read it; from then on gaps are 0."""
+        anybody = bool((own > 0).any())
+        self._gaps[source] = b"read" if anybody else b""
+        return np.where(own < 0, 0, own) if anybody else own
 
     def _region(self, pool: str) -> str:
         record = self.state.pools.get(pool)
