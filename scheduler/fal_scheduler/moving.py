@@ -2,9 +2,10 @@
 
 Invariants: the store that is filled is led by us meanwhile, so that nobody else commits to it; it carries a mark until
 its last commit, which writes the cluster's record, so that a move that was cut is never taken for a store; the source
-is only read, until the target is complete. The cluster's epoch rises and its incarnation is new: nodes follow the
-filled store without a doubt, and hold back what an old copy of it would ask (pitfall 24). No container is told anything
-here.
+is only read, until all but that commit are done, and is marked before it: at no moment may two stores be led on. A move
+that was cut between both is finished by doing it again. The cluster's epoch rises and its incarnation is new: nodes
+follow the filled store without a doubt, and hold back what an old copy of it would ask (pitfall 24). No container is
+told anything here.
 
 Called by the offline verbs. Blocks on small files.
 """
@@ -12,9 +13,10 @@ Called by the offline verbs. Blocks on small files.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import SystemRandom
 from typing import Final
@@ -77,20 +79,24 @@ async def restore(
 async def migrate(source: Store, target: Store, *, where: str, force: bool, wait_s: float = CAMPAIGN_WAIT_S) -> Filled:
     """Move all records from one store to another; the source is marked. Both are opened and closed here.
 
-    `where`: what the source says of the target from now on. Raises FAILED_PRECONDITION (one is led, the target is not
-    empty), what the stores raise.
+    `where`: what the source says of the target from now on. A source that says so already is moved again, if the target
+    is still unfinished. Raises FAILED_PRECONDITION (one is led, the target is not empty), what the stores raise.
     """
     async with _led(source, wait_s) as from_:
-        loaded = await source.load()
-        check_mark(loaded.records)
-        if META_KEY not in loaded.records:
+        records = dict((await source.load()).records)
+        cut = moved_to(records.get(MARK_KEY, b"")) == where
+        if not cut:
+            check_mark(records)
+        if META_KEY not in records:
             raise FalError(
                 Code.FAILED_PRECONDITION, "the store to move holds no cluster", remedy="Name the right data folder."
             )
         async with _led(target, wait_s, term_min=from_.term + 1) as to:
-            filled = await _fill(target, to, loaded.records, force=force)
-        await source.commit(from_, [Write(MARK_KEY, moved(where))])
-    return filled
+            if cut and (await target.load()).records.get(MARK_KEY) != UNFINISHED:
+                check_mark(records)  # that one is complete, or another store by now
+            records.pop(MARK_KEY, None)
+            leave = partial(source.commit, from_, [Write(MARK_KEY, moved(where))])
+            return await _fill(target, to, records, force=force, before_last=leave)
 
 
 @asynccontextmanager
@@ -116,7 +122,15 @@ async def _led(store: Store, wait_s: float, *, term_min: int = 0) -> AsyncIterat
         await store.close()
 
 
-async def _fill(store: Store, guard: Guard, records: Mapping[str, bytes], *, force: bool) -> Filled:
+async def _fill(
+    store: Store,
+    guard: Guard,
+    records: Mapping[str, bytes],
+    *,
+    force: bool,
+    before_last: Callable[[], Awaitable[object]] | None = None,
+) -> Filled:
+    """Replace what is in the store; `before_last` is done when only the commit that makes it valid is left."""
     present = (await store.load()).records
     old = _meta_of(present)
     if present and not force and not moved_to(present.get(MARK_KEY, b"")) and present.get(MARK_KEY) != UNFINISHED:
@@ -137,6 +151,8 @@ async def _fill(store: Store, guard: Guard, records: Mapping[str, bytes], *, for
     stale = (Write(key, None) for key in present if key not in records and key != MARK_KEY)
     for batch in _batches((*stale, *(Write(key, value) for key, value in records.items() if key != META_KEY))):
         await store.commit(guard, batch)
+    if before_last is not None:
+        await before_last()
     await store.commit(guard, [Write(META_KEY, encode(meta)), Write(MARK_KEY, None)])
     return Filled(meta.cluster_id, meta.epoch, meta.incarnation, len(records), guard.term)
 

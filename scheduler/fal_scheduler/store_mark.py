@@ -35,12 +35,13 @@ def check_mark(records: Mapping[str, bytes]) -> None:
         raise FalError(
             Code.FAILED_PRECONDITION,
             f"the records of this store were moved to {where}",
-            remedy="Configure that store; or restore a snapshot into this one with --force.",
+            remedy="Configure that store; where it says that the move was not finished, do the same move again. "
+            "Or restore a snapshot into this one with --force.",
         )
     raise FalError(
         Code.FAILED_PRECONDITION,
         "a restore or a move into this store was not finished",
-        remedy="Do it again with --force; the source is as it was.",
+        remedy="Do the same again: it begins anew, and ends what was left.",
     )
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fal_contract import snapshot_file
 from fal_contract.errors import Code, FalError
@@ -141,27 +139,76 @@ def test_a_store_that_somebody_leads_on_is_left_alone(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
-@given(st.integers(0, 6))
-def test_a_move_that_was_cut_is_never_taken_for_a_store(cut: int) -> None:
+class Killed(Exception):
+    """The process that moves ends here."""
+
+
+def may_be_led_on(backend: MemoryBackend) -> bool:
+    if not backend.records:
+        return False
+    try:
+        recover(backend.records, term=backend.term, revision=backend.revision, now_s=0.0)
+    except FalError as error:
+        return error.code is not Code.FAILED_PRECONDITION
+    return True
+
+
+COMMITS = 7  # of a move of 350 records: the mark, four batches, the source's mark, the last
+
+
+@pytest.mark.parametrize("point", ["before commit", "after commit"])
+@pytest.mark.parametrize("cut", range(COMMITS + 1))
+def test_a_move_that_is_killed_anywhere_leaves_one_store_at_most_and_is_done_again(cut: int, point: str) -> None:
     kept = records(350)
 
     async def body() -> None:
         source, target = backend_of(kept), MemoryBackend()
-        faults = FaultStore(MemoryStore(target), [Fault(FaultKind.NONE)] * cut + [Fault(FaultKind.FAIL)])
+        passed = 0
+
+        def hook(now: str) -> None:
+            nonlocal passed
+            assert may_be_led_on(source) + may_be_led_on(target) <= 1
+            if now == point:
+                passed += 1
+                if passed == cut + 1:
+                    raise Killed
+
+        killed = cut < COMMITS
         try:
-            await migrate(MemoryStore(source), faults, where="there", force=False)
-        except FalError:
-            if target.records:
-                with pytest.raises(FalError, match="was not finished") as caught:
-                    recover(target.records, term=1, revision=1, now_s=0.0)
-                assert caught.value.code is Code.FAILED_PRECONDITION
-            assert source.records == kept  # it may be led on as before
+            stores = (FaultStore(MemoryStore(backend), hook=hook) for backend in (source, target))
+            await migrate(*stores, where="there", force=False)
+        except Killed:
+            assert killed
+        else:
+            assert (killed, passed) == (False, COMMITS)
+        assert may_be_led_on(source) + may_be_led_on(target) <= 1
+        if not may_be_led_on(target):
             await migrate(MemoryStore(source), MemoryStore(target), where="there", force=False)
-        assert MARK_KEY not in target.records
         assert target.records.keys() == kept.keys()
-        recover(target.records, term=1, revision=1, now_s=0.0)
+        assert may_be_led_on(target)
         with pytest.raises(FalError, match="moved to there"):
             recover(source.records, term=1, revision=1, now_s=0.0)
+        with pytest.raises(FalError, match="moved to there"):  # the target may have changed since
+            await migrate(MemoryStore(source), MemoryStore(target), where="there", force=True)
+
+    asyncio.run(body())
+
+
+def test_a_move_that_was_cut_goes_on_to_the_same_store_only() -> None:
+    async def body() -> None:
+        source, target, other = backend_of(records(3)), MemoryBackend(), MemoryBackend()
+        faults = FaultStore(MemoryStore(target), [Fault(FaultKind.NONE)] * 2 + [Fault(FaultKind.FAIL)])
+        with pytest.raises(FalError):
+            await migrate(MemoryStore(source), faults, where="there", force=False)
+        assert not may_be_led_on(source)
+        with pytest.raises(FalError, match="was not finished"):
+            recover(target.records, term=1, revision=1, now_s=0.0)
+        for where in ("elsewhere", "there"):
+            with pytest.raises(FalError, match="moved to there"):
+                await migrate(MemoryStore(source), MemoryStore(other), where=where, force=True)
+        assert not other.records
+        await migrate(MemoryStore(source), MemoryStore(target), where="there", force=False)
+        assert MARK_KEY not in target.records
 
     asyncio.run(body())
 
