@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -14,6 +15,10 @@ from falctl.pools import JsonFlag
 
 BY: Final = ("app", "team", "pool", "machine")
 COLUMNS: Final = ("gpu_seconds", "busy_gpu_seconds", "idle_gpu_seconds", "requests", "runners", "cost_usd")
+DETAILS: Final = (
+    "container", "app", "revision", "runner", "pool", "node", "machine", "gpus", "gpu_share", "started_at_s", "until_s",
+    "ended",
+)  # fmt: skip
 
 
 def cost(
@@ -28,18 +33,24 @@ def cost(
 ) -> None:
     """GPU seconds, price, and how much of it was idle; what runs now is counted up to now."""
     from fal_contract.clock import SystemClock
+    from fal_contract.ids import check_name
     from fal_contract.units import parse_duration_s
     from falctl.output import print_json
 
     if by not in BY:
         raise invalid("--by", by, "is no way to sum", remedy=f"Use one of {', '.join(BY)}.")
+    if details and by != BY[0]:
+        raise invalid("--by", by, "means nothing with --details", remedy="Give one of them.")
+    if team:
+        check_name(team, field="--of-team")
     now_s = SystemClock().wall_s()
-    since_s = now_s - parse_duration_s(since, field="--since")
+    since_s = max(0.0, now_s - parse_duration_s(since, field="--since"))
     until_s = now_s - (parse_duration_s(until, field="--until") if until != "0" else 0.0)
     if since_s >= until_s:
         raise invalid("--since", since, f"is not before --until {until}", remedy="Look further back.")
     rows = list(_details(since_s, until_s, team) if details else _sums(since_s, until_s, team, by))
-    for file, write in ((csv, _write_csv), (parquet, _write_parquet)):
+    names = (*(DETAILS if details else (by,)), *COLUMNS)
+    for file, write in ((csv, partial(_write_csv, names=names)), (parquet, _write_parquet)):
         if file is not None:
             _written(file, rows, write)
     if json:
@@ -135,11 +146,11 @@ def _written(file: Path, rows: list[dict[str, Any]], write: Callable[[Path, list
     typer.echo(f"wrote {len(rows)} rows to {file}", err=True)
 
 
-def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+def _write_csv(file: Path, rows: list[dict[str, Any]], *, names: Sequence[str]) -> None:
     import csv as csv_module
 
     with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv_module.DictWriter(out, list(rows[0]) if rows else list(COLUMNS))
+        writer = csv_module.DictWriter(out, names)
         writer.writeheader()
         writer.writerows(rows)
 

@@ -177,8 +177,11 @@ def quarantine(
     json: JsonFlag = False,
 ) -> None:
     """Take one GPU out: nothing new is placed on it, its runners are replaced elsewhere, then drained."""
+    from fal_contract.errors import invalid
     from fal_contract.v1 import cluster_pb2 as pb
 
+    if not reason.strip():
+        raise invalid("--reason", reason, "says nothing", remedy="Say why, for others.")
     reply = unary("QuarantineGpu", pb.QuarantineGpuRequest(node=node, gpu=gpu, reason=reason))
     _tell(reply, f"GPU {reply.gpu} of {node} is quarantined", json)
 

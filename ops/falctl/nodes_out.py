@@ -43,6 +43,8 @@ def drain(
         raise invalid("--cancel", node, "takes no other option", remedy="Give --cancel alone.")
     if force and no_deadline:
         raise invalid("--no-deadline", node, "means nothing with --force", remedy="Give one of them.")
+    if no_deadline and deadline != DEADLINE:
+        raise invalid("--deadline", deadline, "means nothing with --no-deadline", remedy="Give one of them.")
     if cancel:
         _told(_ask(node, cancel=True), json)
         return
@@ -111,12 +113,16 @@ def label(
     request = pb.LabelNodeRequest(node=node)
     for word in labels:
         name, equals, value = word.partition("=")
-        if equals and name:
-            request.put[name] = value
-        elif word.endswith("-") and len(word) > 1:
-            request.drop.append(word[:-1])
-        else:
+        if not equals:
+            name = word[:-1]
+        if not name or not (equals or word.endswith("-")):
             raise invalid("NAME=VALUE", word, "is no label", remedy="Write NAME=VALUE, or NAME- to remove it.")
+        if name in request.put or name in request.drop:
+            raise invalid("NAME=VALUE", word, f"names the label {name} again", remedy="Name each label once.")
+        if equals:
+            request.put[name] = value
+        else:
+            request.drop.append(name)
     view = unary("LabelNode", request)
     if json:
         print_json("node", to_json(view))

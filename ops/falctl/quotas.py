@@ -27,6 +27,8 @@ def set_quota(
 
     if not 0 <= gpus <= 1_000_000:
         raise invalid("--gpus", gpus, "is out of bounds", remedy="Use 0 to 1000000.")
+    if abs(gpus * 1000 - round(gpus * 1000)) > 1e-3:
+        raise invalid("--gpus", gpus, "is finer than a thousandth of a GPU", remedy="Use three decimals at most.")
     request = pb.SetQuotaRequest(team=team, gpu_milli=round(gpus * 1000), no_borrowing=not borrow)
     _told(unary("SetQuota", request), json)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _EVENT_BYTES_MAX: Final = 64 << 20
 _ERROR_BYTES_MAX: Final = 64 << 10
+_END_WAIT_S: Final = 5.0  # for the end of an answer whose picture is here
 
 
 def run(
@@ -133,7 +134,8 @@ def _step_shower(quiet: bool) -> Callable[[int, int], None]:
 async def _follow(response: HttpResponse, show: Callable[[int, int], None]) -> dict[str, Any]:
     """Read server-sent events until the picture is complete. Raises FalError when the worker reports one."""
     output: dict[str, Any] | None = None
-    async for name, data in _events(response):
+    events = _events(response)
+    async for name, data in events:
         match name:
             case "step":
                 show(int(data["i"]), int(data["n"]))
@@ -142,8 +144,19 @@ async def _follow(response: HttpResponse, show: Callable[[int, int], None]) -> d
             case "error":
                 raise _error_of(data)
             case "completed" if output is not None:
+                await _read_to_the_end(events)
                 return output
     raise FalError(Code.RUNNER_FAILED, "The answer ended before the picture was complete", remedy="Run it again.")
+
+
+async def _read_to_the_end(events: AsyncIterator[tuple[str, dict[str, Any]]]) -> None:
+    """The picture is here. A request whose answer is cut before its last byte counts as cancelled, not as served."""
+    import asyncio
+
+    with suppress(FalError, TimeoutError):
+        async with asyncio.timeout(_END_WAIT_S):
+            async for _ in events:
+                pass
 
 
 async def _events(response: HttpResponse) -> AsyncIterator[tuple[str, dict[str, Any]]]:
