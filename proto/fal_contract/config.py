@@ -32,6 +32,7 @@ from fal_contract.limits import CONFIG_BYTES_MAX
 _VALUE_CHARS_MAX: Final = 80
 _LEGAL_KEYS_SHOWN_MAX: Final = 12
 _SECRET_KEY: Final = re.compile(r"secret|password|passphrase|token|private|api_?key", re.IGNORECASE)
+_ARM: Final = re.compile(r"(function-\w+|literal)\[.*\]|constrained-\w+|\[key\]")
 _MISSING_TYPES: Final = frozenset({"missing", "missing_argument"})
 
 
@@ -277,8 +278,11 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _dotted(loc: Sequence[object]) -> str:
+    """`rollout.canary_perc`, `loras[0]`; without the words by which pydantic tells the arms of a union apart."""
     text = ""
     for part in loc:
+        if text and isinstance(part, str) and _ARM.fullmatch(part):
+            continue
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
 

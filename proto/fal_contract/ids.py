@@ -18,7 +18,7 @@ from random import Random
 from typing import Final, NewType
 
 from fal_contract.errors import invalid
-from fal_contract.limits import NAME_CHARS_MAX
+from fal_contract.limits import LABEL_CHARS_MAX, NAME_CHARS_MAX
 
 AppId = NewType("AppId", str)
 RevisionId = NewType("RevisionId", str)
@@ -33,6 +33,7 @@ SYSTEM_TEAM: Final = "system"  # owns build tasks and entries of compile caches;
 # No i, l, o, u: read aloud over a phone without mistakes (Crockford's base 32, lower case).
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_LABEL: Final = re.compile(r"[^\s=\x00-\x1f\x7f]*[^\s=\x00-\x1f\x7f-]")
 _SUFFIX_CHARS: Final = 8
 
 
@@ -46,6 +47,14 @@ def check_name(value: str, *, field: str) -> str:
             remedy=f"Use 1 to {NAME_CHARS_MAX} of a-z, 0-9 and '-', starting and ending with a letter or digit.",
         )
     return value
+
+
+def check_label(name: str, *, field: str) -> str:
+    """A label's name, or FalError(INVALID): anything that `NAME=VALUE` and `NAME-` can say."""
+    if not _LABEL.fullmatch(name) or len(name) > LABEL_CHARS_MAX:
+        remedy = f"Use 1 to {LABEL_CHARS_MAX} characters, no spaces, no '=', and no '-' at the end."
+        raise invalid(field, name, "is no name of a label", remedy=remedy)
+    return name
 
 
 def check_customer(owned: str, *, field: str) -> str:

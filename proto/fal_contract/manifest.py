@@ -189,6 +189,16 @@ class AppManifest(Table):
             raise ValueError(f"image = {self.image!r} belongs to another team; add it in team {self.team!r}")
         if len(set(self.machine_type)) != len(self.machine_type):
             raise ValueError("machine_type names a GPU model twice; name each once")
+        beside, apart = (
+            {qualify(one, team=self.team, field="placement") for one in apps}
+            for apps in (self.placement.affinity, self.placement.anti_affinity)
+        )
+        if both := beside & apart:
+            raise ValueError(f"placement.affinity and placement.anti_affinity both name {min(both)!r}; name it in one")
+        if beside == {self.id}:
+            raise ValueError(
+                f"placement.affinity names {self.id!r} alone, so its first runner has no place; name others"
+            )
         return self
 
     @property

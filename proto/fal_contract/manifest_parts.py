@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from fal_contract import limits
 from fal_contract.errors import FalError
-from fal_contract.ids import check_name
+from fal_contract.ids import check_label, check_name
 from fal_contract.v1 import state_pb2
 
 GIB: Final = 1 << 30
@@ -25,7 +25,8 @@ SCRATCH_GIB: Final = 1.0
 Name = Annotated[str, AfterValidator(lambda value: _name(value))]
 OwnedName = Annotated[str, AfterValidator(lambda value: _owned(value))]
 LabelText = Annotated[str, StringConstraints(max_length=limits.LABEL_CHARS_MAX)]
-Labels = Annotated[dict[LabelText, LabelText], Field(max_length=limits.LABELS_MAX)]
+LabelName = Annotated[str, AfterValidator(lambda value: _label(value))]
+Labels = Annotated[dict[LabelName, LabelText], Field(max_length=limits.LABELS_MAX)]
 Network = Annotated[str, AfterValidator(lambda value: _network(value))]
 Version = Annotated[str, AfterValidator(lambda value: _version(value))]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=limits.LABEL_CHARS_MAX)]
@@ -37,6 +38,13 @@ def _name(value: str) -> str:
         return check_name(value, field="name")
     except FalError as error:
         raise ValueError(f"not a name. {error.remedy}") from None
+
+
+def _label(value: str) -> str:
+    try:
+        return check_label(value, field="labels")
+    except FalError as error:
+        raise ValueError(f"no name of a label. {error.remedy}") from None
 
 
 def _owned(value: str) -> str:

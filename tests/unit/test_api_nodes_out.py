@@ -73,6 +73,7 @@ async def _now(found: object) -> object:
         (lambda x: nodes.drain_node(x, pb.DrainNodeRequest(node="n1", kind="explode"), ACTOR), Code.INVALID),
         (lambda x: nodes.drain_node(x, pb.DrainNodeRequest(node="n1", deadline_s=-1.0), ACTOR), Code.INVALID),
         (lambda x: nodes.label_node(x, pb.LabelNodeRequest(node="n1", put={"": "x"}), ACTOR), Code.INVALID),
+        (lambda x: nodes.label_node(x, pb.LabelNodeRequest(node="n1", put={"a b": "x"}), ACTOR), Code.INVALID),
         (lambda x: nodes.remove_node(x, pb.RemoveNodeRequest(node="none"), ACTOR), Code.NOT_FOUND),
         (lambda x: nodes.declare_lost(x, pb.DeclareLostRequest(pool="none"), ACTOR), Code.NOT_FOUND),
         (lambda x: quotas.set_quota(x, pb.SetQuotaRequest(team="A!", gpu_milli=1), ACTOR), Code.INVALID),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fal_contract.errors import not_found
+from fal_contract.ids import check_label
 from fal_contract.v1 import cluster_pb2
 from fal_scheduler.api.paging import page
 from fal_scheduler.api.views import find_node, node_view
@@ -61,6 +62,8 @@ async def drain_node(leader: Leadership, request: cluster_pb2.DrainNodeRequest, 
 async def label_node(leader: Leadership, request: cluster_pb2.LabelNodeRequest, actor: str) -> cluster_pb2.NodeView:
     """Set and remove labels. Raises NOT_FOUND, INVALID."""
     node = find_node(leader.view, request.node)
+    for name in request.put:
+        check_label(name, field="labels")
     await leader.engine.submit(LabelNode(node.id, dict(request.put), tuple(request.drop), actor))
     return node_view(leader, leader.view.nodes[node.id])
 
