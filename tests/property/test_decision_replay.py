@@ -171,7 +171,7 @@ def test_a_difference_ends_with_1_and_shows_both(
     assert "differ" in told.err
 
 
-@pytest.mark.parametrize("words", [["nowhere"], ["LOG", "--term", "77"]])
+@pytest.mark.parametrize("words", [["nowhere"], ["LOG", "--term", "77"], ["LOG", "--from", "5", "--to", "2"]])
 def test_no_log_is_refused(words: list[str], recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", *(str(recorded) if word == "LOG" else word for word in words)]) == 1
     assert capsys.readouterr().err.startswith("error: ")

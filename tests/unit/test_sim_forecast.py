@@ -85,10 +85,22 @@ def test_the_verb_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {one["keep_alive_s"] for one in told["served"]} == {60.0, 300.0}
     assert main(["forecast", "--trace", str(file), "--keep-alive", "90"]) == 0
     assert "as in the last 15 minutes" in capsys.readouterr().out
-    for text, words in ((head + "yesterday,M1,3\n", "line 2"), (head, "no request"), ("a,b\n1,2\n", "line 2")):
+    wrong = [
+        (head + "yesterday,M1,3\n", "line 2"),
+        (head + "2024-11-15 10:00:00\n", "line 2: it is too short"),
+        (head + "2024-11-15 10:00:00,M1,-3\n", "line 2: '-3'"),
+        (head + "2024-11-15 10:00:00,M1,nan\n", "line 2: 'nan'"),
+        (head, "no request"),
+        ("", "no request"),
+        ("a,b\n1,2\n", "has no column 'gmt_create'"),
+    ]
+    for text, words in wrong:
         file.write_text(text)
         assert main(["forecast", "--trace", str(file)]) == 1
         assert words in capsys.readouterr().err
+    for option, value in (("--keep-alive", "nan"), ("--start-s", "0")):
+        assert main(["forecast", "--trace", str(file), option, value]) == 1
+        assert f"{option} = {float(value)} is out of bounds" in capsys.readouterr().err
     assert main(["forecast", "--trace", str(tmp_path / "none.csv")]) == 1
     assert "cannot be read" in capsys.readouterr().err
 

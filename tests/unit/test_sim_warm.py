@@ -83,7 +83,13 @@ def test_the_verb_prints_one_object_or_a_table(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["--budget", "x"], "--budget"), (["--budget", "3"], "MEMORY:DISK"), (["--disk-gb-s", "0"], "--disk-gb-s")],
+    [
+        (["--budget", "x"], "--budget"),
+        (["--budget", "3"], "MEMORY:DISK"),
+        (["--disk-gb-s", "0"], "--disk-gb-s"),
+        (["--origin-gb-s", "nan"], "--origin-gb-s"),
+        (["--keep-alive", "-1"], "--keep-alive"),
+    ],
 )
 def test_wrong_input_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], named: str

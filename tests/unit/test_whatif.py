@@ -183,7 +183,7 @@ def test_knobs_are_parsed() -> None:
 
 @pytest.mark.parametrize(
     "text", ["keep_alive=3", "app.mood=3", "app.keep_alive=", "app.keep_alive=nan", "app.max_concurrency=1.5",
-             "app.keep_alive=-1"],
+             "app.keep_alive=-1", "app.max_multiplexing=0", "app.max_concurrency=99999"],
 )  # fmt: skip
 def test_wrong_knobs_are_refused(text: str) -> None:
     with pytest.raises(FalError, match="--set"):
@@ -204,3 +204,6 @@ def test_falctl_sim_whatif(made: tuple[Path, Outcome], capsys: pytest.CaptureFix
     assert "gpu_hours" in capsys.readouterr().out
     assert main(["whatif", str(made[0])]) == 1
     assert capsys.readouterr().err.startswith("error: nothing is to be changed")
+    both = ["--set", "app.min_concurrency=5", "--set", "app.max_concurrency=2"]
+    assert main(["whatif", str(made[0]), *both]) == 1
+    assert "a min_concurrency of 5 above its max_concurrency, 2" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from fal_scheduler.core.forecast import BIN_MINUTES, MICRO, MINUTE_S, Arrivals, 
 BIN_S: Final = BIN_MINUTES * MINUTE_S
 REQUESTS_MAX: Final = 10_000_000
 LONGEST_S: Final = 86_400.0
+TAKES_S_MAX: Final = 1e9  # of one request
 UNUSED_S: Final = 10.0
 BUDGETS: Final = (0.5, 0.2, 0.1)  # requests that must be expected while a runner starts; 0.2 is the scheduler's
 
@@ -76,8 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
-    if not 0 < args.start_s <= LONGEST_S or any(not 0 <= one <= LONGEST_S for one in args.keep_alive):
-        raise invalid("--start-s, --keep-alive", args.start_s, "are out of bounds", remedy="Give seconds of a day.")
+    if not 0 < args.start_s <= LONGEST_S:
+        raise invalid("--start-s", args.start_s, "is out of bounds", remedy="Give seconds of a day, more than 0.")
+    for one in args.keep_alive:
+        if not 0 <= one <= LONGEST_S:
+            raise invalid("--keep-alive", one, "is out of bounds", remedy="Give seconds of a day.")
     requests = read(args.trace, args.time_column, args.app_column, args.seconds_column)
     errors = errors_of(requests)
     outcomes = outcomes_of(requests, args.start_s, args.keep_alive)
@@ -111,19 +115,34 @@ def read(file: Path, time_column: str, app_column: str, seconds_column: str) -> 
     requests: list[Request] = []
     try:
         with file.open(newline="", encoding="utf-8") as lines:
-            for number, row in enumerate(csv.DictReader(lines), start=2):
+            reader = csv.DictReader(lines)
+            for option, column in (("time", time_column), ("app", app_column), ("seconds", seconds_column)):
+                if reader.fieldnames and column not in reader.fieldnames:
+                    what = f"has no column {column!r}"
+                    raise invalid("--trace", str(file), what, remedy=f"Name the one that it has: --{option}-column.")
+            for number, row in enumerate(reader, start=2):
                 if len(requests) >= REQUESTS_MAX:
                     raise invalid("--trace", str(file), f"has more than {REQUESTS_MAX} requests", remedy="Cut it.")
                 try:
-                    at = datetime.strptime(row[time_column], "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
-                    requests.append(Request(at.timestamp(), row[app_column], float(row[seconds_column] or 0.0)))
-                except (KeyError, ValueError, TypeError) as error:
-                    raise invalid("--trace", str(file), f"line {number}: {error}", remedy="Name its columns.") from None
-    except (OSError, UnicodeDecodeError) as error:
+                    requests.append(_request(row[time_column], row[app_column], row[seconds_column]))
+                except ValueError as error:
+                    what = f"is wrong in line {number}: {error}"
+                    raise invalid("--trace", str(file), what, remedy="Correct the line, or name its columns.") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise invalid("--trace", str(file), f"cannot be read: {error}", remedy="Name a CSV file.") from None
     if not requests:
         raise invalid("--trace", str(file), "holds no request", remedy="Name a trace with requests.")
     return sorted(requests, key=lambda one: (one.at_s, one.app))
+
+
+def _request(time: str | None, app: str | None, seconds: str | None) -> Request:
+    """One line's; a line that is too short lacks its last columns. ValueError: why it is none."""
+    if time is None or app is None or seconds is None:
+        raise ValueError("it is too short")
+    takes_s = float(seconds or 0.0)
+    if not 0.0 <= takes_s <= TAKES_S_MAX:
+        raise ValueError(f"{seconds!r} is no number of seconds")
+    return Request(datetime.strptime(time, "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp(), app, takes_s)
 
 
 # --- how good -------------------------------------------------------------------------------------------------------

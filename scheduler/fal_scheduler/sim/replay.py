@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fal_contract.errors import Code, FalError
+from fal_contract.errors import Code, FalError, invalid
 from fal_scheduler.core.log_entries import Beats, Entry, Failed, Froze, Loaded, Stepped
 from fal_scheduler.core.records import Runner
 from fal_scheduler.core.replayer import Difference, LoggedIds, Replayer
@@ -153,6 +153,8 @@ def _count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """See `fal_scheduler.sim.__main__`."""
+    if args.last is not None and args.last < (args.first or 0):
+        raise invalid("--to", args.last, f"is before --from {args.first}", remedy="Give the numbers in order.")
     found = [one for one in segments(args.log) if args.term in (None, one.header.term)]
     if not found:
         raise FalError(Code.NOT_FOUND, f"{args.log} has no segment of term {args.term}", remedy="Leave --term out.")

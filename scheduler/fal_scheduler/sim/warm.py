@@ -269,13 +269,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Replay and print."""
     budgets = [_budget(text) for text in args.budget]
-    if not (0 < args.disk_gb_s <= 1000 and 0 < args.origin_gb_s <= 1000 and 0 <= args.keep_alive <= 86_400):
-        raise invalid(
-            "--disk-gb-s, --origin-gb-s, --keep-alive",
-            args.disk_gb_s,
-            "are out of bounds",
-            remedy="Give rates up to 1000 GB/s and seconds of a day.",
-        )
+    for option, rate in (("--disk-gb-s", args.disk_gb_s), ("--origin-gb-s", args.origin_gb_s)):
+        if not 0 < rate <= 1000:
+            raise invalid(option, rate, "is out of bounds", remedy="Give a rate above 0, up to 1000 GB/s.")
+    if not 0 <= args.keep_alive <= 86_400:
+        raise invalid("--keep-alive", args.keep_alive, "is out of bounds", remedy="Give seconds of a day.")
     rates = Rates(round(args.disk_gb_s * 1e9), round(args.origin_gb_s * 1e9))
     requests = read(args.trace, args.time_column, args.app_column, args.seconds_column)
     outcomes = outcomes_of(requests, budgets, rates, args.keep_alive)

@@ -12,9 +12,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from pydantic import TypeAdapter, ValidationError
 
 from fal_contract.errors import Code, FalError, invalid, not_found
+from fal_contract.manifest import AppManifest
 from fal_scheduler.core import snapshot
 from fal_scheduler.core.events import ApplyApp, Event, NodeHello, ScaleApp
 from fal_scheduler.core.log_codec import Packer, Unpacker
@@ -186,12 +189,19 @@ def _set_knobs(state: State, changes: Changes) -> None:
 
 
 def _with_scaling(revision: Revision, changes: Changes) -> Revision:
-    scaling = replace(revision.spec.scaling, **_as_fields(changes))
+    scaling = _scaling(revision.app, revision.spec.scaling, changes)
     return replace(revision, spec=replace(revision.spec, scaling=scaling))
 
 
-def _as_fields(changes: Changes) -> dict[str, Any]:
-    return dict(changes.knobs)
+def _scaling(app: str, have: Scaling, changes: Changes) -> Scaling:
+    """With the new values. INVALID where an app could not be deployed with them, as it would have no requests then."""
+    knobs: dict[str, Any] = dict(changes.knobs)
+    new = replace(have, **knobs)
+    if new.min_concurrency > new.max_concurrency:
+        what = f"gives {app} a min_concurrency of {new.min_concurrency} above its max_concurrency"
+        value = ", ".join(f"app.{name.removesuffix('_s')}={one}" for name, one in changes.knobs)
+        raise invalid("--set", value, f"{what}, {new.max_concurrency}", remedy="Set both, or name an app with --app.")
+    return new
 
 
 def _overridden(scale: ScaleOverride, changes: Changes) -> ScaleOverride:
@@ -202,7 +212,7 @@ def _overridden(scale: ScaleOverride, changes: Changes) -> ScaleOverride:
 
 def _with_knobs(command: Event, changes: Changes) -> Event:
     if isinstance(command, ApplyApp) and changes.concerns(command.id):
-        scaling = replace(command.spec.scaling, **_as_fields(changes))
+        scaling = _scaling(command.id, command.spec.scaling, changes)
         return replace(command, spec=replace(command.spec, scaling=scaling))
     if isinstance(command, ScaleApp) and changes.concerns(command.id):
         return replace(command, scale=_overridden(command.scale, changes))
@@ -317,6 +327,12 @@ def parse_knob(text: str) -> tuple[str, int | float]:
         number = -1
     if not 0 <= number <= 10**9:
         raise invalid("--set", text, "has no such value", remedy="Give a number, for instance app.keep_alive=300.")
+    bounded: Any = Annotated[(kinds[known], *AppManifest.model_fields[known.removesuffix("_s")].metadata)]
+    try:
+        TypeAdapter(bounded).validate_python(number)
+    except ValidationError as error:
+        why = error.errors(include_url=False)[0]["msg"].removeprefix("Input ")
+        raise invalid("--set", text, f"has no such value: it {why}", remedy="Give what a manifest may say.") from None
     return known, number
 
 
