@@ -13,7 +13,12 @@ from falctl.pools import JsonFlag
 
 
 def plan(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Manifests of pools and apps, in this order.")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="FILE", help="Manifests of pools and apps, in this order.")
+    ] = None,
+    file: Annotated[
+        list[Path] | None, typer.Option("--file", "-f", help="The same, as `apply` has it; repeat. None: app.toml.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """What applying these manifests would do: exit 0 nothing, 1 changes, 2 refused."""
@@ -21,7 +26,8 @@ def plan(
     from falctl.output import print_error, print_json, to_json
 
     try:
-        reply = unary("Plan", pb.PlanRequest(items=[_item(file) for file in files]))
+        items = [_item(one) for one in [*(files or ()), *(file or ())] or [Path("app.toml")]]
+        reply = unary("Plan", pb.PlanRequest(items=items))
     except FalError as error:
         print_error(error)
         raise typer.Exit(2) from None
