@@ -22,7 +22,8 @@ from fal_scheduler.core.state import State
 
 TELL_EVERY_S: Final = 1.0
 TURN_EVERY_S: Final = 0.1  # of what turned …
-TURNS_AHEAD_MAX: Final = 8  # … so many of one node at once, and then one a second
+TURNS_AHEAD_MAX: Final = 32  # … so many of one node at once, and then
+TURN_COSTS_S: Final = 0.5  # … two a second
 PROGRESS_PERC: Final = 5
 PROGRESS_BYTES: Final = 256 << 20
 _RATE_BITS: Final = 4  # of a rate that are kept: steps of 6 to 12 percent
@@ -76,9 +77,9 @@ class CacheTelling:
         wait_s = due.told_at_s + TELL_EVERY_S - now_s
         soon_s = max(0.0, due.told_at_s + TURN_EVERY_S - now_s)
         early = due.timer is not None and due.timer.when() <= loop.time() + soon_s
-        few = due.turns_s <= now_s + (TURNS_AHEAD_MAX - 1) * TELL_EVERY_S
+        few = due.turns_s <= now_s + (TURNS_AHEAD_MAX - 1) * TURN_COSTS_S
         if wait_s > soon_s and few and not early and self._turned(node_id, due.artifacts):
-            due.turns_s = max(due.turns_s, now_s) + TELL_EVERY_S
+            due.turns_s = max(due.turns_s, now_s) + TURN_COSTS_S
             wait_s = soon_s
             if due.timer is not None:
                 due.timer.cancel()
@@ -188,4 +189,6 @@ def _fed(node: CacheNode) -> int:
     return rounded(node.fed_bytes_s)
 
 
-__all__ = ["TELL_EVERY_S", "TURNS_AHEAD_MAX", "TURN_EVERY_S", "CacheTelling", "fact_of", "matters", "rounded"]
+__all__ = [
+    "TELL_EVERY_S", "TURNS_AHEAD_MAX", "TURN_COSTS_S", "TURN_EVERY_S", "CacheTelling", "fact_of", "matters", "rounded",
+]  # fmt: skip

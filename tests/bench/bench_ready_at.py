@@ -7,12 +7,17 @@ other node does; disk: this node, page cache dropped; memory: locked by its cach
 at once (the others, of models of the same size, begin just before and are not waited for). Cells come in random order;
 the first TAUGHT_MAX placements teach and are not counted, each later one is predicted before it teaches.
 
+Last, one size alone is placed FLOOR_RUNS times more from each tier: how far the same placement is from its own median
+(`floor`) is what nobody could have predicted here, as other work on the machine swings.
+
 Predicted and actual are those of the event RUNNER_READY: from the placement's decision to the report that it serves.
 Anchor, same placements: size ÷ nominal bandwidth, that is the link's rate for origin and peer, for disk and memory the
 rate at which this machine read a file of the cache just before. Regret: of every two tiers of one size and count, as if
 they were two nodes, what the one that was predicted sooner took more than the other; in seconds.
 
-Below --seconds 1 one size and one count are measured, which proves no more than that the bench works.
+Takes some 8 minutes; --seconds 0.5 leaves the largest size out (48 placements, 6 minutes). Below that one size and two
+counts are measured, which proves no more than that the bench works. `terms`: medians of each part by tier, in ms;
+`placements`: tier, MiB, fetches at once, predicted and actual ms, and of each part [predicted, actual].
 """
 
 from __future__ import annotations
@@ -48,6 +53,8 @@ SIZES: Final = tuple(size * MIB for size in (16, 32, 64, 128, 256))
 TIERS: Final = ("origin", "peer", "disk", "memory")
 COUNTS: Final = (1, 2, 3)
 TAUGHT_MAX: Final = 10
+FLOOR_RUNS: Final = 5
+FLOOR_SIZE: Final = 64 * MIB
 POOL, SUBJECT, HOLDER = "shaped", "n0", "n1"
 ORIGIN: Final = "origin"
 WAIT_S: Final = 90.0
@@ -56,7 +63,7 @@ HERE: Final = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Placement:
-    """One cell as it went. Seconds; `parts`: predicted/actual of each part, in ms."""
+    """One cell as it went. Seconds; `parts`: predicted and actual of each part, in ms."""
 
     size: int
     tier: str
@@ -65,7 +72,7 @@ class Placement:
     actual_s: float
     anchor_s: float
     predicted_tier: str
-    parts: str
+    parts: dict[str, tuple[int, int]]
 
     @property
     def error(self) -> float:
@@ -103,10 +110,10 @@ class Bench:
         for other in others:
             self._stage(other, SUBJECT)
         for other in others:
-            self._until(lambda other=other: self._on(other, SUBJECT).artifact_id, f"{other} is on its way")  # type: ignore[misc]
+            self._until(lambda other=other: self._on(other, SUBJECT).artifact_id, f"{other} is on its way")
         facts = self._place(f"serve-{name}", name)
         for other in others:
-            self._until(lambda other=other: self._on(other, SUBJECT).ready, f"{other} has come")  # type: ignore[misc]
+            self._until(lambda other=other: self._on(other, SUBJECT).ready, f"{other} has come")
             self._unstage(other, SUBJECT)
             self._evict(other, SUBJECT)
         if tier == "memory":
@@ -114,7 +121,8 @@ class Bench:
         if tier in ("origin", "memory"):
             self._evict(name, SUBJECT)
         nominal = RATE_BYTES_S if tier in ("origin", "peer") else self._disk_bytes_s
-        parts = ", ".join(f"{key[:-3]} {value}" for key, value in sorted(facts.items()) if "/" in value)
+        told = {key[:-3]: value.split("/") for key, value in sorted(facts.items()) if "/" in value}
+        parts = {part: (int(predicted), int(actual)) for part, (predicted, actual) in told.items()}
         return Placement(
             size, tier, count, int(facts["predicted_ms"]) / 1e3, int(facts["actual_ms"]) / 1e3, size / nominal,
             facts["tier"], parts,
@@ -252,28 +260,39 @@ def up(
     return bench
 
 
-def measure(folder: Path, sizes: tuple[int, ...], counts: tuple[int, ...], stop: threading.Event) -> list[Placement]:
+@dataclass
+class Measured:
+    """Placements of the cells, then those of the floor."""
+
+    cells: list[Placement]
+    again: list[Placement]
+
+
+def measure(
+    folder: Path, sizes: tuple[int, ...], counts: tuple[int, ...], repeats: int, stop: threading.Event
+) -> Measured:
     """All cells, in random order but for a peer's, disk's and memory's of one model, which follow each other."""
     cells = [(size, count) for size in sizes for count in counts]
     Random(1).shuffle(cells)
-    done: list[Placement] = []
+    done = Measured([], [])
     with asyncio.Runner() as loop, running(folder, sizes, loop) as bench:
-        for size, count in cells:
+        for at, (size, count) in enumerate([*cells, *[(FLOOR_SIZE, 1)] * repeats]):
             for tier in TIERS:
                 if stop.is_set():
                     return done
                 one = bench.cell(size, tier, count)
-                done.append(one)
-                what = f"{len(done):3}. {tier:6} {size // MIB:4} MiB, {count} at once"
+                (done.cells if at < len(cells) else done.again).append(one)
+                what = f"{len(done.cells) + len(done.again):3}. {tier:6} {size // MIB:4} MiB, {count} at once"
                 said = f"predicted {one.predicted_s:6.2f} s ({one.predicted_tier}), took {one.actual_s:6.2f} s"
-                print(f"  {what}: {said}; {one.parts}", flush=True)
+                parts = ", ".join(f"{part} {ours}/{real}" for part, (ours, real) in one.parts.items())
+                print(f"  {what}: {said}; {parts}", flush=True)
     return done
 
 
-async def in_thread(folder: Path, sizes: tuple[int, ...], counts: tuple[int, ...]) -> list[Placement]:
+async def in_thread(folder: Path, sizes: tuple[int, ...], counts: tuple[int, ...], repeats: int) -> Measured:
     """`measure`; interrupted, it takes everything down before this returns."""
     stop = threading.Event()
-    work = asyncio.ensure_future(asyncio.to_thread(measure, folder, sizes, counts, stop))
+    work = asyncio.ensure_future(asyncio.to_thread(measure, folder, sizes, counts, repeats, stop))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -308,17 +327,60 @@ def summary(counted: list[Placement]) -> dict[str, Any]:
     return found
 
 
+def floor(again: list[Placement]) -> dict[str, Any]:
+    """How far the same placements are from their tier's median, as a share of what each took."""
+    off: list[float] = []
+    found: dict[str, Any] = {}
+    for tier in TIERS:
+        took = [one.actual_s for one in again if one.tier == tier]
+        if took:
+            middle = statistics.median(took)
+            shares = [abs(middle - one) / one for one in took]
+            off += shares
+            found[tier] = {
+                "median": significant(statistics.median(shares)), "max": significant(max(shares)),
+                "took_s": [significant(one) for one in took],
+            }  # fmt: skip
+    if off:
+        found |= {"median": significant(statistics.median(off)), "p90": significant(percentile(off, 0.9))}
+    return found
+
+
+def terms(counted: list[Placement]) -> dict[str, Any]:
+    """Of each part by tier: medians of what was predicted, of what it took, and of the difference, in ms."""
+    found: dict[str, Any] = {}
+    for tier in TIERS:
+        some = [one.parts for one in counted if one.tier == tier]
+        for part in sorted({part: None for parts in some for part in parts}):
+            pairs = [parts[part] for parts in some if part in parts]
+            found.setdefault(tier, {})[part] = {
+                "predicted_ms": statistics.median(ours for ours, _ in pairs),
+                "actual_ms": statistics.median(real for _, real in pairs),
+                "error_ms": statistics.median(abs(ours - real) for ours, real in pairs),
+            }
+    return found
+
+
+def listed(some: list[Placement]) -> list[list[Any]]:
+    """As they stand in the last line."""
+    return [
+        [one.tier, one.size // MIB, one.count, round(one.predicted_s * 1e3), round(one.actual_s * 1e3), one.parts]
+        for one in some
+    ]
+
+
 async def run(options: Options) -> Result:
     """See the module's docstring."""
     if why := why_not():
         sys.exit(f"ready-at: {why}")
-    full = options.seconds_s >= 1.0
+    full = options.seconds_s >= 0.5
+    sizes = (SIZES if options.seconds_s >= 1.0 else SIZES[:-1]) if full else SIZES[1:2]
     folder = Path(tempfile.mkdtemp(prefix="ready-at-"))
     try:
-        done = await in_thread(folder, SIZES if full else SIZES[1:2], COUNTS if full else COUNTS[:2])
+        done = await in_thread(folder, sizes, COUNTS if full else COUNTS[:2], FLOOR_RUNS if full else 0)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    counted = done[TAUGHT_MAX:] if full else done[len(done) // 2 :]
+    counted = done.cells[TAUGHT_MAX:] if full else done.cells[len(done.cells) // 2 :]
     ours, anchor = [one.error for one in counted], [one.anchor_error for one in counted]
     regret, tiers = regret_s(counted), summary(counted)
     rows = [(name, x["placements"], x["median"], x["p90"], x["anchor_median"]) for name, x in tiers.items()]
@@ -329,6 +391,7 @@ async def run(options: Options) -> Result:
         must_reach=MUST_REACH, reached=median <= 0.15 and p90 <= 0.4 and median <= theirs / 2,
         extra={
             "p90": significant(p90), "anchor_p90": significant(percentile(anchor, 0.9)), "tiers": tiers,
+            "floor": floor(done.again), "terms": terms(counted), "placements": listed(done.cells),
             "regret_s": {"mean": significant(statistics.mean(regret)), "max": significant(max(regret))},
         },
     )  # fmt: skip
