@@ -91,6 +91,9 @@ def target_store(text: str, options: Options) -> tuple[Store, str]:
 
         if Path(rest).name != "store.db":
             raise invalid("to", text, "does not end in store.db", remedy=remedy)
+        if not Path(rest).parent.is_dir():
+            what = "is in no existing folder"
+            raise invalid("to", text, what, remedy="Make it first; a scheduler needs its identity/ there, too.")
         return SqliteStore(Path(rest)), f'data_dir = "{Path(rest).parent}"\nstore = "sqlite"'
     raise invalid("to", text, "names no store", remedy=remedy)
 

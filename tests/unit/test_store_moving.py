@@ -15,6 +15,8 @@ from fal_contract.snapshot_file import RECORD, SnapshotWriter, chunks, entry
 from fal_scheduler.codec import decode, encode
 from fal_scheduler.core.records import META_KEY, Meta, Pool, key_of
 from fal_scheduler.moving import migrate, restore
+from fal_scheduler.offline import target_store
+from fal_scheduler.options import Options
 from fal_scheduler.recovery import recover
 from fal_scheduler.store.faults import Fault, FaultKind, FaultStore
 from fal_scheduler.store.interface import Store, Write
@@ -224,3 +226,22 @@ def test_a_snapshot_is_not_written_over_another_by_accident_and_never_in_part(tm
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
     assert snapshot_file.check(file)["records"] == 2
     assert json.dumps(snapshot_file.read_head(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("banana", "names no store"),
+        ("mysql://h", "names no store"),
+        ("sqlite://store.db", "names no store"),
+        ("sqlite://{tmp}/other.db", "does not end in store.db"),
+        ("sqlite://{tmp}/nowhere/store.db", "is in no existing folder"),
+        ("etcd://", "names no etcd member"),
+        ("etcd://h:99999", "is not host:port"),
+    ],
+)
+def test_a_store_that_cannot_be_meant_is_refused_and_nothing_is_made(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(FalError, match=words) as refused:
+        target_store(text.format(tmp=tmp_path), Options(data_dir=tmp_path))
+    assert refused.value.remedy
+    assert not list(tmp_path.iterdir())
