@@ -10,6 +10,7 @@ import pytest
 
 from fal_scheduler.core import ready_at
 from fal_scheduler.core.cache_events import CachedFact, CacheTold
+from fal_scheduler.core.cache_facts import time_step
 from fal_scheduler.core.learning import Learning
 from fal_scheduler.core.records import (
     CacheEntry,
@@ -56,9 +57,11 @@ def random_cluster(rng: Random, nodes: int = 12) -> State:
 
 
 def random_news(state: State, rng: Random) -> None:
-    """A cache tells something, a placement expects something, or something is learnt."""
+    """A cache tells something, a placement expects something, something is learnt, or time passes."""
     node_id = f"n{rng.randrange(14):02d}"
-    match rng.randrange(8):
+    match rng.randrange(9):
+        case 8:
+            state.facts_at_ms = time_step(state.facts_at_ms / 1000 + rng.choice((0.3, 0.5, 3.0, 20.0)))
         case 0:
             state.cache_facts.take(CacheTold(node_id, 0.0, left=True))
         case 1:
@@ -99,7 +102,8 @@ def random_news(state: State, rng: Random) -> None:
             gone = tuple(rng.sample(ARTIFACTS, 1))
             gone = tuple(one for one in gone if one not in facts)
             whole = rng.randrange(3) == 0
-            state.cache_facts.take(CacheTold(node_id, 0.0, facts, gone, rates, fed, whole))
+            at_s = state.facts_at_ms / 1000 + rng.random()
+            state.cache_facts.take(CacheTold(node_id, at_s, facts, gone, rates, fed, whole))
 
 
 def specs(rng: Random) -> list[Spec]:

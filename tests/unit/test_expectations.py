@@ -179,6 +179,29 @@ def test_a_line_is_shared_with_what_is_under_way_and_with_what_was_just_placed(r
     assert rig.predict("n1").ms("weights") == alone
 
 
+def test_what_is_under_way_comes_on_until_it_is_told_again(rig: Rig) -> None:
+    rig.tell("n1", origin__b=100 * MB)
+    alone = rig.predict("n1").ms("weights")
+    rig.tell("n1", {B: CachedFact(0, fetching=True, bytes_left=4 * GB, rate_bytes_s=100 * MB)})
+    columns = ready_at.ready_ms(rig.state, SPEC, ["n1", "n2"], app=APP)
+    assert columns[0] == rig.predict("n1").total_ms
+    for _ in range(2):
+        rig.now_s += 5.0
+        rig.core.step(Tick(), rig.moment)
+        assert list(ready_at.ready_ms(rig.state, SPEC, ["n1", "n2"], app=APP)) == [
+            rig.predict(node).total_ms for node in ("n1", "n2")
+        ]
+    assert rig.predict("n1").ms("weights") == alone + 30_000
+    assert rig.predict("n2").ms("weights") == alone + 30_000, "at the origin, too"
+    rig.now_s += 1000.0
+    rig.core.step(Tick(), rig.moment)
+    assert rig.predict("n1").ms("weights") == alone + 25_000, "so long nobody knows it"
+    rig.tell("n1", {B: CachedFact(0, fetching=True, bytes_left=3 * GB)})
+    rig.now_s += 10.0
+    rig.core.step(Tick(), rig.moment)
+    assert rig.predict("n1").ms("weights") == alone + 20_000, "one that has just begun gets what the node usually has"
+
+
 def test_bytes_that_arrive_are_predicted_by_the_rate_at_which_they_do(rig: Rig) -> None:
     rig.tell("n1", {A: CachedFact(4 * GB, fetching=True, bytes_left=6 * GB, rate_bytes_s=50 * MB)}, origin__b=GB)
     assert rig.predict("n1").ms("weights") == 120_000

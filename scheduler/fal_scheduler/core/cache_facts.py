@@ -3,6 +3,9 @@
 Pure. A part of `State`, filled by `CacheTold` and by placements (`expect`), read by `ready_at`. What a node told with
 its last message stands until it tells otherwise or is forgotten. Kept as plain dicts, so that a snapshot holds it.
 
+Caches tell progress now and then; meanwhile what is under way to a node comes on at the rate that it told
+(`came_on`, as of `State.facts_at_ms`): half of what a small model lacked may be there by the next placement.
+
 Memory: about 0.2 kB for each (artifact, node); a node has at most CACHE_FACTS_PER_NODE_MAX, told by its edge.
 Invariants: `holders[a][n]` exists exactly when `nodes[n].held` has `a`; `under_way[a]` are the nodes that fetch `a` or
 were given a runner that needs it; nothing empty is kept. `log` names what changed, so that columns follow.
@@ -17,10 +20,13 @@ from typing import Final
 
 from fal_scheduler.core.cache_events import CachedFact, CacheTold
 
+_MS: Final = 1000
 LOG_MAX: Final = 8192  # changes that columns may lag behind before they are made anew
 SUM_SAMPLES_MAX: Final = 15
 STEADY_COUNT: Final = 16  # words of a rate that its mean is of
 BELIEVED_COUNT: Final = 4  # before a mean may say how much a source can give
+TIME_STEP_MS: Final = 250  # so that what is computed from facts is computed anew four times a second at most
+CAME_ON_MS_MAX: Final = 15_000  # what was not told for longer is not known
 
 
 @dataclass(slots=True)
@@ -29,6 +35,7 @@ class CacheNodeFacts:
 
     `told`: bytes per second by source, as told last; `rates`: the mean of what was told, of the last STEADY_COUNT
     weighed most, and of how many (`counts`): a cache measures pieces that come in bundles, so what it tells swings.
+    `told_ms`: monotonic, of its last message.
     """
 
     told: dict[str, int] = field(default_factory=dict)
@@ -38,6 +45,7 @@ class CacheNodeFacts:
     held: dict[str, None] = field(default_factory=dict)
     fetching: dict[str, None] = field(default_factory=dict)
     expected: dict[str, int] = field(default_factory=dict)
+    told_ms: int = 0
 
 
 class CacheFacts:
@@ -61,6 +69,7 @@ class CacheFacts:
             self._forget(event.node_id)
             return
         node = self.nodes.setdefault(event.node_id, CacheNodeFacts())
+        node.told_ms = int(event.arrived_s * _MS)
         self._flow(node, -1)
         for artifact in [i for i in node.held if i not in event.put] if event.whole else event.gone:
             self._drop(event.node_id, node, artifact)
@@ -169,13 +178,38 @@ class CacheFacts:
         seen = self.sums.get(source)
         return max(median_low(seen) if seen else 0, self.best.get(source, 0))
 
-    def remaining(self, artifact: str, node_id: str) -> int:
-        """Bytes that are still to come to a node which fetches it or is expected to."""
-        fact = self.holders.get(artifact, {}).get(node_id)
-        if fact is not None:
-            return fact.bytes_left if fact.fetching else 0
-        node = self.nodes.get(node_id)
+    def remaining(self, artifact: str, node_id: str, at_ms: int) -> int:
+        """Bytes that are still to come to a node which fetches it or is expected to. `at_ms`: see `came_on`."""
+        fact, node = self.holders.get(artifact, {}).get(node_id), self.nodes.get(node_id)
+        if fact is not None and node is not None:
+            return max(0, fact.bytes_left - came_on(node, coming(node, fact), at_ms)) if fact.fetching else 0
         return node.expected.get(artifact, 0) if node is not None else 0
 
+    def under_way_to(self, node_id: str) -> tuple[int, int, int]:
+        """Bytes that were still to come when the node told it last, at how many a second, and bytes only expected."""
+        node = self.nodes.get(node_id)
+        if node is None:
+            return 0, 0, 0
+        facts = [self.holders[artifact][node_id] for artifact in node.fetching]
+        return sum(x.bytes_left for x in facts), sum(coming(node, x) for x in facts), sum(node.expected.values())
 
-__all__ = ["CacheFacts", "CacheNodeFacts"]
+
+def time_step(now_s: float) -> int:
+    """Monotonic milliseconds, rounded down to TIME_STEP_MS."""
+    return int(now_s * _MS) // TIME_STEP_MS * TIME_STEP_MS
+
+
+def came_on(node: CacheNodeFacts, rate: int, at_ms: int) -> int:
+    """Bytes that have come at this rate from what the node told last until `at_ms` (monotonic)."""
+    return rate * min(max(0, at_ms - node.told_ms), CAME_ON_MS_MAX) // _MS
+
+
+def coming(node: CacheNodeFacts, fact: CachedFact) -> int:
+    """Bytes per second of a fetch; one that has just begun gets its share of what its node had of its best source."""
+    if fact.rate_bytes_s:
+        return fact.rate_bytes_s
+    usual = max((rate for source, rate in node.rates.items() if source != "disk"), default=0)
+    return usual // max(len(node.fetching), 1)
+
+
+__all__ = ["CAME_ON_MS_MAX", "TIME_STEP_MS", "CacheFacts", "CacheNodeFacts", "coming", "time_step"]

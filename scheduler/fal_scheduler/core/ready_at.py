@@ -93,7 +93,7 @@ class Prediction:
 def predict(state: State, node_id: str, spec: Spec, *, now_s: float = 0.0, app: str = "") -> Prediction:
     """For one node that is in the fleet, with reasons. `app`: what it is placed for, whose own times count.
 
-    `now_s` is not looked at today: what is told stands until it is told otherwise.
+    `now_s` is not looked at: it is as of the step that the state is in (`State.facts_at_ms`).
     """
     return predictor(state).predict(node_id, spec, app=app)
 
@@ -156,6 +156,7 @@ class _Totals:
     needs: _Needs
     stamp: tuple[object, ...]
     facts_seen: int
+    at_ms: int
     values: Ints
 
 
@@ -204,14 +205,14 @@ class Predictor:
             artifacts.append(artifact_of(needs.image[0]))
         sources = [origin_source(model.resolved_uri or model.uri) for model, _ in needs.artifacts]
         stamp = columns.stamp(artifacts, sources)
-        rows = columns.changed_since(have.facts_seen) if have is not None else None
+        rows = columns.changed_since(have.facts_seen, have.at_ms) if have is not None else None
         if have is None or have.needs != needs or have.stamp != stamp or rows is None or len(rows) > PATCHED_ROWS_MAX:
             values = _compute(ManyNodes(columns), needs).total
             stamp = columns.stamp(artifacts, sources)
-            have = _Totals(needs, stamp, columns.facts_seen, values)
+            have = _Totals(needs, stamp, columns.facts_seen, columns.at_ms, values)
         elif len(rows):
             have.values[rows] = _compute(ManyNodes(columns, rows), needs).total
-        have.facts_seen = columns.facts_seen
+        have.facts_seen, have.at_ms = columns.facts_seen, columns.at_ms
         self._totals[key] = have
         if len(self._totals) > TOTALS_KEPT_MAX:
             del self._totals[next(iter(self._totals))]

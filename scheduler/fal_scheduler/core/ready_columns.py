@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median_low
-from typing import Final
+from typing import Any, Final
 from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fal_scheduler.core.cache_facts import CacheFacts
+from fal_scheduler.core.cache_facts import CAME_ON_MS_MAX, CacheFacts
 from fal_scheduler.core.learning import MILLI, Learning
 from fal_scheduler.core.records import Pool
 from fal_scheduler.core.state import State
@@ -23,6 +23,7 @@ Ints = NDArray[np.int64]
 ARTIFACTS_KEPT_MAX: Final = 64  # with columns of their own: 40 bytes for each node
 SOURCES_KEPT_MAX: Final = 64
 FAMILIES_KEPT_MAX: Final = 128
+_MS: Final = 1000
 
 
 class ArtifactColumns:
@@ -46,6 +47,7 @@ class Columns:
         self._made = 0
         self._facts: CacheFacts | None = None
         self._learning: Learning | None = None
+        self.at_ms = 0  # what comes on with time is as of then
         self.facts_seen = self._learning_seen = 0
         self._rebuild()
 
@@ -73,6 +75,7 @@ class Columns:
         if behind:
             self._follow_facts([state.cache_facts.log[-at] for at in range(behind, 0, -1)])
             self.facts_seen = state.cache_facts.version
+        self._follow_time()
         self._follow_learning()
         return self
 
@@ -85,14 +88,18 @@ class Columns:
         holders = tuple(self.artifact(artifact).at_pool.tobytes() for artifact in artifacts)
         return self._made, self.state.learning.version, gaps, holders
 
-    def changed_since(self, facts_version: int) -> Ints | None:
-        """Rows of nodes with news since then, in order; None where that is not known any more."""
+    def changed_since(self, facts_version: int, at_ms: int) -> Ints | None:
+        """Rows of nodes with news since then, in order; None where that is not known any more.
+
+        Where time has passed since `at_ms`, that is news for all to which something comes.
+        """
         facts = self.state.cache_facts
         behind = facts.version - facts_version
         if behind > len(facts.log):
             return None
         nodes = {facts.log[-at][0]: None for at in range(behind, 0, -1)}
-        return np.array(sorted(self.row_of[one] for one in nodes if one in self.row_of), np.int64)
+        rows = np.array(sorted(self.row_of[one] for one in nodes if one in self.row_of), np.int64)
+        return rows if at_ms == self.at_ms else np.union1d(rows, np.flatnonzero(self._coming))
 
     def _rebuild(self) -> None:
         self._made += 1
@@ -116,6 +123,10 @@ class Columns:
         self.fed: Ints = np.zeros(rows, np.int64)
         self.usual: Ints = np.full(rows, -1, np.int64)
         self.ahead_bytes: Ints = np.zeros(rows, np.int64)
+        self._left: Ints = np.zeros(rows, np.int64)  # of what is fetched, as told
+        self._coming: Ints = np.zeros(rows, np.int64)  # bytes of it per second
+        self._expected: Ints = np.zeros(rows, np.int64)  # not begun yet
+        self._told_ms: Ints = np.zeros(rows, np.int64)
         self.ahead_count: Ints = np.zeros(rows, np.int64)
         self.disk: Ints = np.full(rows, -1, np.int64)
         self._artifacts: dict[str, ArtifactColumns] = {}
@@ -125,6 +136,7 @@ class Columns:
         self._ratios: dict[str, tuple[Ints, Ints]] = {}
         self._fleet_version = fleet.version
         self._facts, self.facts_seen = state.cache_facts, state.cache_facts.version
+        self.at_ms = state.facts_at_ms
         self._learning, self._learning_seen = state.learning, state.learning.version
         for node_id in state.cache_facts.nodes:
             self._follow_node(node_id)
@@ -156,12 +168,21 @@ class Columns:
             if rate != column[row]:
                 column[row] = rate
                 self._filled.pop(source, None)
-        left = count = 0
-        if node is not None and (node.fetching or node.expected):
-            for artifact in (*node.fetching, *node.expected):
-                left += facts.remaining(artifact, node_id)
-                count += 1
-        self.ahead_bytes[row], self.ahead_count[row] = left, count
+        self._left[row], self._coming[row], self._expected[row] = facts.under_way_to(node_id)
+        self._told_ms[row] = node.told_ms if node is not None else 0
+        self.ahead_count[row] = len(node.fetching) + len(node.expected) if node is not None else 0
+        self._come_on(row)
+
+    def _follow_time(self) -> None:
+        if self.at_ms != self.state.facts_at_ms:
+            self.at_ms = self.state.facts_at_ms
+            self._come_on(slice(None))
+
+    def _come_on(self, rows: Any) -> None:
+        """What was under way less what has come since."""
+        since_ms = np.clip(self.at_ms - self._told_ms[rows], 0, CAME_ON_MS_MAX)
+        came = np.minimum(self._left[rows], self._coming[rows] * since_ms // _MS)
+        self.ahead_bytes[rows] = self._left[rows] - came + self._expected[rows]
 
     def _follow_artifact(self, columns: ArtifactColumns, artifact: str, node_id: str) -> None:
         row = self.row_of[node_id]

@@ -77,7 +77,7 @@ def shared_line(state: State, model: Model) -> SharedLine:
         if other == artifact:
             continue
         fetchers = islice(facts.under_way[other], UNDER_WAY_MAX)
-        left = min(model.bytes, max(facts.remaining(other, node_id) for node_id in fetchers))
+        left = min(model.bytes, max(facts.remaining(other, node_id, state.facts_at_ms) for node_id in fetchers))
         holders = facts.holders.get(other, {})
         if any(peer in holders and holders[peer].ready for peer in peers):
             at_peers += left

@@ -95,6 +95,7 @@ class State:
         self.orphans: dict[tuple[str, str], None] = {}  # (node id, runner id)
         self.demand = Demand()  # what gateways ask for, how runners are used
         self.cache_facts = CacheFacts()  # what nodes' weight caches hold, and rates, as far as placement looks
+        self.facts_at_ms = 0  # monotonic, as of when they are read: of the last step while something was under way
         self.learning = Learning()  # how long parts of a start take
         self.predictions: dict[str, Expectation] = {}  # of runners that are not ready yet
         self.outcomes: dict[str, Expectation] = {}  # of those that became ready last

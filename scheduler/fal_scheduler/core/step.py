@@ -37,6 +37,7 @@ from fal_scheduler.core import (
 )
 from fal_scheduler.core.build_events import BuildCache, EvictCacheEntry, FailBuild, PutCacheEntry, TrimCache
 from fal_scheduler.core.cache_events import CacheTold, PeerReach
+from fal_scheduler.core.cache_facts import time_step
 from fal_scheduler.core.confirm import confirm
 from fal_scheduler.core.demand_events import DemandTold
 from fal_scheduler.core.events import (
@@ -123,6 +124,8 @@ class Core:
     def step(self, event: Event, moment: Moment) -> Outcome:
         """Do one event. Raises FalError (refused, nothing changed) or BrokenInvariant (taken back)."""
         work = Work(self.state, moment, self.ids, by_operator=getattr(event, "actor", ""))
+        if self.state.cache_facts.under_way:
+            self.state.facts_at_ms = time_step(moment.now_s)
         try:
             reply = _take(work, event)
             _reconcile(work, self.placer, by_report=isinstance(event, NodeReport))
