@@ -7,7 +7,8 @@ read what an earlier one wrote. For a new format, kind or record version, record
 image, a secret, an app with image, network, port and bounds of drivers and resources. `v1-learnt`: a shard of what was
 learnt of starts. `v1-operated`: a node that is drained, a quota, a rollout, shares of GPUs, rules of placement, usage.
 `v1-shared`: a runner that two apps share, one with a LoRA.
-`v1-rebooted`: a node that was told to reboot.
+`v1-rebooted`: a node that was told to reboot. `v1-noticed`: a node that is drained while its cloud takes it back, and a
+rollout that has come some way.
 """
 
 from __future__ import annotations
@@ -314,6 +315,19 @@ REBOOTED: Final[tuple[Record, ...]] = (
         drain=Drain("reboot", "", MADE_AT_S, 0.0, False, True, "operator/ada", "0c3a6f3e-2f0a-4f6e-8d8b-6f6a1f3b2c1d"),
     ),
 )  # fmt: skip
+NOTICED: Final[tuple[Record, ...]] = (
+    Meta("c-7k2m", 3, "i-9q4c", MADE_AT_S),
+    Pool("p", generation=1),
+    Node(
+        "n-4f7a20c1d9e8", "rack1-node3", "p", cordoned=True, cordon_reason="fan", joined_at_s=MADE_AT_S,
+        drain=Drain(
+            "drain", "fan", MADE_AT_S, 0.0, False, True, "operator/ada",
+            notice="spot", notice_reason="taken back", notice_at_s=MADE_AT_S + 120.0,
+        ),
+    ),
+    App("team1/flux", 2, rollout=Rollout(1, 2, "rolling", began_at_s=MADE_AT_S, progress_at_s=MADE_AT_S + 40.0)),
+    *(Revision("team1/flux", number, Spec(image="host", num_gpus=1), f"{number}" * 64) for number in (1, 2)),
+)  # fmt: skip
 _ATELIER: Final = Spec(image="host", model="team1/base", num_gpus=1, share_group="atelier")
 SHARED: Final[tuple[Record, ...]] = (
     *(
@@ -343,6 +357,7 @@ SETS: Final[dict[str, tuple[Record, ...]]] = {
     "v1-learnt": LEARNT,
     "v1-operated": OPERATED,
     "v1-rebooted": REBOOTED,
+    "v1-noticed": NOTICED,
     "v1-shared": SHARED,
 }
 

@@ -194,8 +194,10 @@ def drain_text(view: Any) -> str:
         return view.node.cordon_reason or ("cordoned" if view.node.cordoned else "in use")
     found = view.node.drain
     words = [found.kind, f"{len(view.runners)} runners left"]
-    if found.deadline_at_s:
-        left_s = max(0.0, found.deadline_at_s - SystemClock().wall_s())
+    if found.notice:
+        words.insert(1, f"beside {found.notice}")
+    if deadlines := [at_s for at_s in (found.deadline_at_s, found.notice_at_s) if at_s]:
+        left_s = max(0.0, min(deadlines) - SystemClock().wall_s())
         words.append(f"{format_duration(left_s)} to the deadline")
     return ", ".join(words)
 

@@ -265,6 +265,7 @@ def app_to_pb(app: App) -> pb.App:
                 phase_at_s=rollout.phase_at_s,
                 failures=rollout.failures,
                 canary_perc=rollout.canary_perc,
+                progress_at_s=rollout.progress_at_s,
             )
         )
     return message
@@ -287,6 +288,7 @@ def _rollout_from_pb(rollout: pb.Rollout) -> Rollout:
         rollout.phase_at_s,
         rollout.failures,
         rollout.canary_perc,
+        rollout.progress_at_s,
     )
 
 

@@ -75,6 +75,9 @@ def _drain_to_pb(drain: Drain) -> pb.Drain:
         keep_cordoned=drain.keep_cordoned,
         created_by=drain.created_by,
         boot_id=drain.boot_id,
+        notice=drain.notice,
+        notice_reason=drain.notice_reason,
+        notice_at_s=drain.notice_at_s,
     )
 
 
@@ -88,6 +91,9 @@ def _drain_from_pb(drain: pb.Drain) -> Drain:
         drain.keep_cordoned,
         drain.created_by,
         drain.boot_id,
+        drain.notice,
+        drain.notice_reason,
+        drain.notice_at_s,
     )
 
 

@@ -178,7 +178,9 @@ class FleetChecker:
             drain = state.nodes[runner.node].drain
             assert drain is not None
             margin_s = NOTICE_MARGIN_S if drain.kind in ("spot", "notice") else 0.0
-            if leader.wall_s < drain.deadline_at_s - margin_s - 0.5 and not drain.force:
+            deadlines = [drain.deadline_at_s - margin_s] if drain.deadline_at_s else []
+            deadlines += [drain.notice_at_s - NOTICE_MARGIN_S] if drain.notice_at_s else []
+            if leader.wall_s < min(deadlines, default=0.0) - 0.5 and not drain.force:
                 self.fail("served-stop", f"{runner.id} is stopped before the deadline of its node's drain")
 
     def _told_idle(self, leader: Leader, node: FleetNode) -> dict[str, Box]:
@@ -479,7 +481,8 @@ class FleetChecker:
         backing_off = app_id in state.backoffs and leader.now_s < state.backoffs[app_id].until_s
         unplaced = any(not state.runners[id_].node for id_ in state.runners_by_app.get(app_id, ()))
         rollout = state.apps[app_id].rollout
-        fresh = rollout is not None and leader.wall_s - max(rollout.began_at_s, rollout.phase_at_s) < 900.0
+        began_s = max(rollout.began_at_s, rollout.phase_at_s, rollout.progress_at_s) if rollout is not None else 0.0
+        fresh = rollout is not None and leader.wall_s - began_s < 900.0
         return backing_off or unplaced or fresh
 
     def _may_run(self, leader: Leader, app_id: str) -> str:

@@ -281,13 +281,14 @@ class Leader:
                 silent_s = self.silent_s(node.id)
                 found += [self.world.now_s + at_s - silent_s for at_s in _JUDGED_AT_S if at_s > silent_s]
         for node_id in state.draining:
-            if (drain := state.nodes[node_id].drain) is not None and drain.deadline_at_s:
-                found += [drain.deadline_at_s - wall_s, drain.deadline_at_s - wall_s - NOTICE_MARGIN_S]
+            if (drain := state.nodes[node_id].drain) is not None:
+                for at_s in (drain.deadline_at_s, drain.notice_at_s):
+                    found += [at_s - wall_s, at_s - wall_s - NOTICE_MARGIN_S] if at_s else []
         for app_id in state.rolling:
             app = state.apps[app_id]
             if app.rollout is not None and not app.rollout.paused:
                 policy = state.revision_of(app).spec.rollout
-                found.append(app.rollout.began_at_s + policy.serves_within_s - wall_s)
+                found.append(max(app.rollout.began_at_s, app.rollout.progress_at_s) + policy.serves_within_s - wall_s)
                 if app.rollout.phase == CANARY and app.rollout.phase_at_s:
                     found.append(app.rollout.phase_at_s + policy.canary_hold_s - wall_s)
         return [at_s for at_s in found if at_s > self.last_tick_s]

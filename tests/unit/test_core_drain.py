@@ -245,7 +245,7 @@ def test_what_cannot_go_elsewhere_is_stopped_before_the_cloud_takes_the_machine(
     assert not fleet.runners("n-0")
 
 
-def test_an_operators_drain_stands_above_a_notice_and_news_of_an_old_session_count_nothing() -> None:
+def test_news_of_an_old_session_count_nothing_and_a_notice_stands_beside_an_operators_drain() -> None:
     fleet = Fleet(1)
     node = fleet.busiest()
     session = fleet.world.state.live[node].session_id
@@ -253,8 +253,41 @@ def test_an_operators_drain_stands_above_a_notice_and_news_of_an_old_session_cou
     assert fleet.node(node).drain is None
     fleet.do(DrainNode(node, deadline_s=3600.0))
     drain = fleet.node(node).drain
+    assert drain is not None
     fleet.do(NodeNotice(node, session, "notice", 120.0, "", fleet.world.now_s))
-    assert fleet.node(node).drain == drain
+    both = fleet.node(node).drain
+    assert both == replace(drain, notice="notice", notice_at_s=fleet.world.wall_s + 120.0)
+    fleet.do(NodeNotice(node, session, "", 0.0, "", fleet.world.now_s))
+    assert fleet.node(node).drain == drain, "the notice is withdrawn"
+
+
+@pytest.mark.parametrize("first", ["drain", "spot"])
+def test_of_an_operators_drain_and_a_notice_the_nearer_deadline_counts_whichever_came_first(first: str) -> None:
+    fleet = Fleet(2, nodes=1)
+    session = fleet.world.state.live["n-0"].session_id
+    spot = NodeNotice("n-0", session, "spot", 60.0, "taken back", fleet.world.now_s)
+    for event in (DrainNode("n-0"), spot) if first == "drain" else (spot, DrainNode("n-0")):
+        fleet.do(event)
+    fleet.rounds(30, least=2)
+    fleet.rounds(25)
+    assert not fleet.runners("n-0")
+    drain = fleet.node("n-0").drain
+    assert drain is not None
+    assert (drain.kind, drain.keep_cordoned) == ("spot", True), "the operator's is over, the machine is still to go"
+    fleet.do(NodeNotice("n-0", session, "", 0.0, "", fleet.world.now_s))
+    assert (fleet.node("n-0").cordoned, fleet.node("n-0").drain) == (True, None), "it stays cordoned, as was asked"
+
+
+def test_an_operators_nearer_deadline_counts_beside_a_notice() -> None:
+    fleet = Fleet(2, nodes=1)
+    session = fleet.world.state.live["n-0"].session_id
+    fleet.do(DrainNode("n-0", deadline_s=20.0, uncordon=True))
+    fleet.do(NodeNotice("n-0", session, "notice", 3600.0, "switches", fleet.world.now_s))
+    fleet.rounds(25)
+    assert not fleet.runners("n-0")
+    assert fleet.node("n-0").cordoned, "its cloud works on it"
+    fleet.do(NodeNotice("n-0", session, "", 0.0, "", fleet.world.now_s))
+    assert not fleet.node("n-0").cordoned
 
 
 def test_labels_are_set_and_removed_and_placement_sees_them() -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from core_world import World, spec_of
 from fal_contract.errors import Code, FalError
-from fal_scheduler.core.events import ApplyApp, DeleteApp, Moment, ScaleApp
+from fal_scheduler.core.events import ApplyApp, CordonNode, DeleteApp, Moment, ScaleApp
 from fal_scheduler.core.records import App, Goal, RolloutPolicy, Runner, RunnerState, ScaleOverride
 from fal_scheduler.core.rollout import canaries
 from fal_scheduler.core.rollout_events import SetRevision, SetRollout
+from fal_scheduler.core.views import app_reason
 
 APP = "default/a"
 
@@ -122,6 +123,36 @@ def test_a_recreate_begins_only_where_its_own_runners_make_the_place_and_is_trie
     assert (fleet.serving(3), fleet.app.rollout) == (1, None)
 
 
+def test_a_recreate_that_is_not_begun_says_why_and_begins_when_a_place_is_there() -> None:
+    fleet = serving_four(nodes=2)
+    state = fleet.world.state
+    fleet.world.step(CordonNode("n-1", True))
+    fleet.rounds(5)
+    spec, _ = spec_of(gpus=4, least=1, tag="two")
+    spec = replace(spec, rollout=RolloutPolicy(strategy="recreate"))
+    fleet.world.step(ApplyApp(APP, spec, "two"))
+    fleet.rounds(20, least=1)
+    assert app_reason(state, fleet.app).startswith("revision 2 is not begun: ")
+    began_s = fleet.world.now_s
+    fleet.world.step(CordonNode("n-1", False))
+    fleet.world.tick(1.0)
+    assert {one.goal for one in fleet.runners(1)} == {Goal.DRAIN}, "at the next tick"
+    assert fleet.world.now_s == began_s + 1.0
+    assert not state.pending
+    fleet.rounds(20)
+    assert (fleet.serving(2), fleet.app.rollout) == (1, None)
+
+
+def test_what_a_recreate_waited_for_is_forgotten_when_it_is_aborted() -> None:
+    fleet = serving_four()
+    fleet.apply("two", RolloutPolicy(strategy="recreate"), gpus=16)
+    fleet.rounds(5, least=4)
+    assert (APP, 2) in fleet.world.state.pending
+    fleet.world.step(SetRollout(APP, "abort"))
+    fleet.rounds(5, least=4)
+    assert not fleet.world.state.pending
+
+
 def test_recreate_stops_first_and_starts_then() -> None:
     fleet = serving_four()
     fleet.apply("two", RolloutPolicy(strategy="recreate"))
@@ -157,6 +188,40 @@ def test_one_that_never_serves_is_rolled_back_at_its_deadline() -> None:
     assert fleet.app.revision == 2
     fleet.rounds(20, least=4)
     assert (fleet.app.revision, fleet.serving(1)) == (1, 4)
+
+
+def test_its_deadline_counts_from_the_last_runner_that_became_ready() -> None:
+    fleet = serving_four()
+    fleet.apply("two", RolloutPolicy(deadline_s=15.0))
+    began_s = fleet.world.wall_s
+    seen = 0
+    while fleet.app.rollout is not None and fleet.app.rollout.phase == "rolling":
+        fleet.stuck = {2}
+        fleet.rounds(6, least=4)  # one after the other: each takes its time, and four of them more than the deadline
+        fleet.stuck = set()
+        while fleet.app.rollout is not None and fleet.serving(2) == seen:
+            fleet.rounds(1, least=4)
+        seen = fleet.serving(2)
+    assert (fleet.app.revision, fleet.serving(2), fleet.app.rollout) == (2, 4, None)
+    assert fleet.world.wall_s - began_s > 2 * 15.0
+
+
+def test_one_that_gets_stuck_halfway_goes_back_when_the_deadline_of_its_last_progress_is_over() -> None:
+    fleet = serving_four()
+    fleet.apply("two", RolloutPolicy(deadline_s=20.0))
+    while fleet.serving(2) < 2:
+        fleet.rounds(1, least=4)
+    fleet.stuck = {2}
+    assert fleet.app.rollout is not None
+    assert fleet.app.rollout.progress_at_s > fleet.app.rollout.began_at_s
+    while fleet.app.revision == 2:
+        fleet.rounds(1, least=4)
+    assert fleet.app.rollout is not None
+    assert fleet.app.rollout.reason == "revision 2 does not serve: 2 of 4 runners, and no other in 20 s"
+    assert fleet.world.wall_s >= fleet.app.rollout.progress_at_s + 20.0
+    fleet.stuck = set()
+    fleet.rounds(40, least=4)
+    assert (fleet.serving(1), fleet.app.rollout) == (4, None)
 
 
 def test_without_rollback_it_stays_and_says_so() -> None:

@@ -342,6 +342,60 @@ def test_a_reservation_ends_with_its_reason() -> None:
     assert fleet.placed("default/low") == 2
 
 
+def test_who_waits_for_a_backoff_takes_nothing_and_the_next_of_its_class_may() -> None:
+    fleet = Fleet()
+    world, state = fleet.world, fleet.world.state
+    fleet.apply("default/first", gpus=2, priority=50)
+    fleet.rounds()
+    world.nodes["n-0"].crash(fleet.runners("default/first")[0].id)
+    world.report("n-0")
+    fleet.apply("default/low", least=2)
+    fleet.rounds(3)
+    assert fleet.placed("default/low") == 2, "nothing is kept for who waits for a backoff"
+    fleet.apply("default/second", gpus=2, priority=40)
+    fleet.rounds(12)
+    assert [fleet.placed(f"default/{one}") for one in ("first", "second", "low")] == [0, 1, 0]
+    assert state.backoffs["default/first"].until_s > world.now_s
+    world.step(DeleteApp("default/second"))
+    fleet.rounds(40)
+    assert fleet.placed("default/first") == 1
+
+
+def test_what_is_kept_for_an_app_is_everybodys_when_the_app_crashes() -> None:
+    fleet = Fleet(nodes=2)
+    world, state = fleet.world, fleet.world.state
+    fleet.apply("default/high", gpus=2, priority=50)
+    fleet.apply("default/low", gpus=2, least=2)
+    fleet.rounds()
+    assert (fleet.placed("default/high"), fleet.placed("default/low")) == (1, 2)
+    mine = next(one for one in fleet.runners("default/high") if one.node)
+    world.step(ScaleApp("default/high", ScaleOverride(min_concurrency=2)))
+    world.settle()
+    assert list(state.reserved.values()) == ["default/high"]
+    world.nodes[mine.node].crash(mine.id)
+    world.report(mine.node)
+    assert not state.reserved
+    fleet.rounds(8)
+    assert fleet.placed("default/low") == 2
+    fleet.rounds(40)
+    assert fleet.placed("default/high") == 2, "after its backoff it takes what it has a right to"
+
+
+def test_what_is_kept_for_one_is_its_own_though_another_of_its_class_came_before_it() -> None:
+    fleet = Fleet()
+    world, state = fleet.world, fleet.world.state
+    fleet.apply("default/low", least=2)
+    fleet.rounds()
+    fleet.apply("default/high", gpus=2, priority=PREEMPTION_GAP)
+    world.settle()
+    assert state.reserved == {"n-0": "default/high"}
+    fleet.apply("default/higher", gpus=2, priority=PREEMPTION_GAP + 5)
+    assert [app for _, app in next(iter(state.waiting.by_need.values()))] == ["default/higher", "default/high"]
+    fleet.rounds(12)
+    assert (fleet.placed("default/high"), fleet.placed("default/higher")) == (1, 0)
+    assert not state.reserved
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6))
 def test_victims_are_as_few_as_can_be(seed: int) -> None:

@@ -608,6 +608,9 @@ class Drain(_message.Message):
     KEEP_CORDONED_FIELD_NUMBER: _builtins.int
     CREATED_BY_FIELD_NUMBER: _builtins.int
     BOOT_ID_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
+    NOTICE_REASON_FIELD_NUMBER: _builtins.int
+    NOTICE_AT_S_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """"drain", "maintenance", "reboot", "remove", "spot" (the cloud takes it back) or "notice" (the cloud maintains it)."""
     reason: _builtins.str
@@ -624,6 +627,11 @@ class Drain(_message.Message):
     """Who asked; empty: the node told of a notice."""
     boot_id: _builtins.str
     """Of a reboot: the boot id that was told to reboot; empty while the node is not empty yet."""
+    notice: _builtins.str
+    """"spot" or "notice": what a cloud told beside an operator's drain; the nearer deadline counts. Empty: nothing."""
+    notice_reason: _builtins.str
+    notice_at_s: _builtins.float
+    """As deadline_at_s, of the notice."""
     def __init__(
         self,
         *,
@@ -635,10 +643,13 @@ class Drain(_message.Message):
         keep_cordoned: _builtins.bool = ...,
         created_by: _builtins.str = ...,
         boot_id: _builtins.str = ...,
+        notice: _builtins.str = ...,
+        notice_reason: _builtins.str = ...,
+        notice_at_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "boot_id", b"boot_id", "created_by", b"created_by", "deadline_at_s", b"deadline_at_s", "force", b"force", "keep_cordoned", b"keep_cordoned", "kind", b"kind", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "boot_id", b"boot_id", "created_by", b"created_by", "deadline_at_s", b"deadline_at_s", "force", b"force", "keep_cordoned", b"keep_cordoned", "kind", b"kind", "notice", b"notice", "notice_at_s", b"notice_at_s", "notice_reason", b"notice_reason", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1437,6 +1448,7 @@ class Rollout(_message.Message):
     PHASE_AT_S_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
     CANARY_PERC_FIELD_NUMBER: _builtins.int
+    PROGRESS_AT_S_FIELD_NUMBER: _builtins.int
     from_revision: _builtins.int
     """Revision that served before, and the one that should."""
     to_revision: _builtins.int
@@ -1453,6 +1465,8 @@ class Rollout(_message.Message):
     """Failures of runners of the new revision so far."""
     canary_perc: _builtins.int
     """Percent of runners on the new revision while in canary."""
+    progress_at_s: _builtins.float
+    """Unix seconds at which a runner of the new revision last became ready; its deadline counts from here. 0: none has."""
     def __init__(
         self,
         *,
@@ -1465,10 +1479,11 @@ class Rollout(_message.Message):
         phase_at_s: _builtins.float = ...,
         failures: _builtins.int = ...,
         canary_perc: _builtins.int = ...,
+        progress_at_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "canary_perc", b"canary_perc", "failures", b"failures", "from_revision", b"from_revision", "paused", b"paused", "phase", b"phase", "phase_at_s", b"phase_at_s", "reason", b"reason", "to_revision", b"to_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "canary_perc", b"canary_perc", "failures", b"failures", "from_revision", b"from_revision", "paused", b"paused", "phase", b"phase", "phase_at_s", b"phase_at_s", "progress_at_s", b"progress_at_s", "reason", b"reason", "to_revision", b"to_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

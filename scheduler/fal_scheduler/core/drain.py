@@ -93,6 +93,10 @@ def _drain(work: Work, event: DrainNode) -> Reply:
         not event.uncordon,
         event.actor,
     )
+    if (have := node.drain) is not None:  # what its cloud has said goes on counting
+        told = (have.kind, have.reason, have.deadline_at_s)
+        told = told if have.kind in NOTICED else (have.notice, have.notice_reason, have.notice_at_s)
+        drain = replace(drain, notice=told[0], notice_reason=told[1], notice_at_s=told[2])
     begin(work, node, drain)
     runners = len(work.state.runners_by_node.get(node.id, ()))
     return Reply("changed", node.id, lines=(f"{runners} runners",))
@@ -245,7 +249,7 @@ def _not_rebooted(work: Work, event: RebootRefused) -> None:
     node = work.state.nodes.get(event.node_id)
     if node is None or node.drain is None or node.drain.boot_id != event.boot_id:
         return
-    work.put(replace(node, drain=None, cordoned=True, cordon_reason=f"not rebooted: {event.error}"), node)
+    work.put(_after(work, node, keep=True, reason=f"not rebooted: {event.error}"), node)
     remedy = f"{event.remedy} Then `falctl node uncordon {node.name}`."
     work.alarm(_REBOOT_ALARM, node.id, f"node {node.name} was not rebooted: {event.error}", remedy)
 
@@ -260,7 +264,7 @@ def _settle(work: Work) -> None:
 
 
 def notice(work: Work, event: NodeNotice) -> None:
-    """A cloud's word about a node, which the node passed on. An operator's own drain stands above it."""
+    """A cloud's word about a node, which the node passed on. Beside an operator's drain its deadline counts, too."""
     node = work.state.nodes.get(event.node_id)
     if node is None:
         return
@@ -268,10 +272,19 @@ def notice(work: Work, event: NodeNotice) -> None:
     if not event.kind:
         if have is not None and have.kind in NOTICED:
             _withdrawn(work, node, have)
+        elif have is not None and have.notice:
+            work.put(replace(node, drain=replace(have, notice="", notice_reason="", notice_at_s=0.0)), node)
+            work.log("NODE_NOTICE_WITHDRAWN", node.id, f"{have.notice}; its {have.kind} goes on")
         return
-    if event.kind not in NOTICED or (have is not None and have.kind not in NOTICED):
+    if event.kind not in NOTICED:
         return
     deadline_s = max(1.0, work.moment.wall_s + event.within_s) if event.within_s >= 0.0 else 0.0
+    if have is not None and have.kind not in NOTICED:
+        if have.notice != event.kind or abs(have.notice_at_s - deadline_s) >= NOTICE_MARGIN_S:
+            both = replace(have, notice=event.kind, notice_reason=event.reason, notice_at_s=deadline_s)
+            work.put(replace(node, drain=both), node)
+            work.log("NODE_NOTICED", node.id, f"{event.kind} beside its {have.kind}: {event.reason}")
+        return
     if have is not None and have.kind == event.kind and abs(have.deadline_at_s - deadline_s) < NOTICE_MARGIN_S:
         return
     before = have.keep_cordoned if have is not None else node.cordoned
@@ -301,11 +314,29 @@ def tick(work: Work) -> None:
         if node.revoked:
             _finish(work, node)
             continue
-        # What the cloud takes back must have ended before it does.
-        margin_s = NOTICE_MARGIN_S if drain.kind in NOTICED else 0.0
-        if drain.force or 0.0 < drain.deadline_at_s <= wall_s + margin_s:
-            _stop_all(work, node, f"the {drain.kind} of {node.name} has reached its deadline")
+        over = _over(drain, wall_s)
+        if drain.force or over:
+            _stop_all(work, node, f"the {over or drain.kind} of {node.name} has reached its deadline")
         _finish(work, node)
+
+
+def _over(drain: Drain, wall_s: float) -> str:
+    """The kind whose deadline is over: the drain's own, or its notice's; empty: neither."""
+    for kind, deadline_at_s in ((drain.kind, drain.deadline_at_s), (drain.notice, drain.notice_at_s)):
+        # What the cloud takes back must have ended before it does.
+        margin_s = NOTICE_MARGIN_S if kind in NOTICED else 0.0
+        if 0.0 < deadline_at_s <= wall_s + margin_s:
+            return kind
+    return ""
+
+
+def _after(work: Work, node: Node, *, keep: bool, reason: str) -> Node:
+    """The node when its operator's drain is over: as asked, or drained by what its cloud told meanwhile."""
+    drain = node.drain
+    if drain is None or not drain.notice:
+        return replace(node, drain=None, cordoned=keep, cordon_reason=reason)
+    told = Drain(drain.notice, drain.notice_reason, work.moment.wall_s, drain.notice_at_s, keep_cordoned=keep)
+    return replace(node, drain=told, cordoned=True, cordon_reason=reason or drain.notice_reason or drain.notice)
 
 
 def _stop_all(work: Work, node: Node, why: str) -> None:
@@ -329,9 +360,9 @@ def _finish(work: Work, node: Node) -> None:
         return
     keep = drain.keep_cordoned and drain.kind != REBOOT
     reason = f"drained: {drain.reason or drain.kind}" if keep else ""
-    work.put(replace(node, drain=None, cordoned=keep, cordon_reason=reason), node)
+    work.put(_after(work, node, keep=keep, reason=reason), node)
     state.refresh_node(node.id)
-    if not keep:
+    if not state.nodes[node.id].cordoned:
         work.capacity_grew()
     work.log("NODE_DRAINED", node.id, "nothing runs on it any more")
 

@@ -17,6 +17,7 @@ from fal_scheduler.core import (
     expectations,
     gpu_faults,
     packs,
+    preemption,
     rollout,
     sharing,
     suspicion,
@@ -230,6 +231,7 @@ def _became_ready(work: Work, runner: Runner, status: RunnerStatus, arrived_s: f
     work.state.backoffs.pop(runner.app, None)
     work.state.refusals.pop(runner.app, None)
     work.state.dirty[runner.app] = None
+    rollout.note_ready(work, runner)
     facts = expectations.ready(work.state, runner, status, arrived_s=arrived_s, wall_s=work.moment.wall_s)
     work.log("RUNNER_READY", runner.id, "ready for requests", **facts)
 
@@ -270,6 +272,8 @@ def _ended(work: Work, runner: Runner, status: RunnerStatus) -> None:
     for guest in runner.apps[1:]:  # any of them may have been the reason
         work.state.backoffs[guest] = _backoff_after(work, runner, status, guest)
     backoff = work.state.backoffs[runner.app] = _backoff_after(work, runner, status, runner.app)
+    for app_id in runner.apps:
+        preemption.backs_off(work, app_id)
     wait_s = max(0.0, backoff.until_s - work.moment.now_s)
     work.put(waiting, runner)
     work.state.failures[runner.id] = status

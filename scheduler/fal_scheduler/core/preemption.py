@@ -4,7 +4,8 @@ An app may take from runners whose priority is lower by `PREEMPTION_GAP` at leas
 others hold above theirs. Never below a team's quota, never more of an app's runners at once than may be disturbed (the
 others follow), never from build tasks. On every node that could take the runner, the fewest victims are chosen, then
 the youngest; the node with the fewest is taken. Victims are drained: they finish their requests. The node is kept free
-for who preempts, until it is placed, wants nothing any more, or `RESERVED_S` are over.
+for who preempts, until it is placed, wants nothing any more, or `RESERVED_S` are over. Who waits for a backoff takes
+nothing from anybody, and nothing is kept free for it.
 
 With at most 16 GPUs on a node every set of up to three victims is looked at; larger sets are grown from the largest
 holders, the youngest first.
@@ -26,7 +27,7 @@ from fal_scheduler.core.records import App, Goal, Runner, Spec
 from fal_scheduler.core.scaling import in_grace
 from fal_scheduler.core.state import State
 from fal_scheduler.core.stops import stop
-from fal_scheduler.core.waiting import reserved_for_others
+from fal_scheduler.core.waiting import backoff_of, first_able, reserved_for_others
 from fal_scheduler.core.waiting_line import PLACE
 from fal_scheduler.core.work import Work
 
@@ -208,7 +209,8 @@ def tick(work: Work) -> None:
     held = bool(state.hold_all) or not state.settled  # nothing is stopped by itself
     for node_id, app_id in list(state.reserved.items()):
         app = state.apps.get(app_id)
-        if app is None or app_id not in state.waiting or now_s - state.reserved_at_s[node_id] >= RESERVED_S:
+        over = now_s - state.reserved_at_s[node_id] >= RESERVED_S
+        if app is None or app_id not in state.waiting or over or backoff_of(state, app_id, app.revision, now_s):
             release(work, node_id)
         elif node_id in state.runners_by_node and not held:
             spec = state.revision_of(app).spec
@@ -227,7 +229,7 @@ def _look_again(work: Work) -> None:
     state, now_s = work.state, work.moment.now_s
     looks = 0
     for need, why in list(state.waiting.asleep.items()):
-        app = state.apps.get(state.waiting.by_need[need][0][1])
+        app = state.apps.get(first_able(state, need, now_s))
         if (
             app is None
             or why != PLACE
@@ -249,6 +251,13 @@ def keep_free_no_more(work: Work, app_id: str) -> None:
         release(work, node_id)
 
 
+def backs_off(work: Work, app_id: str) -> None:
+    """A runner of the app failed. While nothing of it may start, what is kept free for it is of use to others."""
+    app = work.state.apps.get(app_id)
+    if app is not None and backoff_of(work.state, app_id, app.revision, work.moment.now_s) is not None:
+        keep_free_no_more(work, app_id)
+
+
 def release(work: Work, node_id: str) -> None:
     """The node is everybody's again."""
     work.state.reserved.pop(node_id, None)
@@ -256,4 +265,4 @@ def release(work: Work, node_id: str) -> None:
     work.capacity_grew(node_id)
 
 
-__all__ = ["PREEMPTION_GAP", "Victims", "find", "keep_free_no_more", "preempt", "release", "tick"]
+__all__ = ["PREEMPTION_GAP", "Victims", "backs_off", "find", "keep_free_no_more", "preempt", "release", "tick"]

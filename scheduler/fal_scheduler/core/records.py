@@ -167,7 +167,7 @@ class ScaleOverride:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A revision takes over from another. Times: Unix seconds."""
+    """A revision takes over from another. Times: Unix seconds. `progress_at_s`: a runner of it last became ready."""
 
     from_revision: int
     to_revision: int
@@ -178,6 +178,7 @@ class Rollout:
     phase_at_s: float = 0.0
     failures: int = 0
     canary_perc: int = 0
+    progress_at_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@
   promoted by an operator or by `canary_hold_s` seconds without a failure.
 - "recreating": old runners drain first; only where the new revision could be placed at all.
 - "rolling-back": a revision failed (too many ends, or not serving in time) or was aborted; the one before takes over.
+  Its time counts from the last of its runners that became ready, so that a large app has as long as it needs.
 
 A revision that cannot be placed never takes down the one that serves: old runners leave only for new ones that serve,
 and a recreate begins only where a place for the new revision can be named. Everything is in the app's record, so that
@@ -147,6 +148,22 @@ def note_failure(work: Work, runner: Runner, why: str) -> None:
         _put(work, app, replace(app.rollout, failures=app.rollout.failures + 1, reason=why))
 
 
+def note_ready(work: Work, runner: Runner) -> None:
+    """A runner serves for the first time: where it is of the revision that takes over, its deadline counts anew."""
+    for app_id in runner.apps:
+        app = work.state.apps.get(app_id)
+        if app is None or app.rollout is None or app.rollout.phase == ROLLING_BACK or work.full:
+            continue
+        wall_s = work.moment.wall_s
+        if runner.revision_for(app_id) == app.rollout.to_revision and app.rollout.progress_at_s < wall_s:
+            _put(work, app, replace(app.rollout, progress_at_s=wall_s))
+
+
+def deadline_at_s(rollout: Rollout, policy: RolloutPolicy) -> float:
+    """When the revision counts as failed (wall clock) if no other runner of it becomes ready before."""
+    return max(rollout.began_at_s, rollout.progress_at_s) + policy.serves_within_s
+
+
 def tick(work: Work) -> None:
     """Apps whose rollout has something to do with the time now are looked at."""
     state, wall_s = work.state, work.moment.wall_s
@@ -156,10 +173,10 @@ def tick(work: Work) -> None:
         if rollout is None or rollout.paused or rollout.phase == ROLLING_BACK:
             continue
         policy = state.revision_of(app).spec.rollout
-        late = wall_s >= rollout.began_at_s + policy.serves_within_s
+        late = wall_s >= deadline_at_s(rollout, policy)
         held = rollout.phase == CANARY and rollout.phase_at_s and wall_s >= rollout.phase_at_s + policy.canary_hold_s
         freed = rollout.phase == RECREATING and work.moment.now_s - state.capacity_at_s <= CAPACITY_NEW_S
-        if late or held or (freed and (app_id, app.revision) in state.pending):
+        if late or held or (freed and not_begun(state, app_id, app.revision)):
             state.dirty[app_id] = None
 
 
@@ -196,9 +213,12 @@ def _failed(work: Work, app: App, rollout: Rollout, policy: RolloutPolicy, curre
         return ""
     if rollout.failures >= ROLLOUT_FAILURES_MAX:
         return f"revision {app.revision} failed {rollout.failures} times, last: {rollout.reason}"
-    late = work.moment.wall_s >= rollout.began_at_s + policy.serves_within_s
+    late = work.moment.wall_s >= deadline_at_s(rollout, policy)
     if late and rollout.phase != CANARY and len(current.ready) < wanted:
-        return f"revision {app.revision} does not serve after {policy.serves_within_s:g} s"
+        what = f"revision {app.revision} does not serve"
+        if rollout.progress_at_s > rollout.began_at_s:
+            return f"{what}: {len(current.ready)} of {wanted} runners, and no other in {policy.serves_within_s:g} s"
+        return f"{what} after {policy.serves_within_s:g} s"
     if late and rollout.phase == CANARY and len(current.ready) < canaries(wanted, rollout.canary_perc):
         return f"the canary of revision {app.revision} does not serve after {policy.serves_within_s:g} s"
     return ""
@@ -271,14 +291,15 @@ def targets(work: Work, app: App, current: Runners, old: Runners, wanted: int) -
     if rollout.phase == CANARY:
         new = canaries(wanted, rollout.canary_perc)
         return Targets(new, wanted - min(new, ready), keep_old=True)
-    if rollout.phase == RECREATING and (old.count or _leaving(work.state, app)):
+    if rollout.phase == RECREATING:
         why = blocked(work.state, app.id, spec) if old.count else ""
         key = (app.id, app.revision)
         if why:
             work.state.pending[key] = Pending(f"revision {app.revision} is not begun: {why}", found_at_s=math.inf)
-        else:
-            work.state.pending.pop(key, None)
-        return Targets(0, wanted if why else 0)
+        elif not_begun(work.state, *key):
+            del work.state.pending[key]
+        if old.count or _leaving(work.state, app):
+            return Targets(0, wanted if why else 0)
     if rollout.phase == ROLLING_BACK:  # what failed is no help: all that is missing at once
         return Targets(wanted, rest)
     step = max(1, wanted * spec.rollout.disturbed_perc // 100)
@@ -301,6 +322,14 @@ def blocked(state: State, app_id: str, spec: Spec) -> str:
         if mine and verdict.filter in FREED_BY_STOPPING and takes_without(state, verdict.node_id, spec, ask, mine):
             return ""
     return summarise(verdicts, spec).reason
+
+
+def not_begun(state: State, app_id: str, revision: int) -> bool:
+    """Whether a recreate of the revision is held back, and `State.pending` says why; no runner of it waits."""
+    app, found = state.apps.get(app_id), state.pending.get((app_id, revision))
+    if app is None or app.rollout is None or found is None or found.found_at_s < math.inf:
+        return False
+    return app.rollout.phase == RECREATING and app.revision == revision
 
 
 def _leaving(state: State, app: App) -> bool:

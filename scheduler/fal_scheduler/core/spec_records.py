@@ -120,7 +120,7 @@ class RolloutPolicy:
 
     @property
     def serves_within_s(self) -> float:
-        """Seconds that a new revision may take until it serves."""
+        """Seconds that a new revision may take until it serves, counted from its last runner that became ready."""
         return self.deadline_s or ROLLOUT_DEADLINE_S
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from fal_contract.ids import team_of
-from fal_scheduler.core import quotas
+from fal_scheduler.core import quotas, waiting
 from fal_scheduler.core.bindings import residencies_of
 from fal_scheduler.core.events import AppChanged
 from fal_scheduler.core.explain import model_awaited, why_pending
@@ -21,11 +21,12 @@ from fal_scheduler.core.preemption import keep_free_no_more, preempt
 from fal_scheduler.core.ranking import ReadyFn
 from fal_scheduler.core.ready_at import ready_ms
 from fal_scheduler.core.records import App, AssignmentRef, Binding, Revision, Runner
+from fal_scheduler.core.rollout import not_begun
 from fal_scheduler.core.scaling import in_grace
 from fal_scheduler.core.sharing import join
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Backoff
-from fal_scheduler.core.waiting import enter, reserved_for_others
+from fal_scheduler.core.waiting import enter, first_able, reserved_for_others
 from fal_scheduler.core.waiting_line import PLACE, QUOTA, affinity_of, need_of
 from fal_scheduler.core.work import Work
 
@@ -33,13 +34,8 @@ PENDING_TEXT_AGE_S: Final = 1.0  # how often the reason of a pending runner is w
 
 
 def backoff_of(work: Work, app_id: str, revision: int) -> Backoff | None:
-    """The app's backoff while it lasts. Failures of a revision that takes over do not hold up the one that serves."""
-    backoff = work.state.backoffs.get(app_id)
-    if backoff is None or work.moment.now_s >= backoff.until_s:
-        return None
-    app = work.state.apps.get(app_id)
-    rolling = app is not None and app.rollout is not None
-    return None if rolling and backoff.last.revision not in (0, revision) else backoff
+    """The app's backoff while it lasts, see `waiting.backoff_of`."""
+    return waiting.backoff_of(work.state, app_id, revision, work.moment.now_s)
 
 
 def grow(work: Work, placer: Placer, app: App, revision: Revision, missing: int) -> None:
@@ -96,16 +92,17 @@ def place_waiting(work: Work, placer: Placer, app: App, revision: Revision, unpl
         enter(state, app.id, revision.spec, min(left, default=work.moment.wall_s))
     else:
         state.waiting.pop(app.id)
-        state.pending.pop((app.id, revision.number), None)
+        if not not_begun(state, app.id, revision.number):
+            state.pending.pop((app.id, revision.number), None)
 
 
 def take_room(work: Work, app: App, revision: Revision) -> None:
-    """Who waits in front of all others that no place was found for may take one from what has less right to it.
+    """Who waits in front of all others that could start now may take a place from what has less right to it.
 
     Idle runners give way before anything is taken from those that are used (`keep_warm.make_room`).
     """
     state, need = work.state, need_of(revision.spec, team_of(app.id))
-    if state.waiting.asleep.get(need) != PLACE or state.waiting.by_need[need][0][1] != app.id:
+    if state.waiting.asleep.get(need) != PLACE or first_able(state, need, work.moment.now_s) != app.id:
         return
     if state.hold_all or not state.settled or in_grace(state, work.moment.now_s) or model_awaited(state, revision.spec):
         return
@@ -131,7 +128,7 @@ def placed(
     if state.hold_all or not state.settled or model_awaited(state, spec):
         return None
     need = need_of(spec, team_of(runner.app))
-    if need in state.waiting.asleep and not avoid:
+    if need in state.waiting.asleep and not avoid and runner.app not in state.reserved.values():
         return None  # nothing has changed that could admit one of its class
     if quotas.refusal(state, team_of(runner.app), spec):
         enter(state, runner.app, spec, runner.created_at_s)
@@ -226,7 +223,9 @@ def refresh_reasons(work: Work) -> None:
         if not state.explanations_left:
             return
         revision, pending = state.revisions.get((app_id, number)), state.pending[app_id, number]
-        if revision is None or (app_id not in state.waiting and pending.found_at_s < math.inf):
+        if not_begun(state, app_id, number):
+            continue
+        if revision is None or app_id not in state.waiting or pending.found_at_s == math.inf:
             del state.pending[app_id, number]  # nobody waits with it any more
             continue
         if pending.found_at_s >= state.capacity_at_s:

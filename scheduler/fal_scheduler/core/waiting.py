@@ -24,7 +24,8 @@ from fal_scheduler.core.quotas import refusal
 from fal_scheduler.core.ranking import Ask
 from fal_scheduler.core.records import Spec
 from fal_scheduler.core.state import State
-from fal_scheduler.core.waiting_line import QUOTA, need_of, order_ms
+from fal_scheduler.core.told import Backoff
+from fal_scheduler.core.waiting_line import QUOTA, Need, need_of, order_ms
 
 LOOKS_PER_WAKE_MAX: Final = 20_000  # node and class pairs; beyond that every class is woken
 
@@ -44,6 +45,10 @@ def wake(state: State) -> None:
     everybody, state.freed_all = state.freed_all, False
     if not waiting or not (freed or everybody):
         return
+    for node_id in freed:  # whom it is kept for need not be the first of its class
+        owner = state.reserved.get(node_id, "")
+        if owner in waiting:
+            state.dirty[owner] = None
     if everybody or len(freed) * len(waiting.asleep) > LOOKS_PER_WAKE_MAX:
         state.awake.update(dict.fromkeys(waiting.by_need))
         waiting.asleep.clear()
@@ -97,6 +102,25 @@ def turns(state: State) -> Iterator[str]:
             state.awake.pop(need, None)
         else:
             heapq.heappush(heap, (line[after], at))
+
+
+def backoff_of(state: State, app_id: str, revision: int, now_s: float) -> Backoff | None:
+    """The app's backoff while it lasts. Failures of a revision that takes over do not hold up the one that serves."""
+    backoff = state.backoffs.get(app_id)
+    if backoff is None or now_s >= backoff.until_s:
+        return None
+    app = state.apps.get(app_id)
+    rolling = app is not None and app.rollout is not None
+    return None if rolling and backoff.last.revision not in (0, revision) else backoff
+
+
+def first_able(state: State, need: Need, now_s: float) -> str:
+    """The first app of a class that could start now; empty where all wait for a backoff, or the class has gone."""
+    for _, app_id in state.waiting.by_need.get(need, ()):
+        app = state.apps.get(app_id)
+        if app is not None and backoff_of(state, app_id, app.revision, now_s) is None:
+            return app_id
+    return ""
 
 
 def reserved_for_others(state: State, app_id: str) -> frozenset[str]:
