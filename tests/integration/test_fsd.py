@@ -130,11 +130,12 @@ def test_what_was_let_go_is_not_pinned_after_it(tmp_path: Path, monkeypatch: pyt
     async def main() -> None:
         async with running(tmp_path) as rig:
             staging = asyncio.create_task(rig.client.stage(plain_message(root, FILES), "r1"))
-            await asyncio.to_thread(begun.wait, 10)
+            assert await asyncio.to_thread(begun.wait, 30)
             staging.cancel()
             await asyncio.gather(staging, return_exceptions=True)
             unpinning = asyncio.create_task(rig.client.unpin("r1"))
             await rig.client.status()  # the cache has taken in what was sent before
+            assert not unpinning.done()  # it waits for the staging that was asked for before it
             gate.set()
             await unpinning
             while await rig.client.artifacts():  # noqa: ASYNC110  (another process)

@@ -255,7 +255,9 @@ def test_a_skewed_node_is_told_by_how_much(ca: CertificateAuthority, skew_s: flo
 
 def test_a_node_up_to_five_minutes_slow_joins(ca: CertificateAuthority) -> None:
     async def scenario(world: World) -> None:
-        await world.join(world.token(), clock=ManualClock(wall_s=NOW_S - 299))
+        joined = await world.join(world.token(), clock=ManualClock(wall_s=NOW_S - 299))
+        joined.identity.check(now_s=NOW_S - 299)  # its certificate is valid by its own clock, too
+        assert joined.identity.peer.name == joined.node_id
 
     run(ca, scenario)
 

@@ -1,10 +1,15 @@
-"""What a scheduler with 100 runners costs at rest: memory, CPU, store writes. Real process, real mutual TLS."""
+"""What a scheduler with 100 runners costs at rest: memory, CPU, store writes. Real process, real mutual TLS.
+
+What is asserted finds a leak, a loop that spins, a write per heartbeat. The promised figures are those of
+`ops/bench footprint`: they depend on the machine.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,9 +18,13 @@ from fal_contract.v1 import cluster_pb2
 from scheduler_process import Process, RemoteAgent, cluster, init, joined, ready, scheduler
 from scheduler_rig import app_request
 
+if TYPE_CHECKING:
+    from fal_contract.v1.cluster_pb2_grpc import ClusterAsyncStub
+
 NODES, APPS, RUNNERS_PER_APP = 13, 10, 10
-RSS_BYTES_MAX = 120 << 20
-CPU_SHARE_MAX = 0.01
+RSS_BYTES_MAX = 180 << 20
+CPU_SHARE_MAX = 0.2
+QUIET_LOOKS, LOOKS_MAX = 3, 60
 REST_S = 2 * HEARTBEAT_INTERVAL_S + 2
 
 
@@ -35,6 +44,19 @@ async def beat(agents: list[RemoteAgent]) -> None:
             agent.report()
 
 
+async def settled(stub: ClusterAsyncStub) -> cluster_pb2.ClusterStatus:
+    """The status once a few looks in a row saw no commit: those of the deploy and of what its nodes told are over."""
+    last, same = await stub.GetStatus(cluster_pb2.GetStatusRequest(), timeout=10), 0
+    for _ in range(LOOKS_MAX):
+        await asyncio.sleep(1)
+        now = await stub.GetStatus(cluster_pb2.GetStatusRequest(), timeout=10)
+        same = same + 1 if now.commits == last.commits else 0
+        last = now
+        if same == QUIET_LOOKS:
+            return last
+    raise AssertionError(f"{last.commits} commits, and more every second")
+
+
 async def measure(process: Process, record_property: object) -> None:
     agents = [RemoteAgent(process, await joined(process, f"n{n}")) for n in range(NODES)]
     for agent in agents:
@@ -46,8 +68,7 @@ async def measure(process: Process, record_property: object) -> None:
             await stub.ApplyApp(app_request(f"a{n}", runners=RUNNERS_PER_APP), timeout=10)
         for n in range(APPS):
             await ready(stub, f"t/a{n}", RUNNERS_PER_APP)
-        await asyncio.sleep(2)  # the last commits of the deploy, a sample of the metrics
-        before = await stub.GetStatus(cluster_pb2.GetStatusRequest(), timeout=10)
+        before = await settled(stub)
         used_s = cpu_s(pid)
         await asyncio.sleep(REST_S)
         share = (cpu_s(pid) - used_s) / REST_S
