@@ -345,7 +345,8 @@ class Faults:
 
     def _drain(self) -> None:
         rng = self.rng
-        for node in rng.sample(list(self.world.nodes.values()), rng.randrange(1, 6)):
+        nodes = list(self.world.nodes.values())
+        for node in rng.sample(nodes, min(len(nodes), rng.randrange(1, 6))):
             kind, deadline_s = rng.choice(("drain", "maintenance", "reboot")), rng.choice((None, 60.0, 600.0))
             force = rng.random() < 0.1
             self.world.offer(DrainNode(node.id, kind, deadline_s, force=force, uncordon=True))
@@ -353,7 +354,8 @@ class Faults:
                 self.world.after(rng.uniform(30.0, 1800.0), lambda node=node: self.world.offer(CancelDrain(node.id)))
 
     def _cordon(self) -> None:
-        for node in self.rng.sample(list(self.world.nodes.values()), 3):
+        nodes = list(self.world.nodes.values())
+        for node in self.rng.sample(nodes, min(len(nodes), 3)):
             self.world.offer(CordonNode(node.id, True, "test"))
             wait_s = self.rng.uniform(60.0, 1800.0)
             self.world.after(wait_s, lambda node=node: self.world.offer(CordonNode(node.id, False)))
