@@ -55,7 +55,7 @@ def status(json: JsonFlag = False) -> None:
         ]
     )
     for alarm in reply.alarms:
-        text = escape(f"{alarm.subject}: {alarm.message} {alarm.remedy}")
+        text = escape(f"{alarm.subject}: {alarm.message.rstrip('.')}. {alarm.remedy}")
         console().print(f"[bold red]{escape(alarm.kind)}[/bold red] {text}", markup=True)
 
 

@@ -48,7 +48,7 @@ def _check_not_rolled_back(view: Any, revision: int) -> None:
         raise FalError(
             Code.FAILED_PRECONDITION,
             f"revision {revision} of {app.id} was rolled back to {app.revision}: {why}",
-            remedy=f"See `falctl logs` of its runners and `falctl app revisions {app.id}`; mend it, apply again.",
+            remedy="See `falctl runner logs` of its runners, which `falctl events` names; mend it, apply again.",
         )
 
 

@@ -260,7 +260,8 @@ def _roll_back(work: Work, app: App, rollout: Rollout, why: str) -> App:
     work.settle("ROLLOUT_FAILED", app.id)
     message = f"{why}; revision {number} should run again"
     work.log("ROLLED_BACK", app.id, message, revision=str(number))
-    work.alarm("ROLLED_BACK", app.id, message, f"See `falctl logs --app {app.id}`, mend it, apply again.")
+    remedy = "See `falctl runner logs` of its runners, which `falctl events` names; mend it, apply again."
+    work.alarm("ROLLED_BACK", app.id, message, remedy)
     return after
 
 
