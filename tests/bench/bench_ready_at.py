@@ -15,7 +15,7 @@ Anchor, same placements: size ÷ nominal bandwidth, that is the link's rate for 
 rate at which this machine read a file of the cache just before. Regret: of every two tiers of one size and count, as if
 they were two nodes, what the one that was predicted sooner took more than the other; in seconds.
 
-Takes some 8 minutes; --seconds 0.5 leaves the largest size out (48 placements, 6 minutes). Below that one size and two
+Takes some 11 minutes; --seconds 0.5 leaves the largest size out (48 placements, 6 minutes). Below that one size and two
 counts are measured, which proves no more than that the bench works. `terms`: medians of each part by tier, in ms;
 `placements`: tier, MiB, fetches at once, predicted and actual ms, and of each part [predicted, actual].
 """
