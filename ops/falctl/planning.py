@@ -40,8 +40,19 @@ def plan(
     raise typer.Exit(int(changes))
 
 
+def is_pool(keys: set[str]) -> bool:
+    """Whether a manifest with these keys is a pool's. An app's has a key that only apps have, or one like it."""
+    from fal_contract.config import nearest
+    from fal_contract.manifest import AppManifest, PoolManifest
+
+    apps, pools = set(AppManifest.model_fields), set(PoolManifest.model_fields)
+    if keys & (pools - apps) or not keys:
+        return bool(keys)
+    return not (keys & (apps - pools) or any(nearest(key, sorted(apps - pools)) for key in sorted(keys - apps)))
+
+
 def _item(file: Path) -> Any:
-    """A manifest with a key that only pools have is a pool's; any other an app's."""
+    """What is asked about a manifest."""
     import tomllib
 
     import yaml
@@ -51,10 +62,11 @@ def _item(file: Path) -> Any:
 
     try:
         text = file.read_text(encoding="utf-8")
-        keys = set(tomllib.loads(text) if file.suffix.lower() == ".toml" else yaml.safe_load(text))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError, TypeError):
+        data = tomllib.loads(text) if file.suffix.lower() == ".toml" else yaml.safe_load(text)
+        keys = set(map(str, data)) if isinstance(data, dict) else set()
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError):
         keys = set()  # reading it as an app's manifest says what is wrong
-    if keys & (set(PoolManifest.model_fields) - set(AppManifest.model_fields)):
+    if is_pool(keys):
         return pb.PlanItem(pool=pb.ApplyPoolRequest(pool=read_manifest(PoolManifest, file).to_proto()))
     manifest = read_manifest(AppManifest, file)
     return pb.PlanItem(app=pb.ApplyAppRequest(id=manifest.id, spec=manifest.to_proto()))

@@ -19,6 +19,7 @@ from fal_contract.v1 import cluster_pb2 as pb
 from fal_contract.v1 import state_pb2
 from falctl import cost, run
 from falctl.main import app
+from falctl.planning import is_pool
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,45 @@ def test_wrong_words_are_refused_before_anybody_is_asked(words: str, told: str) 
     assert told in str(done.exception)
     assert done.exception.remedy
     assert "\n" not in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("keys", "pool"),
+    [
+        ({"name"}, True),
+        ({"name", "labels"}, True),
+        ({"name", "gpu_hour_price"}, True),
+        ({"name", "hour_prise"}, True),
+        ({"name", "model"}, False),
+        ({"name", "modle"}, False),
+        ({"name", "labels", "comand"}, False),
+        (set(), False),
+    ],
+)
+def test_plan_tells_a_pools_manifest_from_an_apps_also_with_a_typing_error(keys: set[str], pool: bool) -> None:
+    assert is_pool(keys) is pool
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("pool.toml", 'name = "p"\nhour_prise = 1\n', "unknown key 'hour_prise'. Did you mean 'gpu_hour_price'?"),
+        ("app.toml", 'name = "a"\nmodle = "m"\n', "unknown key 'modle'. Did you mean 'model'?"),
+        ("number.yaml", "1: 2\n", "number.yaml"),
+        ("list.yaml", "- 1\n", "holds no table"),
+        ("text.yaml", "words\n", "holds no table"),
+        ("open.yaml", "a: [1\n", "cannot be parsed"),
+        ("empty.toml", "", "name is missing"),
+        ("app.txt", "", "neither TOML nor YAML"),
+    ],
+)
+def test_plan_refuses_with_2_what_is_no_manifest(tmp_path: Path, name: str, text: str, told: str) -> None:
+    (tmp_path / name).write_text(text)
+    done = CliRunner().invoke(app, ["plan", str(tmp_path / name)])
+    assert done.exit_code == 2
+    assert done.output.startswith("error: ")
+    assert told in done.output
+    assert len(done.output.splitlines()) == 1
 
 
 def test_three_decimals_of_a_gpu_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
