@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fal_scheduler.core.dispatch_order import Settings
 from fal_scheduler.sim.__main__ import main
-from fal_scheduler.sim.serve import PRESETS, Request, read_trace, simulate
+from fal_scheduler.sim.serve import PRESETS, read_trace, simulate
+from fal_scheduler.sim.serve_cluster import Cluster, Request
+from fal_scheduler.sim.serve_told import serve_bound, serve_told, sized
 
 TRACE = Path(__file__).parents[3] / "shared" / "data" / "gentd26" / "requests_nov.csv"
 HEADER = "gmt_create,predict_type,predict_status,exec_time_seconds,checkpoint_model_version_id\n"
@@ -20,8 +24,10 @@ LINES = (
 real = pytest.mark.skipif(not TRACE.is_file(), reason=f"the GenTD26 trace is not at {TRACE}")
 
 
-def run(requests: list[Request], policy: str, gpus: int = 16, settings: Settings | None = None) -> dict[str, float]:
-    return simulate(requests, policy, gpus=gpus, load_ms=22_000, settings=settings or Settings())
+def run(
+    requests: list[Request], policy: str, gpus: int = 16, settings: Settings | None = None, told_ms: int = 30_000
+) -> dict[str, float]:
+    return simulate(requests, policy, gpus=gpus, load_ms=22_000, settings=settings or Settings(), told_ms=told_ms)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +69,65 @@ def test_ours_on_the_real_trace(trace: list[Request], preset: str, loads: float,
     assert ours["loads_per_request"] <= loads
     assert ours["mean_wait_s"] <= mean_s
     assert ours["max_wait_s"] <= 250.0
+
+
+@real
+def test_the_bound_on_the_real_trace(trace: list[Request]) -> None:
+    """16 GPUs to which loads cost nothing: no row of the table is below it."""
+    assert run(trace, "bound")["mean_wait_s"] == pytest.approx(0.88, abs=0.01)
+
+
+@real
+@pytest.mark.slow
+def test_twelve_seconds_are_had_by_who_is_told_ten_seconds_ahead(trace: list[Request]) -> None:
+    """What adr/0018 says of foresight."""
+    assert run(trace, "told", settings=PRESETS["short-wait"], told_ms=10_000)["mean_wait_s"] <= 12.0
+    assert run(trace, "told", settings=PRESETS["short-wait"], told_ms=4_000)["mean_wait_s"] > 12.0
+
+
+def test_who_is_told_loads_ahead_and_who_is_not_makes_it_wait() -> None:
+    requests = [Request(0, 1_000, "M0"), Request(60_000, 1_000, "M1")]
+    assert run(requests, "told", 1)["max_wait_s"] == 22.0  # the first, which nobody could be told of early
+    assert run(requests, "told", 1)["mean_wait_s"] == 11.0
+    assert run(requests, "told", 1, told_ms=10_000)["mean_wait_s"] == (22 + 12) / 2
+    assert run(requests, "told", 1, told_ms=0)["mean_wait_s"] == 22.0
+    assert run(requests, "bound", 1)["mean_wait_s"] == 0.0
+
+
+def test_the_bound_serves_the_shortest_first() -> None:
+    requests = [Request(0, 10_000, "M0"), Request(1, 9_000, "M1"), Request(2, 1_000, "M2")]
+    assert run(requests, "bound", 1)["mean_wait_s"] == round((0 + 10.999 + 9.998) / 3, 2)
+
+
+def test_who_is_told_keeps_what_is_asked_for_soon() -> None:
+    """M0 comes again; what is dropped for M2 is M1, that nobody asks for any more."""
+    first = [Request(0, 1_000, "M0"), Request(0, 1_000, "M1")]
+    then = [Request(60_000, 1_000, "M2"), Request(61_000, 1_000, "M0")]
+    assert run([*first, *then], "told", 2)["loads_per_request"] == 0.75
+
+
+TRACES = st.lists(
+    st.builds(Request, st.integers(0, 200_000), st.integers(0, 90_000), st.sampled_from(["M0", "M1", "M2", "M3"])),
+    min_size=1,
+    max_size=15,
+)
+
+
+@given(TRACES, st.integers(1, 3), st.integers(0, 60_000), st.sampled_from([0, 22_000]), st.integers(0, 400_000))
+@settings(max_examples=60, deadline=None)
+def test_whoever_is_told_serves_everything_and_nothing_before_it_came(
+    requests: list[Request], gpus: int, told_ms: int, load_ms: int, price_ms: int
+) -> None:
+    requests.sort(key=lambda x: x.at_ms)
+    cluster = Cluster(sized(requests), gpus, load_ms)
+    outcome = serve_told(cluster, told_ms, price_ms, 100_000)
+    assert len(outcome.waits_ms) == len(requests)
+    assert min(outcome.waits_ms) >= 0
+    bound = serve_bound(Cluster(sized(requests), gpus, load_ms))
+    assert len(bound.waits_ms) == len(requests)
+    assert bound.loads == 0
+    if len(requests) <= gpus:
+        assert max(bound.waits_ms) == 0
 
 
 def test_a_trace_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +177,7 @@ def test_the_last_one_is_served_though_no_load_is_worth_its_price() -> None:
         (["--gpus", "0"], HEADER + LINES, "gpus"),
         (["--speedup", "nan"], HEADER + LINES, "speedup"),
         (["--load-s", "-1"], HEADER + LINES, "load_s"),
+        (["--told-s", "-1"], HEADER + LINES, "told_s"),
         (["--bypass-s", "0"], HEADER + LINES, "bypass_s"),
         ([], "a,b\n1,2\n", "gmt_create"),
         ([], HEADER, "holds 0 requests"),

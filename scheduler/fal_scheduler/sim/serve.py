@@ -5,78 +5,38 @@ of a request is from its arrival to the begin of its service, so it includes a l
 the production order (`core/dispatch_order.py`), which hears of arrivals and ends when they happen.
 The others are the reference's: `random` and `affinity` serve first come first, `reorder` the oldest whose model is
 resident (see `_reordered`), unless the oldest of all has waited 600 s, `no-load` has every model everywhere.
+`bound` and `told` know what no order in production can (`serve_told.py`): how far ours is from what could be had.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import heapq
 import json
 import random
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from fal_contract.errors import Code, FalError, invalid
 from fal_scheduler.core.dispatch_order import BusyRunner, DispatchOrder, FreeRunner, Settings, Waiting
+from fal_scheduler.sim.serve_cluster import Cluster, Gpu, Outcome, Request
+from fal_scheduler.sim.serve_told import serve_bound, serve_told, sized
 
 GPUS_MAX: Final = 10_000
 REQUESTS_MAX: Final = 1_000_000
 REORDER_LIMIT_MS: Final = 600_000
-ASK_AGAIN_MS: Final = 5_000  # where something waits and nothing happens
-POLICIES: Final = ("falctl", "random", "affinity", "reorder", "no-load")
+POLICIES: Final = ("falctl", "random", "affinity", "reorder", "no-load", "bound", "told")
+TOLD_MS: Final = 30_000
 COLUMNS: Final = ("gmt_create", "predict_status", "exec_time_seconds", "checkpoint_model_version_id")
 SIZE_COLUMNS: Final = ("num_images_per_prompt", "num_inference_steps", "predict_type", "num_lora")  # may be absent
 PRESETS: Final = {
     "few-loads": Settings(),
     "short-wait": Settings(prefer_resident_ms=3_000, busy_price_ms=0),
 }
-
-
-class Request(NamedTuple):
-    """One request of the trace."""
-
-    at_ms: int
-    took_ms: int
-    model: str
-    size: str = ""  # what it tells of its work on arrival
-
-
-@dataclass(slots=True)
-class Gpu:
-    """One GPU with a model; `until_ms` is when its service or load ends."""
-
-    model: str = ""
-    since_ms: int = 0
-    until_ms: int = 0
-    loading: bool = False
-    free: bool = True
-    size: str = ""  # of what it serves
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of a trace."""
-
-    loads: int = 0
-    waits_ms: list[int] = field(default_factory=list)
-
-    def as_json(self, policy: str) -> dict[str, Any]:
-        """The figures; seconds."""
-        waits = sorted(self.waits_ms)
-        count = len(waits)
-        return {
-            "policy": policy,
-            "loads_per_request": round(self.loads / count, 4),
-            "mean_wait_s": round(sum(waits) / count / 1000, 2),
-            "p95_wait_s": round(waits[int(0.95 * count)] / 1000, 1),
-            "max_wait_s": round(waits[-1] / 1000, 1),
-            "requests": count,
-        }
 
 
 def read_trace(path: Path, speedup: float) -> list[Request]:
@@ -114,66 +74,6 @@ def _row(path: Path, line: int, row: dict[str, str]) -> tuple[float, float, str,
             Code.INVALID, f"trace {path}, {what} is wrong", remedy="Correct the line.", field="trace"
         ) from error
     return at, took, row["checkpoint_model_version_id"], "/".join(row.get(name) or "" for name in SIZE_COLUMNS)
-
-
-class Cluster:
-    """GPUs, the queue of each model and size, and the virtual clock."""
-
-    def __init__(self, requests: Sequence[Request], gpus: int, load_ms: int) -> None:
-        self.requests = requests
-        self.gpus = [Gpu() for _ in range(gpus)]
-        self.load_ms = load_ms
-        self.queues: dict[tuple[str, str], deque[Request]] = {}
-        self.now_ms = 0
-        self.outcome = Outcome()
-        self.on_arrival: Callable[[Request], None] = lambda _: None
-        self.on_end: Callable[[Gpu], None] = lambda _: None
-        self._ends: list[tuple[int, int]] = []
-
-    def run(self, dispatch: Callable[[], None]) -> Outcome:
-        """Serve everything; `dispatch` is called after every event."""
-        at = 0
-        while at < len(self.requests) or self.queues or self._ends:
-            arrival = self.requests[at].at_ms if at < len(self.requests) else None
-            end = self._ends[0][0] if self._ends else None
-            times = [x for x in (arrival, end) if x is not None]
-            upcoming = min(times, default=0)
-            if self.queues and (not times or upcoming > self.now_ms + ASK_AGAIN_MS):
-                self.now_ms += ASK_AGAIN_MS
-            elif arrival is not None and arrival == upcoming:
-                self.now_ms = arrival
-                request = self.requests[at]
-                self.queues.setdefault((request.model, request.size), deque()).append(request)
-                self.on_arrival(request)
-                at += 1
-            else:
-                self.now_ms, number = heapq.heappop(self._ends)
-                gpu = self.gpus[number]
-                self.on_end(gpu)
-                gpu.free, gpu.loading, gpu.since_ms = True, False, self.now_ms
-            dispatch()
-        return self.outcome
-
-    def serve(self, number: int, key: tuple[str, str], *, after_ms: int = 0) -> None:
-        """The oldest of the queue begins on this GPU, after a load that it waits for."""
-        queue = self.queues[key]
-        request = queue.popleft()
-        if not queue:
-            del self.queues[key]
-        self.outcome.waits_ms.append(self.now_ms + after_ms - request.at_ms)
-        self._busy(number, key, after_ms, request.took_ms, loading=False)
-
-    def load(self, number: int, model: str) -> None:
-        """The GPU loads the model, and is free with it then."""
-        self.outcome.loads += 1
-        self._busy(number, (model, ""), 0, self.load_ms, loading=True)
-
-    def _busy(self, number: int, key: tuple[str, str], after_ms: int, took_ms: int, *, loading: bool) -> None:
-        gpu = self.gpus[number]
-        gpu.model, gpu.size = key
-        gpu.free, gpu.loading, gpu.since_ms = False, loading, self.now_ms + after_ms
-        gpu.until_ms = self.now_ms + after_ms + took_ms
-        heapq.heappush(self._ends, (gpu.until_ms, number))
 
 
 def serve_ours(cluster: Cluster, settings: Settings) -> Outcome:
@@ -273,14 +173,27 @@ def _reordered(cluster: Cluster, here: set[str]) -> tuple[str, str] | None:
 
 
 def simulate(
-    requests: Sequence[Request], policy: str, *, gpus: int, load_ms: int, settings: Settings, seed: int = 1
+    requests: Sequence[Request],
+    policy: str,
+    *,
+    gpus: int,
+    load_ms: int,
+    settings: Settings,
+    seed: int = 1,
+    told_ms: int = TOLD_MS,
 ) -> dict[str, Any]:
-    """The figures of one policy."""
-    if policy != "falctl":  # they know models only
+    """The figures of one policy. `told_ms`: how long before they arrive policy `told` knows of requests."""
+    if policy in ("bound", "told"):
+        requests = sized(requests)
+    elif policy != "falctl":  # they know models only
         requests = [request._replace(size="") for request in requests]
     cluster = Cluster(requests, gpus, load_ms)
     if policy == "falctl":
         outcome = serve_ours(cluster, replace(settings, load_ms=load_ms))
+    elif policy == "told":
+        outcome = serve_told(cluster, told_ms, settings.prefer_resident_ms, settings.bypass_ms)
+    elif policy == "bound":
+        outcome = serve_bound(cluster)
     else:
         outcome = serve_reference(cluster, policy, seed)
     return outcome.as_json(policy)
@@ -299,6 +212,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bypass-s", type=float, help="whoever waited so long is next")
     parser.add_argument("--bypass-max", type=int, help="whoever was passed over so many times is next")
     parser.add_argument("--keep-milli", type=int, help="weight of the model that is dropped, 1000: its expected reload")
+    parser.add_argument("--told-s", type=float, default=TOLD_MS / 1000, help="policy told knows of requests so early")
     parser.add_argument("--seed", type=int, default=1, help="of policies random and no-load")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -308,6 +222,7 @@ def run(args: argparse.Namespace) -> int:
     _within("gpus", args.gpus, 1, GPUS_MAX)
     _within("speedup", args.speedup, 0.001, 100_000.0)
     _within("load_s", args.load_s, 0.0, 86_400.0)
+    _within("told_s", args.told_s, 0.0, 86_400.0)
     figures = simulate(
         read_trace(args.trace, args.speedup),
         args.policy,
@@ -315,6 +230,7 @@ def run(args: argparse.Namespace) -> int:
         load_ms=round(args.load_s * 1000),
         settings=_settings(args),
         seed=args.seed,
+        told_ms=round(args.told_s * 1000),
     )
     if args.json:
         print(json.dumps(figures))
