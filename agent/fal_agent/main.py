@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -61,6 +62,8 @@ async def _agent(arguments: argparse.Namespace) -> None:
     lock = layout.lock()
     try:
         agent = Agent(options, layout)
+        gc.collect()
+        gc.freeze()  # what was imported stays: a full collection amid many starts took a tenth of a second
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, agent.stop)

@@ -55,7 +55,9 @@ class Node:
         self.changed = asyncio.Event()  # something to report
         self.endpoints: tuple[agent_pb2.Endpoint, ...] = ()
         self._facts = facts
-        self._tools = replace(tools, save=self._save, on_event=self.event, on_access=self._accessed)
+        self._tools = replace(
+            tools, save=self._save, on_event=self.event, on_access=self._accessed, view=lambda: self._view
+        )
         self._journal = journal
         self._standing = journal.recorded().standing
         self._leader: Leader | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import stat
 from pathlib import Path
 from typing import Final
@@ -17,19 +18,22 @@ from fal_runtime.network.reach import Port, connect
 _ANSWER_BYTES_MAX: Final = 4096
 _REST_S: Final = 1.0  # for the rest of an answer; a server may keep the connection although told to close it
 _SHOWN_CHARS_MAX: Final = 200
+_NOT_THERE: Final = "the worker's socket is not there yet"
 
 
 class UnixProber:
     """See fal_agent.ports.Prober."""
 
     async def ask(self, socket: Path | Port, path: str, timeout_s: float) -> str:
+        if isinstance(socket, Path) and not os.path.lexists(socket):
+            return _NOT_THERE  # most probes of a runner in set-up: no timer, no exception
         try:
             async with asyncio.timeout(timeout_s):
                 return await _get(socket, path)
         except TimeoutError:
             return f"{path} did not answer in {timeout_s:g} s"
         except FileNotFoundError:
-            return "the worker's socket is not there yet"
+            return _NOT_THERE
         except ConnectionRefusedError:
             where = f"port {socket.port}" if isinstance(socket, Port) else "its socket"
             return f"{path}: nothing listens on {where} yet"

@@ -279,7 +279,7 @@ class Runner:
         return message
 
     async def _make(self, message: agent_pb2.Assignment) -> None:
-        view = await self._tools.machine.look() if message.gpus else None
+        view = (self._tools.view() or await self._tools.machine.look()) if message.gpus else None
         devices = launch.devices(message.gpus, view) if view is not None else launch.NO_DEVICES
         build_output.make(self._tools.places, message)
         port = serving.port_of(message, self._tools.driver, self._tools.places)

@@ -13,7 +13,7 @@ from fal_agent import worker_control
 from fal_agent.core.tasks import Task
 from fal_agent.gpu_orders import CarryOut, no_gpus
 from fal_agent.packing import Packer
-from fal_agent.ports import Control, Machine, OnAccess, OnEvent, Places, Prober, ProxyPort, WeightCache
+from fal_agent.ports import Control, Machine, MachineView, OnAccess, OnEvent, Places, Prober, ProxyPort, WeightCache
 from fal_agent.reboot import Reboot, never
 from fal_agent.runner_secrets import AskSecrets
 from fal_contract.clock import Clock
@@ -29,6 +29,7 @@ async def _no_scheduler(runner_id: str) -> Mapping[str, bytes]:
 class Tools:
     """The world, and how the node hears of changes. `save` makes a task durable, best effort: the driver knows too.
 
+    `view`: the machine as the node saw it last, when it admitted a runner or later; None: look at it.
     `secrets` asks the scheduler for a runner's. `ca_key`: whose signature makes an entry of the compile
     cache good; None: nobody's.
     """
@@ -44,6 +45,7 @@ class Tools:
     on_event: OnEvent
     save: Callable[[Task], Awaitable[None]]
     on_access: OnAccess = lambda access: None
+    view: Callable[[], MachineView | None] = lambda: None
     ca_key: Callable[[], ec.EllipticCurvePublicKey | None] = lambda: None
     secrets: AskSecrets = _no_scheduler
     packer: Packer = field(default_factory=Packer)

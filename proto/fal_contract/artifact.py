@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -128,6 +128,7 @@ def signed_by(public_key: ec.EllipticCurvePublicKey, signature: bytes, text: byt
     return True
 
 
+@lru_cache(maxsize=4)
 def key_of_pem(certificate_pem: bytes) -> ec.EllipticCurvePublicKey:
     """Public key of the first certificate. INVALID when it is no elliptic curve key."""
     try:

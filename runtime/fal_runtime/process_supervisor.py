@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import resource
@@ -39,18 +40,33 @@ def wall_s() -> float:
 
 def write_whole(path: Path, value: dict[str, Any]) -> None:
     """Readers see the old file or the new one, never half of it. Not synced: no process outlives a power cut."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.rename(path)
+    temporary = os.path.splitext(path)[0] + ".tmp"
+    with open(temporary, "wb", buffering=0) as file:
+        write_all(file, json.dumps(value).encode())
+    os.rename(temporary, path)
+
+
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """All of it, or OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def start_ticks(pid: int) -> int:
     """Field 22 of /proc/PID/stat: when this pid's process began; 0 when there is none."""
+    return state_and_ticks(pid)[1]
+
+
+def state_and_ticks(pid: int) -> tuple[str, int]:
+    """Fields 3 and 22 of /proc/PID/stat, from one look: the process's state, such as R, and when it began."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            text = file.read(4096)
     except OSError:
-        return 0
-    return int(text.rpartition(")")[2].split()[19])
+        return "", 0
+    fields = text.rpartition(b")")[2].split()
+    return fields[0].decode(), int(fields[19])
 
 
 class Log:

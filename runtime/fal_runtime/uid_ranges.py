@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ class UidRanges:
             for start, owner in ranges.items():
                 if owner == str(directory):
                     return start
-            for start in [s for s, owner in ranges.items() if not Path(owner).exists()]:
+            for start in [s for s, owner in ranges.items() if not os.path.exists(owner)]:
                 del ranges[start]
             candidates = range(FIRST_ID, FIRST_ID + RANGES_MAX * RANGE_IDS, RANGE_IDS)
             free = next((start for start in candidates if start not in ranges), None)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fal_contract.errors import Code, FalError
-from fal_runtime.oci import cgroups, nursery
+from fal_runtime.oci import cgroups, nursery, user_counts
 from fal_runtime.oci.nursery import SYNC_FD, Nursery
 
 TIMEOUT_S = 30.0
@@ -134,5 +134,32 @@ def test_nothing_is_started_before_the_shell_is_in_its_cgroup(
         may_go.set()
         assert [await first, await second] == [b"here\n", b"here\n"]
         assert len(entered) == 1
+
+    play(scenario)
+
+
+def test_an_answer_is_what_was_said_first_and_leaves_no_file(tmp_path: Path) -> None:
+    async def scenario(shell: Nursery) -> None:
+        says = ("/bin/sh", "-c", f"echo first >&{SYNC_FD}")
+        assert await shell.ask(says, tmp_path, "answer", TIMEOUT_S) == b"first\n"
+        assert not list(tmp_path.iterdir())
+
+    play(scenario)
+
+
+def test_a_command_that_ends_without_a_word_is_seen_at_once(tmp_path: Path) -> None:
+    async def scenario(shell: Nursery) -> None:
+        assert await shell.ask(("/no/such/program",), tmp_path, "answer", TIMEOUT_S) == b""
+        assert await shell.ask(("/bin/sh", "-c", "exit 1"), tmp_path, "answer", TIMEOUT_S) == b""
+        assert not list(tmp_path.iterdir())
+
+    play(scenario)
+
+
+def test_a_container_that_has_gone_cannot_be_bounded(tmp_path: Path) -> None:
+    async def scenario(shell: Nursery) -> None:
+        with pytest.raises(FalError, match="bounding of container gone failed") as caught:
+            await user_counts.bound("gone", 1 << 30, tmp_path, shell)  # above the highest pid
+        assert caught.value.code is Code.DRIVER_FAILED
 
     play(scenario)

@@ -108,17 +108,24 @@ def of_process(pid: int) -> set[str]:
 
 def oom_kills(path: str) -> int:
     """How many processes the kernel killed for the memory limit of `path`; 0 when the cgroup is gone."""
-    for hierarchy in hierarchies():
-        for name in ("memory.events", "memory.oom_control"):
-            try:
-                text = (hierarchy / path.lstrip("/") / name).read_text()
-            except OSError:
-                continue
-            for line in text.splitlines():
-                key, _, value = line.partition(" ")
-                if key == "oom_kill":
-                    return int(value)
+    for hierarchy, name in _oom_files():
+        try:
+            text = (hierarchy / path.lstrip("/") / name).read_text()
+        except OSError:
+            continue
+        for line in text.splitlines():
+            key, _, value = line.partition(" ")
+            if key == "oom_kill":
+                return int(value)
     return 0
+
+
+@cache
+def _oom_files() -> list[tuple[Path, str]]:
+    """(hierarchy, file of a cgroup) where deaths may be counted: v1 shows its file at the root, too, v2 only below."""
+    v1, v2 = "memory.oom_control", "memory.events"
+    found = [(path, v1 if (path / v1).exists() else v2) for path in hierarchies()]
+    return [(path, name) for path, name in found if name == v1 or (path / "cgroup.controllers").exists()]
 
 
 def below(path: str) -> list[str]:

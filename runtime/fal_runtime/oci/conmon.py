@@ -6,9 +6,7 @@ every process of the agent's cgroup, as systemd does, misses it (see `nursery`).
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +17,6 @@ from fal_runtime.oci.nursery import Nursery
 from fal_runtime.oci.rotation import part_bytes
 
 CREATE_TIMEOUT_S: Final = 60.0
-_SYNC_BYTES_MAX: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,48 +68,13 @@ async def create(id: str, runtime: Runtime, paths: Paths, log_bytes_max: int, nu
 
     DRIVER_FAILED with the runtime's own words.
     """
-    sync = paths.bundle / "sync"
-    os.mkfifo(sync, 0o600)
-    # Open before anybody writes: the writer's open then succeeds at once, and its end is seen as the end of the file.
-    sync_read = os.open(sync, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        async with asyncio.timeout(CREATE_TIMEOUT_S):
-            await nursery.spawn(command(id, runtime, paths, log_bytes_max), paths.bundle, sync)
-            answer = await _read_line(sync_read)
+        answer = await nursery.ask(command(id, runtime, paths, log_bytes_max), paths.bundle, "sync", CREATE_TIMEOUT_S)
     except TimeoutError:
-        nursery.close()  # it may have been stopped; a new one is quickly made
         raise driver_failed(
             f"container {id} was not created within {CREATE_TIMEOUT_S:.0f} s", remedy="Look at the machine's load."
         ) from None
-    finally:
-        os.close(sync_read)
-        sync.unlink()
     return _pid_of(id, answer)
-
-
-async def _read_line(fd: int) -> bytes:
-    """Up to a newline or the end; conmon keeps the pipe open after its one line.
-
-    Before its first writer a FIFO reads as ended, but is not reported as readable: so wait first.
-    """
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    loop.add_reader(fd, readable.set)
-    data = b""
-    try:
-        while b"\n" not in data and len(data) < _SYNC_BYTES_MAX:
-            await readable.wait()
-            readable.clear()
-            try:
-                piece = os.read(fd, 4096)
-            except BlockingIOError:
-                continue
-            if not piece:
-                break
-            data += piece
-    finally:
-        loop.remove_reader(fd)
-    return data
 
 
 def _pid_of(id: str, answer: bytes) -> int:

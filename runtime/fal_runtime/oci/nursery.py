@@ -6,7 +6,8 @@ is moved once, and `warm_up` pays the period for the runtime while other work is
 
 Invariants: the shell ends when its standard input does, that is with whoever holds this object; conmons live on. A
 line to it is one command, written whole or not at all; what it starts is nobody's child, so that nothing has to be
-reaped. Nothing here waits for a shell that does not read (somebody stopped it): it is replaced. Called by `conmon`.
+reaped. Nothing here waits for a shell that does not read (somebody stopped it): it is replaced. Called by `conmon`, and
+by `user_counts`: a process that the agent itself starts holds up its loop until that executes, and costs a thread.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _CPU_WEIGHT: Final = 16
 _SHELL: Final = "/bin/sh"
 _FULL_S: Final = 5.0  # for a shell to read some of a full pipe; it holds some fifty lines
 _FULL_POLL_S: Final = 0.01
+_ANSWER_BYTES_MAX: Final = 64 << 10
 
 
 class Nursery:
@@ -69,6 +71,27 @@ class Nursery:
                 continue
             return
         raise driver_failed("the shell that starts conmon ends at once", remedy="Look at the machine's memory.")
+
+    async def ask(self, command: tuple[str, ...], directory: Path, name: str, timeout_s: float) -> bytes:
+        """The first line that `command`, started as `spawn` does, writes to its descriptor `SYNC_FD`.
+
+        Without a newline, or empty, when it ended first. `name` is that of the FIFO in `directory`, for as long as
+        this takes. TimeoutError; then the shell, which somebody may have stopped, is replaced.
+        """
+        fifo = directory / name
+        os.mkfifo(fifo, 0o600)
+        # Open before anybody writes: the writer's open then succeeds at once, and its end is seen as the file's end.
+        answers = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.spawn(command, directory, fifo)
+                return await _first_line(answers)
+        except TimeoutError:
+            self.close()
+            raise
+        finally:
+            os.close(answers)
+            fifo.unlink()
 
     async def _write(self, data: bytes) -> None:
         until_s = asyncio.get_running_loop().time() + _FULL_S
@@ -124,6 +147,31 @@ class Nursery:
         if self._finalizer is not None:
             self._finalizer()
         self._pid, self._line_fd, self._finalizer = 0, -1, None
+
+
+async def _first_line(fd: int) -> bytes:
+    """Up to a newline or the end; conmon keeps the pipe open after its one line.
+
+    Before its first writer a FIFO reads as ended, but is not reported as readable: so wait first.
+    """
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
+    data = b""
+    try:
+        while b"\n" not in data and len(data) < _ANSWER_BYTES_MAX:
+            await readable.wait()
+            readable.clear()
+            try:
+                piece = os.read(fd, 4096)
+            except BlockingIOError:
+                continue
+            if not piece:
+                break
+            data += piece
+    finally:
+        loop.remove_reader(fd)
+    return data
 
 
 def _shell() -> tuple[int, int]:

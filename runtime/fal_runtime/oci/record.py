@@ -27,7 +27,7 @@ from fal_runtime.driver import ContainerStatus, Phase
 from fal_runtime.log_file import tail
 from fal_runtime.oci import cgroups, kernel_messages
 from fal_runtime.oci.conmon import Paths
-from fal_runtime.process_supervisor import start_ticks, write_whole
+from fal_runtime.process_supervisor import start_ticks, state_and_ticks, write_whole
 
 LOG_LOST: Final = "log and exit code lost: conmon died"
 _HINT_LINES: Final = 20
@@ -76,12 +76,10 @@ class Created:
 
 def alive(pid: int, ticks: int) -> bool:
     """Does this very process still run? A zombie does not."""
-    if pid <= 0 or not ticks or start_ticks(pid) != ticks:
+    if pid <= 0 or not ticks:
         return False
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    state, began = state_and_ticks(pid)
+    return began == ticks and state not in ("Z", "X")
 
 
 class EndUnread(Exception):
@@ -222,8 +220,10 @@ class ContainerFiles:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    # Unbuffered: a status reads four such files, and somebody asks for it at each step of a start.
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
+        with open(path, "rb", buffering=0) as file:
+            value: dict[str, Any] = json.loads(file.readall())
     except FileNotFoundError:
         return {}
     return value

@@ -115,7 +115,7 @@ async def _create(place: Place, spec: ContainerSpec, mode: Mode, waiting: Waitin
     (paths.bundle / "config.json").write_text(json.dumps(build(replace(spec, command=root.command), host)))
     pid = await conmon.create(spec.id, place.runtime(mode.program), paths, spec.log_bytes_max, place.nursery)
     if mode.user_namespace:
-        await user_counts.bound(spec.id, pid)
+        await user_counts.bound(spec.id, pid, paths.bundle, place.nursery)
     files.mark_created(pid)
 
 
