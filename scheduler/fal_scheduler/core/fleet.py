@@ -11,11 +11,13 @@ Only `State` writes; `place` reads. Must not decide anything.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Final, TypeVar
+from itertools import compress
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,10 +95,13 @@ class Fleet:
         self.epoch = 0
         self.touched: list[int] = []
         self._stale = True
+        self._distrusted = False
+        self._news: dict[str, None] = {}  # nodes whose rows are not as they should be, or are to go
         self._kinds: dict[str, list[tuple[GpuClass, tuple[Gpu, ...], Board]]] = {}  # of each node
         self._profiles: dict[str, int] = {}  # of each node
         self._boards: dict[object, Board] = {}  # equal ones are one, with what was worked out for it
         self.node_ids: list[str] = []
+        self._heads: list[bool] = []  # of each row whether it is the first of its node
         self.classes: list[GpuClass] = []
         self.gpus: list[tuple[Gpu, ...]] = []
         self.boards: list[Board] = []
@@ -142,7 +147,7 @@ class Fleet:
         if same_rows and not self._stale:
             self._fill(facts.node_id)
         else:
-            self._stale = True
+            self._mark(facts.node_id)
 
     def drop_node(self, node_id: str) -> None:
         """Forget a node."""
@@ -151,7 +156,12 @@ class Fleet:
             self._count_apps(node_id, facts.domain, None)
             del self._kinds[node_id], self._profiles[node_id]
             self.version += 1
-            self._stale = True
+            self._mark(node_id)
+
+    def _mark(self, node_id: str) -> None:
+        """Its rows are to be made anew."""
+        self._news[node_id] = None
+        self._stale = True
 
     def hold(
         self,
@@ -218,7 +228,10 @@ class Fleet:
                 _add(self.domains_of_app, app, number_of(after), count)
 
     def _refresh(self, node_id: str, memory_bytes: int, cpu_milli: int) -> None:
-        if self._stale or node_id not in self.rows_of:
+        if node_id not in self.facts:
+            return
+        if self._stale:
+            self._news[node_id] = None
             return
         held = self.occupancy[node_id]
         for row in self.rows_of[node_id]:
@@ -234,35 +247,72 @@ class Fleet:
             self.epoch += 1
 
     def fresh(self) -> Fleet:
-        """The fleet with its rows made anew where nodes came, went or changed their GPUs."""
+        """The fleet with its rows in order again where nodes came, went or changed their GPUs."""
         if self._stale:
             self._rebuild()
         return self
 
     def distrust(self) -> None:
         """The columns are to be made anew from what is known of nodes and containers."""
-        self._stale = True
+        self._stale = self._distrusted = True
 
     def _rebuild(self) -> None:
-        self.node_ids, self.classes, self.gpus, self.boards, self.rows_of = [], [], [], [], {}
-        for node_id in sorted(self.facts):
-            kinds = self._kinds[node_id]
-            self.rows_of[node_id] = range(len(self.node_ids), len(self.node_ids) + len(kinds))
-            for kind, gpus, board in kinds:
-                self.node_ids.append(node_id)
-                self.classes.append(kind)
-                self.gpus.append(gpus)
-                self.boards.append(board)
+        """Rows of nodes with news are made anew, the others keep their values and move up or down."""
+        if self._distrusted:
+            self._news = dict.fromkeys((*self.rows_of, *self.facts))
+            self.nodes_of_app, self.domains_of_app = {}, {}
+            for node_id, held in self.occupancy.items():
+                for app, count in held.apps.items():
+                    self._count_app(node_id, app, count)
+        before, moved_from = self._columns(), self._rows_without_news()
+        self._arrange()
+        moved_to = self._rows_without_news()
         self._allocate(len(self.node_ids), max(map(len, self.gpus), default=0))
-        self._stale = False
+        for name, column in self._columns().items():
+            old = before[name]
+            if column.ndim == 1:
+                column[moved_to] = old[moved_from]
+            else:  # no row that moved has more GPUs than the narrower one
+                width = min(column.shape[1], old.shape[1])
+                column[moved_to, :width] = old[moved_from, :width]
         self.epoch += 1
         self.touched.clear()
-        for node_id in self.facts:
-            self._fill(node_id)
-        self.nodes_of_app, self.domains_of_app = {}, {}
-        for node_id, held in self.occupancy.items():
-            for app, count in held.apps.items():
-                self._count_app(node_id, app, count)
+        for node_id in self._news:
+            if node_id in self.facts:
+                self._fill(node_id)
+        self._news, self._stale, self._distrusted = {}, False, False
+
+    def _columns(self) -> dict[str, NDArray[np.generic]]:
+        return {name: column for name, column in vars(self).items() if isinstance(column, np.ndarray)}
+
+    def _rows_without_news(self) -> NDArray[np.intp]:
+        """In order of node id, so that those of before and those of after are the same rows."""
+        kept: Bools = np.ones(len(self.node_ids), np.bool_)
+        for node_id in self._news:
+            rows = self.rows_of.get(node_id)
+            if rows is not None:
+                kept[rows.start : rows.stop] = False
+        return np.flatnonzero(kept)
+
+    def _arrange(self) -> None:
+        """Which rows there are, in new lists: who keeps columns by a list sees that it is another one."""
+        olds: tuple[list[Any], ...] = self.node_ids, self._heads, self.classes, self.gpus, self.boards
+        news: tuple[list[Any], ...] = [], [], [], [], []
+        at = 0
+        for node_id in sorted(self._news):
+            start = bisect_left(self.node_ids, node_id, at)
+            for new, old in zip(news, olds, strict=True):
+                new += old[at:start]
+            at = bisect_right(self.node_ids, node_id, start)
+            for number, kind in enumerate(self._kinds.get(node_id, ())):
+                for new, value in zip(news, (node_id, number == 0, *kind), strict=True):
+                    new.append(value)
+        for new, old in zip(news, olds, strict=True):
+            new += old[at:]
+        self.node_ids, self._heads, self.classes, self.gpus, self.boards = news
+        starts = list(compress(range(len(self._heads)), self._heads))
+        ranges = map(range, starts, [*starts[1:], len(self._heads)])
+        self.rows_of = dict(zip(compress(self.node_ids, self._heads), ranges, strict=True))
 
     def _kinds_of(self, gpus: tuple[Gpu, ...]) -> list[tuple[GpuClass, tuple[Gpu, ...], Board]]:
         """The kinds of GPU of a node, in order of first appearance; one empty kind where there are none."""

@@ -48,6 +48,7 @@ def restore(taken: Mapping[str, Any]) -> State:
             )
     for name, value in taken[_FLEET].items():
         setattr(state.fleet, name, value)
+    state.fleet.distrust()
     for node_id in taken[_NODES]:
         state.refresh_node(node_id)
     return state
