@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core_world import World
+from core_world import CountingIds, World, sim_gpus, spec_of
 from demand_rig import Serving
+from fal_scheduler.core.demand import GatewayLoad
 from fal_scheduler.core.events import CordonNode, Moment
-from fal_scheduler.core.keep_warm import GIB, idle_runners, value, value_of
+from fal_scheduler.core.forecast import BRING_BACK_MS, Arrivals
+from fal_scheduler.core.keep_warm import (
+    GIB,
+    IDLE_S,
+    LOOK_S,
+    LOOKED_AT_PER_S,
+    LOOKS_PER_S,
+    idle_runners,
+    others_looked,
+    pause_of,
+    value,
+    value_of,
+)
+from fal_scheduler.core.records import App, Binding, Change, Goal, Node, Revision, Runner, RunnerState, Scaling, key_of
+from fal_scheduler.core.scaling import needed
+from fal_scheduler.core.state import State
+from fal_scheduler.core.told import Health, Hold, Inventory, RunnerStatus
 from fal_scheduler.core.work import Work
 
 KEPT = 10_000.0
@@ -123,3 +142,119 @@ def test_a_pause_between_requests_is_no_idleness() -> None:
     work = Work(world.state, Moment(world.now_s + 10.0, world.wall_s), world.core.ids)
     assert {one.runner.app for one in idle_runners(work)} == {"default/a", "default/b"}
     assert [one.runner.app for one in idle_runners(work, but="default/b")] == ["default/a"]
+
+
+def by_definition(work: Work) -> list[tuple[int, float, str]]:
+    """What `idle_runners` finds, one runner after the other and nothing kept in between."""
+    state, now_s, wall_s = work.state, work.moment.now_s, work.moment.wall_s
+
+    def worth(runner: Runner) -> int:
+        facts = state.fleet.facts[runner.node]
+        held = sum(gpu.memory_bytes for gpu in facts.gpus if gpu.id in runner.gpus) * (runner.gpu_milli or 1000) // 1000
+        size = held or runner.memory_bytes
+        back = state.demand.bring_back_ms
+        return sum(value(state.demand.rate(app, wall_s), back.get(app, BRING_BACK_MS), size) for app in runner.apps)
+
+    def idle_of(app: App) -> list[tuple[int, float, str]]:
+        runners = [state.runners[id_] for id_ in state.runners_by_app.get(app.id, ())]
+        told = [(one, state.status_of(one)) for one in runners if one.goal is Goal.RUN]
+        ready = [(one, status) for one, status in told if status is not None and status.serves]
+        spare = len(ready) - needed(state, app, state.scaling_of(app), now_s, wall_s).runners
+        found = []
+        for one, status in ready:
+            known = state.health_of(one.node) is Health.READY and state.live[one.node].hold is Hold.NONE
+            since_s = state.demand.usage_of(one.id, now_s).idle_since_s
+            if known and not status.in_flight and one.id not in state.frozen and now_s - since_s >= IDLE_S:
+                found.append((worth(one), since_s, one.id))
+        return sorted(found)[: max(0, spare)]
+
+    apps = [state.apps[id_] for id_ in state.demand.wanted if id_ in state.apps and id_ not in state.frozen]
+    each = [one for app in apps if not app.deleting and app.rollout is None for one in idle_of(app)]
+    return sorted({one for one in each if each.count(one) == len(state.runners[one[2]].apps)})
+
+
+def idle_fleet(rng: Random) -> Work:
+    """Four apps on six nodes of every sort: some silent, held or frozen; whole GPUs, shares and none; runners that two
+    apps share, that are busy, start, end or were used a moment ago."""
+    state, now_s, apps = State(), 1000.0, [f"default/a{at}" for at in range(4)]
+    for app_id in apps:
+        spec, _ = spec_of(tag=app_id)
+        scaling = Scaling(max_concurrency=50, min_concurrency=rng.choice((0, 0, 1)))
+        for record in (Revision(app_id, 1, replace(spec, scaling=scaling), ""), App(app_id, 1)):
+            state.apply(Change(key_of(record), None, record))
+        state.demand.wanted[app_id] = 5
+        state.demand.arrivals.setdefault(app_id, Arrivals()).note(rng.randrange(4), 0.0)
+        if rng.random() < 0.5:
+            state.demand.bring_back_ms[app_id] = rng.randrange(1000, 90_000)
+        if rng.random() < 0.3:
+            state.demand.set_load(app_id, "gw", GatewayLoad(rng.randrange(3), rng.randrange(2)))
+    for at in range(6):
+        node = Node(f"n-{at}", f"node{at}", "p")
+        live = state.live_of(node.id)
+        live.health, live.hold = (
+            rng.choice((*[Health.READY] * 4, Health.UNKNOWN)),
+            rng.choice((*[Hold.NONE] * 5, Hold.STORE)),
+        )
+        live.inventory = Inventory(
+            1, sim_gpus(node.id, 8, "H100-80GB", rng.choice((40, 80))), "", "", 64_000, 512 * GIB
+        )
+        state.apply(Change(key_of(node), None, node))
+        for gpu in live.inventory.gpus:
+            app_ids = rng.sample(apps, rng.choice((1, 1, 1, 2)))
+            runner = Runner(f"{app_ids[0]}-{gpu.id}", "g", tuple(Binding(one, 1) for one in app_ids), 0.0, node.id)
+            gpus = rng.choice(((gpu.id,), (gpu.id,), ()))
+            runner = replace(runner, gpus=gpus, gpu_milli=rng.choice((0, 500)) if gpus else 0, memory_bytes=8 * GIB)
+            runner = replace(runner, goal=rng.choice((*[Goal.RUN] * 5, Goal.DRAIN)))
+            state.apply(Change(key_of(runner), None, runner))
+            what = rng.choice((*[RunnerState.IDLE] * 4, RunnerState.RUNNING, RunnerState.SETUP))
+            busy = int(what is RunnerState.RUNNING)
+            status = RunnerStatus(
+                runner.id, what, served=1, in_flight=busy, last_used_age_s=rng.choice((0.5, 9.0, 90.0))
+            )
+            live.statuses[runner.id] = status
+            state.demand.note_status(runner.app, status, now_s - rng.choice((0.0, 30.0)))
+            if rng.random() < 0.05:
+                state.frozen[runner.id] = "test"
+    return Work(state, Moment(now_s, 3600.0), CountingIds())
+
+
+def test_what_is_looked_up_once_is_what_each_look_finds() -> None:
+    counts = []
+    for seed in range(30):
+        work = idle_fleet(Random(seed))
+        found = [(one.value, one.since_s, one.runner.id) for one in idle_runners(work)]
+        assert found == by_definition(work)
+        counts.append(len(found))
+    assert min(counts) >= 1
+    assert max(counts) > 10
+
+
+@pytest.mark.parametrize("runners", [10, 2_000, 10_000, 45_000])
+@pytest.mark.parametrize("waiting", [1, 3, 8, 40])
+def test_looks_are_so_few_that_the_fleet_can_be_large_and_every_app_gets_its_own(runners: int, waiting: int) -> None:
+    """`make_room` tick by tick: an app that is put off asks again with the next tick, in the order of asking."""
+    tick_s, now_s, span_s = 1.01, 0.0, 60.0 + 20 * pause_of(waiting, runners)
+    due_s, sought_s = dict.fromkeys(range(waiting), 0.0), dict[int, float]()
+    looks: dict[int, list[float]] = {app: [] for app in range(waiting)}
+    while now_s < span_s:
+        for app in [app for app, at_s in due_s.items() if at_s <= now_s]:
+            del due_s[app]
+            if others_looked(sought_s.values(), runners, now_s):
+                due_s[app] = now_s + LOOK_S
+                continue
+            sought_s[app] = now_s
+            looks[app].append(now_s)
+            due_s[app] = now_s + pause_of(waiting, runners)
+        now_s += tick_s
+    for times in looks.values():
+        gaps = [later - sooner for sooner, later in pairwise(times)]
+        assert len(times) >= 10
+        assert max(gaps) <= 2 * pause_of(waiting, runners) + 2 * tick_s
+    count = sum(map(len, looks.values()))
+    assert count * runners <= max(LOOKED_AT_PER_S * (span_s + tick_s), waiting * runners * LOOKS_PER_S)
+
+
+def test_in_a_small_fleet_nobody_is_put_off() -> None:
+    assert pause_of(1, 1000) == pause_of(8, 1000) == LOOK_S
+    assert pause_of(16, 1000) == 2 * LOOK_S
+    assert not others_looked([5.0] * LOOKS_PER_S, 1000, 5.0)

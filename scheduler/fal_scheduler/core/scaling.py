@@ -100,7 +100,8 @@ def _staying(state: State, app: App, scaling: Scaling, now_s: float) -> _Staying
 def needed(state: State, app: App, scaling: Scaling, now_s: float, wall_s: float) -> Need:
     """What demand and forecast ask for."""
     queued, again_at_s = _queued(state, app, scaling, now_s)
-    under_way = min(state.demand.slots(app.id), _under_way(state, app.id))
+    slots = state.demand.slots(app.id)
+    under_way = min(slots, _under_way(state, app.id)) if slots else 0
     forecast = _foretold(state, app, scaling, queued + under_way, wall_s)
     if scaling.forecast_concurrency and app.id in state.demand.arrivals:
         again_at_s = min(again_at_s, now_s + FORECAST_LOOK_S)
