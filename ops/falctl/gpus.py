@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from falctl.context import GLOBALS, listed, unary
+from falctl.nodes import node_request
 from falctl.pools import JsonFlag
 
 group = typer.Typer(help="GPUs of all nodes.", no_args_is_help=True)
@@ -95,10 +96,9 @@ def show(node: NodeArgument, gpu: GpuArgument, json: JsonFlag = False) -> None:
     from datetime import datetime
 
     from fal_contract.units import format_bytes
-    from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import print_facts, print_json
 
-    row = _named(_rows(pb.ListNodesRequest(node=node)), node, gpu)
+    row = _named(_rows(node_request(node)), node, gpu)
     if json:
         print_json("gpu", row)
         return
@@ -140,10 +140,9 @@ def _named(rows: list[dict[str, Any]], node: str, name: str) -> dict[str, Any]:
 @group.command("topo")
 def topo(node: NodeArgument, json: JsonFlag = False) -> None:
     """How the GPUs of a node are joined: NVLinks (NV with their number), PCIe switch, host bridge, between sockets."""
-    from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import print_json, print_table
 
-    rows = _rows(pb.ListNodesRequest(node=node))
+    rows = _rows(node_request(node))
     joined = {row["id"]: {link["peer_id"]: link for link in row["links"]} for row in rows}
     if json:
         shown = [{name: row[name] for name in ("id", "index", "model", "numa_node", "links")} for row in rows]

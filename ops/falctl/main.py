@@ -60,6 +60,10 @@ def _globals(
     team: Annotated[str, typer.Option(help="Team; else the profile's.")] = "",
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds one call may take.", min=0.1)] = 30.0,
 ) -> None:
+    if team:
+        from fal_contract.ids import check_name
+
+        check_name(team, field="--team")
     GLOBALS.profile, GLOBALS.team, GLOBALS.timeout_s = profile or None, team or None, timeout_s
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from fal_contract.errors import not_found
 from falctl.context import listed, unary
 from falctl.pools import JsonFlag
 
@@ -56,14 +57,22 @@ def gpus_text(gpus: Any) -> str:
     return ", ".join(f"{count} × {model}" for model, count in sorted(counts.items())) or "-"
 
 
+def node_request(node: str) -> Any:
+    """For one node, by id or name. NOT_FOUND where it is empty, which would ask for all of them."""
+    from fal_contract.v1 import cluster_pb2 as pb
+
+    if not node:
+        raise not_found("node", node, remedy="List nodes with `falctl node list`.")
+    return pb.ListNodesRequest(node=node)
+
+
 @group.command("show")
 def show(node: str, json: JsonFlag = False) -> None:
     """One node, by id or name."""
     from fal_contract.units import format_bytes, format_duration
-    from fal_contract.v1 import cluster_pb2 as pb
     from falctl.output import print_facts, print_json, to_json
 
-    view = unary("ListNodes", pb.ListNodesRequest(node=node)).nodes[0]
+    view = unary("ListNodes", node_request(node)).nodes[0]
     if json:
         print_json("node", to_json(view))
         return

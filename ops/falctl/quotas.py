@@ -60,8 +60,10 @@ def list_quotas(json: JsonFlag = False) -> None:
 @group.command("show")
 def show(team: str, json: JsonFlag = False) -> None:
     """One team's quota and what it holds."""
+    from fal_contract.ids import check_name
     from fal_contract.v1 import cluster_pb2 as pb
 
+    check_name(team, field="TEAM")
     _told(unary("ListQuotas", pb.ListQuotasRequest(team=team)).quotas[0], json)
 
 
