@@ -143,6 +143,23 @@ def test_a_recreate_that_is_not_begun_says_why_and_begins_when_a_place_is_there(
     assert (fleet.serving(2), fleet.app.rollout) == (1, None)
 
 
+def test_while_a_recreate_is_not_begun_the_revision_that_serves_is_kept_like_any_other() -> None:
+    fleet = serving_four()
+    state = fleet.world.state
+    fleet.apply("two", RolloutPolicy(strategy="recreate"), gpus=16)
+    fleet.rounds(5, least=4)
+    victim = fleet.runners(1)[0]
+    fleet.world.nodes[victim.node].crash(victim.id)
+    fleet.rounds(5, least=3)
+    assert APP in state.backoffs
+    assert app_reason(state, fleet.app).startswith("revision 2 is not begun: "), "which the backoff is no reason of"
+    fleet.rounds(45, least=3)
+    assert (fleet.serving(1), fleet.runners(2)) == (4, [])
+    fleet.world.step(ScaleApp(APP, ScaleOverride(min_concurrency=6)))
+    fleet.rounds(20, least=4)
+    assert (fleet.serving(1), fleet.runners(2)) == (6, [])
+
+
 def test_what_a_recreate_waited_for_is_forgotten_when_it_is_aborted() -> None:
     fleet = serving_four()
     fleet.apply("two", RolloutPolicy(strategy="recreate"), gpus=16)

@@ -300,7 +300,7 @@ def targets(work: Work, app: App, current: Runners, old: Runners, wanted: int) -
         elif not_begun(work.state, *key):
             del work.state.pending[key]
         if old.count or _leaving(work.state, app):
-            return Targets(0, wanted if why else 0)
+            return Targets(0, wanted if why else 0, keep_old=bool(why))
     if rollout.phase == ROLLING_BACK:  # what failed is no help: all that is missing at once
         return Targets(wanted, rest)
     step = max(1, wanted * spec.rollout.disturbed_perc // 100)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fal_scheduler.core.records import App, Goal, Runner, RunnerState
+from fal_scheduler.core.rollout import not_begun
 from fal_scheduler.core.state import Pending, State
 from fal_scheduler.core.told import Backoff, Health, RunnerStatus
 
@@ -117,6 +118,8 @@ def app_reason(state: State, app: App) -> str:
     ready = sum(1 for phase in phases if not phase.reason)
     if ready >= wanted(state, app):
         return ""
+    if not_begun(state, app.id, app.revision):
+        return state.pending[app.id, app.revision].reason
     backoff = state.backoffs.get(app.id)
     if backoff is not None and not phases:
         return failed_text(backoff.failures, backoff.last)
