@@ -5,10 +5,12 @@ agent as in `bench_start`; the clock stops at the latest of conmon's stamps of t
 (its rootfs, mounts, user namespace and limits; a cgroup of its own each), as many at a time as our driver makes at a
 time, until the last line. Nothing is prepared.
 
-The floor is the CPU. One bare start costs 40 ms of it, half in the runtime and half in what becomes the container;
-`runc create` costs the same, conmon 7 ms more, as measured one at a time by the accounts of cgroups. For 50 that is
-2.0 s for the bare side and 2.35 s for ours (1.18) before scheduler (0.2 s), client (0.3 s) and agent (1.0 to 1.8 s, of
-which a third is file work and a fifth are looks at 51 simulated GPUs) have done anything.
+The floor is the CPU. One bare start costs 32 to 40 ms of it, half in the runtime and half in what becomes the
+container; `runc create` costs the same, conmon 4 to 7 ms more, as measured one at a time by the accounts of cgroups.
+Each container has nine mounts on the host, which every later runtime copies, reads and drops: with 50 of them a start
+costs 6 to 8 ms more. For 50 that is 1.6 to 2.0 s for the bare side and 2.4 s for ours before scheduler (0.2 s), client
+(0.1 s) and agent (0.9 to 1.1 s, half of it the kernel's work on files and mounts) have done anything. GOMAXPROCS
+and GOGC for the runtime, or a sealed copy of it in memory, change nothing of this.
 """
 
 from __future__ import annotations
