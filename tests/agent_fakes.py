@@ -308,14 +308,24 @@ def welcome(**changes: object) -> agent_pb2.Welcome:
 
 
 class Wire:
-    """A link in memory. The test is the scheduler: `down` messages, read `up`; `cut` breaks both ways."""
+    """A link in memory. The test is the scheduler: `down` messages, read `up`; `cut` breaks both ways.
+
+    As with gRPC, a `send` that is cancelled while there is no `room` breaks the link, too.
+    """
 
     def __init__(self) -> None:
+        self.room = asyncio.Event()
+        self.room.set()
         self.up: asyncio.Queue[agent_pb2.AgentMessage] = asyncio.Queue()
         self.down: asyncio.Queue[agent_pb2.SchedulerMessage | None] = asyncio.Queue()
         self.closed = asyncio.Event()
 
     async def send(self, message: agent_pb2.AgentMessage) -> None:
+        try:
+            await self.room.wait()
+        except asyncio.CancelledError:
+            self.cut()
+            raise
         if self.closed.is_set():
             raise _broken()
         self.up.put_nowait(agent_pb2.AgentMessage.FromString(message.SerializeToString()))

@@ -23,7 +23,7 @@ _ELSEWHERE: Final = frozenset({Code.NOT_LEADER, Code.UNAVAILABLE, Code.TIMEOUT})
 
 
 class GrpcLink:
-    """One Session call."""
+    """One Session call. A `send` or `receive` that is cancelled ends it, as gRPC has it."""
 
     def __init__(self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...] = ()) -> None:
         self._channel = channel
@@ -33,12 +33,16 @@ class GrpcLink:
     async def send(self, message: agent_pb2.AgentMessage) -> None:
         try:
             await self._call.write(message)
+        except asyncio.CancelledError:
+            raise self._cut_off() from None
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as exc:
             raise await self._why(exc) from None
 
     async def receive(self) -> agent_pb2.SchedulerMessage:
         try:
             message = await self._call.read()
+        except asyncio.CancelledError:
+            raise self._cut_off() from None
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as exc:
             raise await self._why(exc) from None
         if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # the stubs lack it
@@ -49,6 +53,13 @@ class GrpcLink:
     async def close(self) -> None:
         self._call.cancel()
         await self._channel.close(None)
+
+    def _cut_off(self) -> BaseException:
+        """The caller's own cancellation; or that of the call under it, which gRPC tells in the same way."""
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return asyncio.CancelledError()
+        return FalError(Code.UNAVAILABLE, "the session was cut off", remedy="It is opened again by itself.")
 
     async def _why(self, exc: BaseException | None) -> FalError:
         """What ended the call: the server's error if it sent one."""

@@ -127,6 +127,7 @@ class _Talk:
         self._established = established
         self._seq = 1
         self._sending = asyncio.Lock()
+        self._writes: set[asyncio.Task[None]] = set()
         self._logs: dict[int, asyncio.Task[None]] = {}
         self._execs = Execs(node, self._send)
         self._gpu_orders = GpuOrders(node.gpu_order, self._send)
@@ -144,12 +145,15 @@ class _Talk:
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done:
+                if job.cancelled():  # by nobody here: the agent would be without a session for good
+                    raise FalError(Code.UNAVAILABLE, "the session was cut off", remedy="It is opened again by itself.")
                 job.result()  # raises: neither returns
         finally:
-            for task in (*jobs, *self._logs.values()):
+            for task in (*jobs, *self._logs.values(), *self._writes):
                 task.cancel()
             closing = (self._execs.close(), self._gpu_orders.close(), self._reboots.close())
             await asyncio.gather(*jobs, *self._logs.values(), *closing, return_exceptions=True)
+            await asyncio.gather(*self._writes, return_exceptions=True)
 
     async def _report(self) -> None:
         interval_s = self._welcome.heartbeat_interval_s or HEARTBEAT_INTERVAL_S
@@ -192,6 +196,18 @@ class _Talk:
                     pass  # a kind of a newer scheduler; the versions agreed say that it may be ignored
 
     async def _send(self, message: agent_pb2.AgentMessage) -> None:
+        """Cancelling it leaves the message on its way: gRPC ends the whole call with a write that is cancelled."""
+        write = asyncio.create_task(self._write(message), name="write")
+        self._writes.add(write)
+        write.add_done_callback(self._written)
+        await asyncio.shield(write)
+
+    def _written(self, write: asyncio.Task[None]) -> None:
+        self._writes.discard(write)
+        if not write.cancelled():
+            write.exception()  # of a sender that has gone; the stream's end is told by reading
+
+    async def _write(self, message: agent_pb2.AgentMessage) -> None:
         async with self._sending:
             self._seq += 1
             message.seq = self._seq

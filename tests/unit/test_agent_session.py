@@ -277,6 +277,42 @@ def test_logs_are_streamed_cancelled_and_bounded(play: Callable[[Scenario], None
     play(scenario)
 
 
+def test_what_is_cancelled_while_it_sends_leaves_the_session_as_it_is(play: Callable[[Scenario], None]) -> None:
+    async def scenario(b: Bench) -> None:
+        await b.hello()
+        b.complete(assignment())
+        await until(lambda: b.phase() is Phase.SERVING)
+        await b.reports(1.0)
+        for n in range(3):
+            b.box.machine.log("default.digits-00000001", f"line {n}")
+        b.wire.room.clear()
+        b.wire.tell(log_request=agent_pb2.LogRequest(id=1, runner_id=A, tail_lines=3, follow=True))
+        await asyncio.sleep(1.0)  # it waits for room
+        b.wire.tell(log_request=agent_pb2.LogRequest(id=1, cancel=True))
+        await asyncio.sleep(1.0)
+        b.wire.room.set()
+        sent = [message for _, message in await b.reports(12.0)]
+        assert [line.text for m in sent for line in m.log_chunk.lines] == ["line 0", "line 1", "line 2"]
+        assert len([m for m in sent if m.HasField("report")]) >= 2, "it goes on reporting"
+        assert [m.seq for m in sent] == list(range(sent[0].seq, sent[0].seq + len(sent))), "nothing is missing"
+        assert len(b.dial.wires) == 1, "in the same session"
+
+    play(scenario)
+
+
+def test_a_session_that_is_cancelled_under_the_agent_is_opened_again(play: Callable[[Scenario], None]) -> None:
+    async def scenario(b: Bench) -> None:
+        await b.hello()
+        b.complete(assignment())
+        await until(lambda: b.phase() is Phase.SERVING)
+        (listening,) = [task for task in asyncio.all_tasks() if task.get_name() == "listen"]
+        listening.cancel()
+        await b.hello()
+        await until(lambda: b.states == ["connected", "disconnected", "connected"])
+
+    play(scenario)
+
+
 def test_a_session_can_be_started_over(tmp_path: Path) -> None:
     async def main() -> None:
         box, dial = Box(tmp_path, LoopClock()), Dial()
