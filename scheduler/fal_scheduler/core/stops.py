@@ -204,7 +204,7 @@ def _serves_on(state: State, runner: Runner, app_id: str) -> bool:
 def stop(work: Work, runner: Runner, goal: Goal, why: str, *, app: str = "") -> None:
     """Raise a runner's goal; one without a node is forgotten.
 
-    `app`: it ends for this app only; where it serves others, too, it serves on.
+    `app`: it ends for this app only; where it serves others, too, it serves on, or drains on.
     """
     live = work.state.live.get(runner.node)
     held = live is not None and live.hold and runner.app not in work.state.asked
@@ -213,7 +213,8 @@ def stop(work: Work, runner: Runner, goal: Goal, why: str, *, app: str = "") -> 
     if work.full:
         work.state.dirty[app or runner.app] = None
     elif app and len(runner.bindings) > 1:
-        unbind(work, runner, app, why)
+        if runner.goal is Goal.RUN:  # one that leaves already ends by itself, and its bindings stay as they are
+            unbind(work, runner, app, why)
     elif not runner.node:
         work.drop(runner)
     elif runner.goal < goal:
