@@ -22,7 +22,7 @@ class _Ended(grpc.aio.AioRpcError):
 
 
 class Call:
-    """A stream whose other side ends at once: every further write fails, as gRPC's does."""
+    """A stream whose other side ends at once: every further write fails, as gRPC's does, and so does its end."""
 
     def __init__(self, outputs: list[agent_pb2.ExecOutput]) -> None:
         self._outputs = outputs
@@ -38,6 +38,9 @@ class Call:
         if len(self._outputs) == 1:  # the last word comes after the write has failed
             await self._refused.wait()
         return cluster_pb2.ExecReply(output=self._outputs.pop(0)) if self._outputs else grpc.aio.EOF
+
+    async def done_writing(self) -> None:
+        raise _Ended
 
     def cancel(self) -> None:
         self.cancelled = True
