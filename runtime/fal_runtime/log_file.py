@@ -71,8 +71,11 @@ class LineAssembler:
 
 
 def _tail_bytes(file: BinaryIO, tail_lines: int) -> bytes:
-    """The end of `file` holding at least `tail_lines` finished lines, or all of it. Leaves the position at the end."""
-    at = file.seek(0, os.SEEK_END)
+    """The end of `file` holding at least `tail_lines` finished lines, or all of it. The position is right behind it.
+
+    That is not the file's end any more where somebody has written meanwhile.
+    """
+    at = end = file.seek(0, os.SEEK_END)
     blocks: list[bytes] = []
     finished = 0
     while at > 0 and finished <= tail_lines:
@@ -81,7 +84,7 @@ def _tail_bytes(file: BinaryIO, tail_lines: int) -> bytes:
         file.seek(at)
         blocks.append(file.read(size))
         finished += len(_FINISHED.findall(blocks[-1]))
-    file.seek(0, os.SEEK_END)
+    file.seek(end)
     return b"".join(reversed(blocks))
 
 

@@ -65,6 +65,26 @@ def test_tail_reads_back_as_far_as_needed(tmp_path: Path, count: int) -> None:
     assert tail(path, 0) == []
 
 
+def test_what_is_written_while_the_tail_is_read_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(record("before"))
+    real = log_file._FINISHED
+
+    class Meanwhile:
+        """Somebody writes between the tail's reads."""
+
+        def findall(self, block: bytes) -> list[bytes]:
+            with log.open("ab") as file:
+                file.write(record("meanwhile"))
+            return real.findall(block)
+
+    monkeypatch.setattr(log_file, "_FINISHED", Meanwhile())
+    follower = Follower(log, tail_lines=10)
+    lines = [*follower.first, *(line for lines in follower.read() for line in lines)]
+    follower.close()
+    assert [line.text for line in lines] == ["before", "meanwhile"]
+
+
 def test_the_supervisors_log_is_bounded_and_read_across_rotation(tmp_path: Path) -> None:
     log = Log(tmp_path / "log", 20_000)
     follower = Follower(tmp_path / "log", tail_lines=0)
