@@ -166,7 +166,7 @@ def measure(folder: Path, kills: int, leaderless_s: float) -> dict[str, Any]:
     """Everything; blocks."""
     with ha_cluster(folder, gateways=3) as world:
         for number in range(NODES):
-            world.add_node(f"n{number}", driver="process", gpus="8xH100-80GB")
+            world.add_node(f"n{number}", driver="process", gpus="16xH100-80GB")
         world.apply("warm", count=NODES, driver="process", max_concurrency=NODES)
         runners, pids = world.ready("warm"), world.worker_pids()
         placements = Placements(world)
@@ -176,6 +176,8 @@ def measure(folder: Path, kills: int, leaderless_s: float) -> dict[str, Any]:
                 took.append(take_over(world, placements))
                 placements.audit()
         world.wait_ready("warm", NODES)
+        for app in sorted(world.apps() - {"warm"}):  # also those whose deletion a takeover swallowed: they hold GPUs
+            world.call("DeleteApp", pb.DeleteAppRequest(id=f"default/{app}"))
         disturbed = len(runners.items() ^ world.ready("warm").items()) + len(pids - world.worker_pids())
         served, failed = leaderless(world, leaderless_s)
         return {
