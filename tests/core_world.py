@@ -151,6 +151,24 @@ def spec_of(
     return spec, f"digest of {spec!r}"
 
 
+def admitted(runner: Runner) -> RunnerStatus:
+    """What a node says of an assignment that it has just taken."""
+    assert runner.assignment is not None
+    return RunnerStatus(
+        runner.id,
+        RunnerState.STAGING,
+        assignment_id=runner.assignment.id,
+        term=runner.assignment.term,
+        app=runner.app,
+        revision=runner.revision,
+        gpus=runner.gpus,
+        share_group=runner.share_group,
+        memory_bytes=runner.memory_bytes,
+        cpu_milli=runner.cpu_milli,
+        gpu_milli=runner.gpu_milli,
+    )
+
+
 @dataclass
 class SimNode:
     """A machine whose agent follows the contract. `told` are statuses that the next report carries."""
@@ -224,19 +242,7 @@ class SimNode:
         assert runner.assignment is not None
         there = [one for one in self.containers.values() if not one.ended]
         overlap = {gpu for gpu in runner.gpus if not _fits_beside(runner, [one for one in there if gpu in one.gpus])}
-        status = RunnerStatus(
-            runner.id,
-            RunnerState.STAGING,
-            assignment_id=runner.assignment.id,
-            term=runner.assignment.term,
-            app=runner.app,
-            revision=runner.revision,
-            gpus=runner.gpus,
-            share_group=runner.share_group,
-            memory_bytes=runner.memory_bytes,
-            cpu_milli=runner.cpu_milli,
-            gpu_milli=runner.gpu_milli,
-        )
+        status = admitted(runner)
         stale = {gpu for gpu in runner.gpus if 0 < runner.assignment.inventory_generation < self.changed_at.get(gpu, 0)}
         sick = {gpu.id for gpu in self.inventory.gpus if not gpu.healthy}
         if stale or not sick.isdisjoint(runner.gpus):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from core_world import admitted
 from fal_scheduler.core.events import NodeHello, NodeReport
 from fal_scheduler.core.records import Goal, Meta, Runner, RunnerState
 from fal_scheduler.core.told import Capabilities, Inventory, RunnerStatus
@@ -157,19 +158,7 @@ class FleetNode:
 
     def _admit(self, runner: Runner, now_s: float) -> Box | None:
         assert runner.assignment is not None
-        status = RunnerStatus(
-            runner.id,
-            RunnerState.STAGING,
-            assignment_id=runner.assignment.id,
-            term=runner.assignment.term,
-            app=runner.app,
-            revision=runner.revision,
-            gpus=runner.gpus,
-            share_group=runner.share_group,
-            memory_bytes=runner.memory_bytes,
-            cpu_milli=runner.cpu_milli,
-            gpu_milli=runner.gpu_milli,
-        )
+        status = admitted(runner)
         why = self._refusal(runner)
         if why:
             status = replace(status, state=RunnerState.TERMINATED, refused=True, reason=why, gpus=())

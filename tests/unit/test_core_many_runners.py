@@ -9,6 +9,8 @@ import pytest
 from core_world import World, spec_of
 from fal_scheduler.core import step
 from fal_scheduler.core.events import ApplyApp, Moment, NodeReport, Proceed, Tick
+from fal_scheduler.core.place import Placer
+from fal_scheduler.core.work import Work
 
 
 @pytest.fixture
@@ -17,9 +19,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     real = step.reconcile
 
-    def counted(work: object, placer: object, app_id: str) -> None:
+    def counted(work: Work, placer: Placer, app_id: str) -> None:
         seen.append(app_id)
-        real(work, placer, app_id)  # type: ignore[arg-type]
+        real(work, placer, app_id)
 
     monkeypatch.setattr(step, "reconcile", counted)
     return seen
